@@ -1,3 +1,33 @@
 """isotune: adapt pretrained PyTorch models with orthogonal and low-rank adapters."""
 
+from isotune.adapters.contract import Adapter, LowRank, Rotation
+from isotune.adapters.low_rank.lora import LoRA
+from isotune.adapters.orthogonal.hra import HRA
+from isotune.adapters.registry import method
+from isotune.adapters.settings import Settings
+from isotune.errors import IsotuneError
+from isotune.model.attach import adapt, remove
+from isotune.model.fold import fold, unfold
+from isotune.model.switch import after_step, describe, disabled, penalty, use
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "HRA",
+    "Adapter",
+    "IsotuneError",
+    "LoRA",
+    "LowRank",
+    "Rotation",
+    "Settings",
+    "adapt",
+    "after_step",
+    "describe",
+    "disabled",
+    "fold",
+    "method",
+    "penalty",
+    "remove",
+    "unfold",
+    "use",
+]

@@ -1,0 +1,1 @@
+"""Pure functions of tensors; nothing here knows of layers or adapters."""

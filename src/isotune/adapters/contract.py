@@ -1,0 +1,124 @@
+"""What an adapter is, and the two families that carry the arithmetic most methods share.
+
+An adapter is one method's trainable change to one site. It computes with the site it is given and never keeps it,
+so that the same adapter serves a bare layer and a layer that has adapters already.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from isotune.sites import Site
+
+Side = Literal["in", "out"]
+
+
+class Adapter(nn.Module, ABC):
+    """One method's trainable change to one site: W becomes `weight(W)`, shapes (out, in)."""
+
+    method: ClassVar[str]
+    """Name of the method; the prefix of its tensors on disk."""
+
+    def forward(self, x: Tensor, site: Site) -> Tensor:
+        """The site's output with the change, computed the cheap way; by default the dense way."""
+        return site.forward_with(x, self.weight(site.weight))
+
+    @abstractmethod
+    def weight(self, W: Tensor) -> Tensor:
+        """The changed weight (out, in), exactly, in W's dtype: the dense twin that every law compares with."""
+
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
+        """B (out, r) and A (r, in) with `weight(W) = W + B A` exactly, or None where the method has no such form."""
+        return None
+
+    def penalty(self) -> Tensor:
+        """A scalar to add to the loss."""
+        return next(self.parameters()).new_zeros(())
+
+    def after_step(self) -> None:
+        """What the method does after each optimizer step: projection, schedule; by default nothing."""
+
+    def peft_state(self, site: Site) -> dict[str, Tensor]:
+        """The adapter's tensors under the names and in the shapes of PEFT's files."""
+        return {f"{self.method}_{name}": tensor for name, tensor in self.state_dict().items()}
+
+    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
+        """Take over tensors written by `peft_state`, bit for bit. Raises KeyError or ValueError where they do not fit."""
+        own = self.state_dict()
+        check_tensors(tensors, {f"{self.method}_{name}": tuple(own[name].shape) for name in own})
+        self.load_state_dict({name: tensors[f"{self.method}_{name}"] for name in own})
+
+
+def check_tensors(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise KeyError for names missing or left over, ValueError for a wrong shape."""
+    if missing := sorted(expected.keys() - found.keys()):
+        raise KeyError(f"missing {', '.join(missing)}")
+    if left_over := sorted(found.keys() - expected.keys()):
+        raise KeyError(f"unexpected {', '.join(left_over)}")
+    for name, shape in expected.items():
+        if tuple(found[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(found[name].shape)}, expected {shape}")
+
+
+class Rotation(Adapter):
+    """`W' = W R` (side "in", R is in x in) or `W' = Rᵀ W` (side "out", R is out x out), R orthogonal."""
+
+    side: Side
+
+    @abstractmethod
+    def rotate(self, v: Tensor, transpose: bool = False) -> Tensor:
+        """`v R`, or `v Rᵀ`, for rows v (..., d), in v's dtype."""
+
+    def forward(self, x: Tensor, site: Site) -> Tensor:
+        if self.side == "out":
+            return site.over_outputs(site(x), self.rotate)
+        if site.rotates_input:
+            # y = x (W R)ᵀ = (x Rᵀ) Wᵀ: note the transpose.
+            return site(self.rotate(x, transpose=True))
+        factors = self.factors(site.weight)
+        if factors is None:
+            return super().forward(x, site)
+        return add_low_rank(site, x, *factors)
+
+    def weight(self, W: Tensor) -> Tensor:
+        return self.rotate(W) if self.side == "in" else self.rotate(W.mT).mT
+
+
+class LowRank(Adapter):
+    """`W' = W + B A`, with B (out, r) and A (r, in) that do not depend on W."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+
+    @abstractmethod
+    def change(self) -> tuple[Tensor, Tensor]:
+        """B (out, r) and A (r, in), any scaling included."""
+
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        B, A = self.change()
+        return B.to(W.dtype), A.to(W.dtype)
+
+    def forward(self, x: Tensor, site: Site) -> Tensor:
+        # Indices into an embedding have no features to drop.
+        dropped = self.dropout(x) if x.is_floating_point() else x
+        return add_low_rank(site, x, *self.change(), dropped)
+
+    def weight(self, W: Tensor) -> Tensor:
+        B, A = self.factors(W)
+        return W + B @ A
+
+
+def add_low_rank(site: Site, x: Tensor, B: Tensor, A: Tensor, projected: Tensor | None = None) -> Tensor:
+    """`site(x) + (x Aᵀ) Bᵀ` in the dtype of `site(x)`; `projected` stands in for x in the second term."""
+    y = site(x)
+    return y + site.expand(site.project(x if projected is None else projected, A), B).to(y.dtype)
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    """Entries drawn from U(-bound, bound)."""
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,135 @@
+"""LoRA, low-rank adaptation, with rank-stabilised scaling (rsLoRA) as an option.
+
+    W' = W + s B A,   B (out x r), A (r x in),   s = alpha / r, or alpha / √r
+
+Papers: "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685; "A Rank Stabilization
+Scaling Factor for Fine-Tuning with LoRA", 2023, arXiv 2312.03732. Parameters: r (in + out).
+Cost for n rows: 2 n r (in + out) flops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from isotune.adapters.contract import LowRank, check_tensors, uniform
+from isotune.adapters.settings import NotInPEFT, Settings, check_rank
+from isotune.errors import OptionError
+from isotune.sites import Site
+
+
+class LoRA(Settings):
+    """W' = W + s B A: the weight plus a learned product of rank r."""
+
+    name: ClassVar[str] = "lora"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    learning_rate: ClassVar[float] = 2e-3
+    formula: ClassVar[str] = "rank * (n_in + n_out)"
+    peft_type: ClassVar[str | None] = "LORA"
+
+    rank: int = Field(8, gt=0, description="Rank of W' - W.")
+    alpha: float | None = Field(None, gt=0, description="Scaling numerator; the default is the rank, so that s = 1.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) in place of alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A while training.")
+
+    @property
+    def resolved_alpha(self) -> float:
+        """The scaling numerator, with the default filled in."""
+        return self.alpha or float(self.rank)
+
+    def build(self, site: Site, generator: torch.Generator) -> LoRAAdapter:
+        check_rank(self.rank, min(site.in_features, site.out_features), "its smaller side")
+        A = uniform((self.rank, site.in_features), 1 / math.sqrt(site.in_features), generator)
+        B = torch.zeros(site.out_features, self.rank)
+        if site.kind == "embedding":
+            # One row of A belongs to each token, so it starts at zero and B carries the randomness (as in PEFT).
+            A, B = torch.zeros_like(A), torch.randn(B.shape, generator=generator)
+        scale = self.resolved_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return LoRAAdapter(A, B, scale, self.dropout)
+
+    def parameter_count(self, n_in: int, n_out: int) -> int:
+        return self.rank * (n_in + n_out)
+
+    @classmethod
+    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
+        layers = {path: s for path, s in settings.items() if isinstance(s, LoRA)}
+        if len({(s.rslora, s.dropout) for s in layers.values()}) > 1:
+            raise NotInPEFT("PEFT's LoRA has one kind of scaling and one dropout for all layers")
+        first = next(iter(layers.values()))
+        rank = Counter(s.rank for s in layers.values()).most_common(1)[0][0]
+        alpha = Counter(s.resolved_alpha for s in layers.values()).most_common(1)[0][0]
+        return {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {path: s.rank for path, s in layers.items() if s.rank != rank},
+            "alpha_pattern": {p: s.resolved_alpha for p, s in layers.items() if s.resolved_alpha != alpha},
+            "use_rslora": first.rslora,
+            "lora_dropout": first.dropout,
+            "bias": "none",
+            "init_lora_weights": True,
+        }
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any], path: str) -> LoRA:
+        unsupported = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
+                       "alora_invocation_tokens", "use_qalora", "corda_config", "eva_config", "arrow_config",
+                       "velora_config")  # fmt: skip
+        asked = [f"{name}={config[name]!r}" for name in unsupported if config.get(name)]
+        if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+            # Such a start also changes the base weight, which an adapter folder does not hold.
+            asked.append(f"init_lora_weights={config['init_lora_weights']!r}")
+        if asked:
+            raise OptionError(f"lora: this PEFT adapter uses {', '.join(asked)}, which plain LoRA cannot express")
+        return cls(
+            rank=_matching(config.get("rank_pattern") or {}, path, config["r"]),
+            alpha=_matching(config.get("alpha_pattern") or {}, path, config["lora_alpha"]),
+            rslora=config.get("use_rslora", False),
+            dropout=config.get("lora_dropout", 0.0),
+        )
+
+
+class LoRAAdapter(LowRank):
+    """Holds A (r x in) and B (out x r)."""
+
+    method = "lora"
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scale = scale
+
+    def change(self) -> tuple[Tensor, Tensor]:
+        return (self.B if self.scale == 1 else self.scale * self.B), self.A
+
+    def peft_state(self, site: Site) -> dict[str, Tensor]:
+        return lora_tensors(self.B.detach(), self.A.detach(), site)
+
+    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
+        own = lora_tensors(self.B.detach(), self.A.detach(), site)
+        check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in own.items()})
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])  # views of A and B
+
+
+def lora_tensors(B: Tensor, A: Tensor, site: Site) -> dict[str, Tensor]:
+    """B (out, r) and A (r, in) under PEFT's names and in PEFT's shapes for the kind of site; views, not copies."""
+    if site.kind == "embedding":
+        return {"lora_embedding_A": A, "lora_embedding_B": B}
+    if site.kind == "conv2d":
+        return {"lora_A.weight": site.layout(A), "lora_B.weight": B[:, :, None, None]}
+    return {"lora_A.weight": A, "lora_B.weight": B}
+
+
+def _matching(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule: the first key that, as a regular expression, matches the path or a suffix of it after a dot."""
+    import re
+
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default

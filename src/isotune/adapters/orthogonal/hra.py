@@ -1,0 +1,167 @@
+"""HRA, Householder reflection adaptation: orthogonal and low-rank at once.
+
+    W' = W H,   H = H_1 H_2 ... H_r = I - U S⁻¹ Uᵀ,   H_i = I - 2 u_i u_iᵀ / |u_i|²
+
+with U (in x r) trained, and S (r x r) as in `linalg.householder`; H_1 stands next to W. On the output side
+(`side="out"`) `W' = Hᵀ W` with U (out x r), which is what the paper's LLaMA code does.
+
+Paper: "Bridging the Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation",
+NeurIPS 2024, arXiv 2405.17484. Parameters: r in. Cost for n rows: 4 n in r + 2 in r² flops, LoRA's order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from isotune.adapters.contract import Rotation, Side, check_tensors
+from isotune.adapters.settings import NotInPEFT, Settings, check_rank
+from isotune.errors import OptionError
+from isotune.linalg.householder import (
+    compact_wy,
+    orthogonality_penalty,
+    orthonormal_basis,
+    rotate,
+    unit_columns,
+)
+from isotune.sites import Site
+
+Start = Literal["paired", "random", "anchored"]
+
+
+class HRA(Settings):
+    """W' = W H_1 H_2 ... H_r: the weight times r learned Householder reflections."""
+
+    name: ClassVar[str] = "hra"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    learning_rate: ClassVar[float] = 3e-3
+    formula: ClassVar[str] = "rank * n_in"
+    peft_type: ClassVar[str | None] = "HRA"
+
+    rank: int = Field(8, gt=0, description="Number of reflections; the rank of W' - W.")
+    side: Side = Field("in", description="Rotate the layer's input or its output; an embedding's output always.")
+    strict: bool = Field(False, description="Orthonormal reflections: the paper's infinite penalty.")
+    start: Start | None = Field(
+        None,
+        description="paired: equal pairs, H = I, even rank only (default); random; "
+        "anchored: H(U) H(U_0)ᵀ with U_0 frozen, H = I, rank of the change 2r (default when strict).",
+    )
+    penalty: float = Field(0.0, ge=0, description="Weight of the orthogonality penalty on U; the paper's lambda.")
+    squared: bool = Field(True, description="Square the penalty's norm (paper) or not (the authors' code).")
+
+    @model_validator(mode="after")
+    def _start_is_possible(self) -> HRA:
+        if self.strict and self.start == "paired":
+            raise OptionError(
+                "hra: start='paired' needs equal columns, which strict forbids; use start='anchored' or 'random'"
+            )
+        if self.resolved_start == "paired" and self.rank % 2:
+            raise OptionError(
+                f"hra: rank={self.rank} is odd, but start='paired' pairs the reflections so that they cancel, and an "
+                f"odd product of reflections has determinant -1 and is never the identity; use rank={self.rank + 1}, "
+                "or start='anchored' (the identity at any rank) or start='random' (changes the model at once)"
+            )
+        return self
+
+    @property
+    def resolved_start(self) -> Start:
+        """The start, with the default filled in."""
+        return self.start or ("anchored" if self.strict else "paired")
+
+    @property
+    def identity_at_start(self) -> bool:
+        return self.resolved_start != "random"
+
+    def build(self, site: Site, generator: torch.Generator) -> HRAAdapter:
+        # The one-hot rows of an embedding are no space to rotate.
+        side: Side = "out" if site.kind == "embedding" else self.side
+        d = site.in_features if side == "in" else site.out_features
+        check_rank(self.rank, d, f"its {side}put side")
+        pairs = self.resolved_start == "paired"
+        U = unit_columns(torch.randn(d, self.rank // 2 if pairs else self.rank, generator=generator))
+        if pairs:
+            U = U.repeat_interleave(2, dim=1)
+        if self.strict:
+            U = orthonormal_basis(U)
+        anchor = U.clone() if self.resolved_start == "anchored" else None
+        return HRAAdapter(U, anchor, side, self.strict, self.penalty, self.squared)
+
+    def parameter_count(self, n_in: int, n_out: int) -> int:
+        return self.rank * (n_in if self.side == "in" else n_out)
+
+    @classmethod
+    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
+        layers = [s for s in settings.values() if isinstance(s, HRA)]
+        if any(s.side == "out" for s in layers):
+            raise NotInPEFT("PEFT's HRA rotates the input side only")
+        # Anchored reflections are stored as the 2r plain ones that they amount to.
+        shapes = {(2 * s.rank, False) if s.resolved_start == "anchored" else (s.rank, s.strict) for s in layers}
+        if len(shapes) > 1:
+            raise NotInPEFT("PEFT's HRA has one rank for all layers")
+        rank, strict = shapes.pop()
+        return {"r": rank, "apply_GS": strict, "bias": "none", "init_weights": True}
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any], path: str) -> HRA:
+        # PEFT's start is forgotten: the tensors that follow decide where U is.
+        return cls(rank=config["r"], strict=config.get("apply_GS", False), start="random")
+
+
+class HRAAdapter(Rotation):
+    """Holds U (d x r), and U_0 (d x r, frozen) when anchored."""
+
+    method = "hra"
+    anchor: Tensor | None
+
+    def __init__(
+        self,
+        U: Tensor,
+        anchor: Tensor | None = None,
+        side: Side = "in",
+        strict: bool = False,
+        penalty: float = 0.0,
+        squared: bool = True,
+    ) -> None:
+        super().__init__()
+        self.U = nn.Parameter(U)
+        self.register_buffer("anchor", anchor)
+        self.side = side
+        self.strict, self.weight_of_penalty, self.squared = strict, penalty, squared
+
+    def columns(self) -> Tensor:
+        """The reflections that make up H, in order (d x r, or d x 2r when anchored): unit or zero columns."""
+        U = orthonormal_basis(self.U) if self.strict else unit_columns(self.U)
+        # H(U_0)ᵀ is the product of the same reflections in reverse.
+        return U if self.anchor is None else torch.cat([U, self.anchor.flip(1)], dim=1)
+
+    def rotate(self, v: Tensor, transpose: bool = False) -> Tensor:
+        return rotate(v, *compact_wy(self.columns()), transpose)
+
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        U, M = (t.to(W.dtype) for t in compact_wy(self.columns()))
+        return (-(W @ U), M) if self.side == "in" else (-M.mT, U.mT @ W)
+
+    def penalty(self) -> Tensor:
+        if not self.weight_of_penalty:
+            return super().penalty()
+        return self.weight_of_penalty * orthogonality_penalty(self.U, self.squared)
+
+    def peft_state(self, site: Site) -> dict[str, Tensor]:
+        if self.anchor is None:
+            return {"hra_u": self.U.detach()}
+        state = {"hra_u": self.columns().detach()}
+        # PEFT reads the columns above; U itself is kept beside them, so that training goes on bit for bit.
+        return state | {"hra_u_trained": self.U.detach(), "hra_u_anchor": self.anchor}
+
+    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
+        d, r = self.U.shape
+        if self.anchor is None:
+            check_tensors(tensors, {"hra_u": (d, r)})
+            self.U.data.copy_(tensors["hra_u"])
+            return
+        check_tensors(tensors, {"hra_u": (d, 2 * r), "hra_u_trained": (d, r), "hra_u_anchor": (d, r)})
+        self.U.data.copy_(tensors["hra_u_trained"])
+        self.anchor.copy_(tensors["hra_u_anchor"])

@@ -1,0 +1,96 @@
+"""What a user writes, `HRA(rank=8)`: a frozen, checked description of a method, from which adapters are built.
+
+The fields of a settings class carry their bounds and a one-line description each; the command line, recipes and
+documentation are generated from them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from isotune.adapters.contract import Adapter
+from isotune.errors import OptionError, nearest
+from isotune.sites import Site
+
+
+class Settings(BaseModel, ABC):
+    """Base of every method's settings. Raises OptionError for an unknown option or a value out of bounds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: ClassVar[str]
+    """The method's name in recipes, on the command line and on disk."""
+    kinds: ClassVar[frozenset[str]]
+    """The kinds of site it can adapt."""
+    learning_rate: ClassVar[float]
+    """A rate to start from, for AdamW."""
+    formula: ClassVar[str]
+    """Trainable parameters at a site with default options, in terms of `rank`, `n_in` and `n_out`."""
+    exempt: ClassVar[dict[str, str]] = {}
+    """Laws that the method cannot keep, by test name, each with the reason."""
+    peft_type: ClassVar[str | None] = None
+    """PEFT's name for the method, where PEFT has it."""
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise OptionError(_explain(type(self), error)) from None
+
+    @property
+    def identity_at_start(self) -> bool:
+        """Whether a fresh adapter leaves the layer's output as it was."""
+        return True
+
+    @abstractmethod
+    def build(self, site: Site, generator: torch.Generator) -> Adapter:
+        """A fresh adapter for `site`, in fp32 on the CPU; random numbers come from `generator` alone.
+
+        Raises OptionError where the options do not fit the site's shape.
+        """
+
+    @abstractmethod
+    def parameter_count(self, n_in: int, n_out: int) -> int:
+        """Trainable parameters at a site with W of shape (n_out, n_in)."""
+
+    @classmethod
+    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
+        """The fields of PEFT's config that describe `settings` (by module path).
+
+        Raises NotInPEFT where PEFT has no way to say it.
+        """
+        raise NotInPEFT(f"PEFT has no method {cls.name!r}")
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any], path: str) -> Settings:
+        """The settings of the layer at `path` in a PEFT checkpoint. Raises OptionError for what is not supported."""
+        raise OptionError(f"{cls.name!r} cannot be read from a PEFT checkpoint")
+
+
+class NotInPEFT(Exception):
+    """PEFT cannot express these settings; the message says why."""
+
+
+def check_rank(rank: int, limit: int, what: str) -> None:
+    """Raise OptionError unless `rank` is at most `limit`, the size of `what`."""
+    if rank > limit:
+        raise OptionError(f"rank {rank} is larger than the layer: {what} is {limit}; choose a rank of at most {limit}")
+
+
+def _explain(settings: type[Settings], error: ValidationError) -> str:
+    """One line for each thing wrong with a method's options."""
+    known = list(settings.model_fields)
+    lines = []
+    for problem in error.errors():
+        option = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(
+                f"{settings.name} has no option {option!r}.{nearest(option, known)} Its options: {', '.join(known)}."
+            )
+        else:
+            lines.append(f"{settings.name}: {option}={problem['input']!r} is not usable: {problem['msg'].lower()}.")
+    return " ".join(lines)

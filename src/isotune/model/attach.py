@@ -1,0 +1,157 @@
+"""Put adapters on a model and take them off again, in place."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from isotune.adapters.contract import Adapter
+from isotune.adapters.settings import Settings
+from isotune.errors import IsotuneError, OptionError, TargetError
+from isotune.model.layers import (
+    AdaptedLayer,
+    TrainedModule,
+    adapted_layers,
+    base_modules,
+    replace_module,
+    wrappers,
+)
+from isotune.model.switch import adapter_names, use
+from isotune.model.targets import Targets, find_modules, find_targets, matching
+from isotune.sites import device_of, require_site
+
+
+def adapt(
+    model: nn.Module,
+    settings: Settings,
+    targets: Targets = "attention",
+    *,
+    exclude: Targets | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    name: str = "default",
+    train_also: Iterable[str] = (),
+    seed: int | None = None,
+) -> nn.Module:
+    """Freeze the model and put an adapter on each target layer, in place; the adapter becomes the only active one.
+
+    Args:
+        model: Any PyTorch model; its class and its own parameters stay as they are.
+        settings: The method, such as `HRA(rank=8)`.
+        targets: "attention", "query-value", "mlp" or "all-linear" (found by the model's structure, the output head
+            and embeddings left out), a list of name suffixes, a regular expression for the whole path, or a callable
+            `(path, module) -> bool`.
+        exclude: Layers to leave out, said in the same way.
+        overrides: Other options for some of the targets, such as `{"query": {"rank": 16}}`.
+        name: The adapter's name; several adapters can be on one model.
+        train_also: Modules (by path or suffix) to train in full, as copies; they are saved with the adapter.
+        seed: Seed of the adapter's start; by default it is drawn from torch's global generator.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: A target or override matches nothing, or a layer that the method cannot adapt.
+        OptionError: An option does not fit a layer, or the name is taken. The model is then as it was.
+    """
+    _check_name(model, name)
+    train_also = tuple(train_also)
+    layers = find_targets(model, targets, exclude, trained=train_also)
+    chosen = _settings_by_path(model, settings, layers, overrides or {})
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    adapters = {path: _build(chosen[path], layers[path], path, seed) for path in layers}
+    trained = find_modules(model, train_also)
+
+    model.requires_grad_(False)
+    for path, adapter in adapters.items():
+        _adapted(model, path, layers[path]).add(name, adapter, chosen[path])
+    for path, module in trained.items():
+        _trained(model, path, module).add(name)
+    use(model, name)
+    return model
+
+
+def remove(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take an adapter (or, without a name, all of them) off the model; the base is as it was, bit for bit.
+
+    Raises IsotuneError for an unknown name, or where the adapter is folded into the weights (unfold first).
+    """
+    known = adapter_names(model)
+    if name is not None and name not in known:
+        raise IsotuneError(f"no adapter {name!r} to remove; the model has: {', '.join(known) or 'none'}")
+    if any(layer.folded for _, layer in adapted_layers(model)):
+        raise IsotuneError("the model's adapters are folded into its weights; call unfold first")
+    for _, wrapper in list(wrappers(model)):
+        for gone in [name] if name is not None else known:
+            if gone in wrapper.parts:
+                del wrapper.parts[gone]
+                if isinstance(wrapper, AdaptedLayer):
+                    del wrapper.settings[gone]
+        wrapper.active = tuple(n for n in wrapper.active if n in wrapper.parts)
+        if not wrapper.parts:
+            replace_module(model, wrapper, wrapper.base_layer)
+    return model
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise OptionError(
+            f"adapter name {name!r} is not usable: it must not be empty, contain a dot, or be an attribute of "
+            "torch.nn.ModuleDict"
+        )
+    if name in adapter_names(model):
+        raise OptionError(f"the model already has an adapter {name!r}; choose another name, or remove that one first")
+    if any(layer.folded for _, layer in adapted_layers(model)):
+        raise OptionError("the model's adapters are folded into its weights; call unfold before adding another")
+
+
+def _settings_by_path(
+    model: nn.Module, settings: Settings, layers: dict[str, nn.Module], overrides: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Settings]:
+    chosen = dict.fromkeys(layers, settings)
+    for pattern, options in overrides.items():
+        changed = type(settings)(**{**settings.model_dump(exclude_unset=True), **options})
+        for path in matching(layers, pattern, model):
+            chosen[path] = changed
+    return chosen
+
+
+def _build(settings: Settings, layer: nn.Module, path: str, seed: int) -> Adapter:
+    site = require_site(layer, path)
+    if site.kind not in settings.kinds:
+        raise TargetError(
+            f"{settings.name} cannot adapt {path!r}, a {type(layer).__name__}; it can adapt: "
+            f"{', '.join(sorted(settings.kinds))}"
+        )
+    # One stream for each path: a layer starts the same whatever other layers are targeted.
+    generator = torch.Generator().manual_seed(((seed << 32) + zlib.crc32(path.encode())) % 2**63)
+    try:
+        adapter = settings.build(site, generator)
+    except OptionError as error:
+        raise OptionError(f"{settings.name} at {path!r}: {error}") from None
+    # Adapters are fp32, so that small steps are not lost; in a double-precision model they are double.
+    dtype = torch.float64 if site.layer.weight.dtype == torch.float64 else torch.float32
+    return adapter.to(device_of(layer), dtype)
+
+
+def _adapted(model: nn.Module, path: str, layer: nn.Module) -> AdaptedLayer:
+    """The wrapper at `path`, put there if need be."""
+    current = dict(base_modules(model))[path]
+    if isinstance(current, AdaptedLayer):
+        return current
+    wrapper = AdaptedLayer(layer, path)
+    replace_module(model, layer, wrapper)
+    return wrapper
+
+
+def _trained(model: nn.Module, path: str, module: nn.Module) -> TrainedModule:
+    if isinstance(module, TrainedModule):
+        return module
+    if isinstance(module, AdaptedLayer) or any(True for _ in adapted_layers(module)):
+        raise TargetError(f"train_also names {path!r}, but an adapter is on it or inside it; train one or the other")
+    wrapper = TrainedModule(module, path)
+    replace_module(model, module, wrapper)
+    return wrapper

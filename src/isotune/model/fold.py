@@ -1,0 +1,44 @@
+"""Absorb the active adapters into the base weights, and take them out again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from isotune.errors import IsotuneError
+from isotune.model.layers import AdaptedLayer, adapted_layers, replace_module, wrappers
+
+
+def fold(model: nn.Module, keep_base: bool = True) -> nn.Module:
+    """Replace each adapted layer's weight by the adapted one, so that the forward pass costs what the base costs.
+
+    With `keep_base` the base weights are kept, and `unfold` restores them bit for bit. Without it the adapters,
+    and any inactive ones with them, are gone afterwards: the result is a plain model of the base's classes, ready
+    for `save_pretrained`. Modules trained in full take the place of the originals. Raises IsotuneError where
+    nothing is active, or the model is folded already.
+    """
+    layers = list(adapted_layers(model))
+    if any(layer.folded for _, layer in layers):
+        raise IsotuneError("the model's adapters are already folded; call unfold first")
+    if not any(wrapper.running() for _, wrapper in wrappers(model)):
+        raise IsotuneError("no adapter is active, so there is nothing to fold; choose some with isotune.use")
+    for _, layer in layers:
+        if layer.running():
+            layer.fold(keep_base)
+    if not keep_base:
+        for _, wrapper in list(wrappers(model)):
+            plain = wrapper.base_layer if isinstance(wrapper, AdaptedLayer) else wrapper.current
+            replace_module(model, wrapper, plain)
+    return model
+
+
+def unfold(model: nn.Module) -> nn.Module:
+    """Undo `fold`: the base weights are restored bit for bit and the adapters run beside them again.
+
+    Raises IsotuneError where nothing is folded.
+    """
+    folded = [layer for _, layer in adapted_layers(model) if layer.folded]
+    if not folded:
+        raise IsotuneError("nothing to unfold: no adapter is folded with keep_base=True")
+    for layer in folded:
+        layer.unfold()
+    return model

@@ -1,0 +1,169 @@
+"""The modules that stand where an adapted layer, or a module trained in full, stood in the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isotune.adapters.contract import Adapter
+from isotune.adapters.settings import Settings
+from isotune.sites import AdaptedSite, Site, require_site
+
+
+class _Wrapper(nn.Module):
+    """A layer of the base model with what adapters add to it; answers for the layer wherever it is asked.
+
+    `parts` holds one module for each adapter by name, `active` the names in use, in order.
+    """
+
+    parts: nn.ModuleDict
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.parts = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.train(base_layer.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # The model's own code may reach for the layer's attributes (bias, in_features, ...).
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def running(self) -> list[Any]:
+        """The parts that take part in the forward pass, in order."""
+        return [self.parts[name] for name in self.active] if self.enabled else []
+
+
+class AdaptedLayer(_Wrapper):
+    """A frozen layer and its adapters (`parts`), stacked in the order of `active`."""
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        require_site(base_layer, name)
+        super().__init__(base_layer)
+        self.settings: dict[str, Settings] = {}
+        self.folded = False
+        # In a list, so that the weight kept for unfolding is no parameter of the model.
+        self.kept: list[nn.Parameter] = []
+
+    @property
+    def bare(self) -> Site:
+        """The layer without adapters, as a site."""
+        return require_site(self.base_layer, "")
+
+    @property
+    def site(self) -> Site:
+        """The layer with its running adapters, as a site."""
+        site = self.bare
+        if not self.folded:
+            for adapter in self.running():
+                site = AdaptedSite(site, adapter)
+        return site
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight in the layer's own shape and dtype; the base's own parameter where nothing is active."""
+        site, base = self.site, self.base_layer.weight
+        return base if not isinstance(site, AdaptedSite) else site.layout(site.weight).to(base.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.site(x)
+
+    def add(self, name: str, adapter: Adapter, settings: Settings) -> None:
+        """Attach an adapter, not yet active."""
+        self.parts[name] = adapter
+        self.settings[name] = settings
+
+    def fold(self, keep_base: bool) -> None:
+        """Put the adapted weight in the place of the base weight."""
+        site, old = self.site, self.base_layer.weight
+        with torch.no_grad():
+            folded = site.layout(site.weight).to(old.dtype).contiguous()
+        # A new parameter, so that a weight tied to this one elsewhere in the model keeps its value.
+        self.base_layer.weight = nn.Parameter(folded, requires_grad=False)
+        if keep_base:
+            self.kept = [old]
+        self.folded = True
+
+    def unfold(self) -> None:
+        """Put the kept base weight back, bit for bit."""
+        kept = self.kept.pop()
+        now = self.base_layer.weight
+        if kept.device != now.device:
+            kept.data = kept.data.to(now.device)
+        self.base_layer.weight = kept
+        self.folded = False
+
+
+class TrainedModule(_Wrapper):
+    """A module and the copies of it (`parts`) that adapters train in full; the last active one runs."""
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer)
+        self.path = name
+
+    @property
+    def current(self) -> nn.Module:
+        """The copy in use, or the original."""
+        running = self.running()
+        return running[-1] if running else self.base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return getattr(self.current, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current(*args, **kwargs)
+
+    def add(self, name: str) -> None:
+        """Attach a copy of the module as it runs now, not yet active."""
+        self.parts[name] = copy.deepcopy(self.base_layer)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """The adapted layers of a model with their paths in the base model."""
+    for path, module in base_modules(model):
+        if isinstance(module, AdaptedLayer):
+            yield path, module
+
+
+def trained_modules(model: nn.Module) -> Iterator[tuple[str, TrainedModule]]:
+    """The modules that adapters train in full, with their paths in the base model."""
+    for path, module in base_modules(model):
+        if isinstance(module, TrainedModule):
+            yield path, module
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer | TrainedModule]]:
+    """Everything that stands in for a module of the base model, with its path."""
+    for path, module in base_modules(model):
+        if isinstance(module, AdaptedLayer | TrainedModule):
+            yield path, module
+
+
+def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Walk the model as if it had no adapters: wrappers appear under the path of what they wrap, not opened."""
+    yield prefix, model
+    if isinstance(model, _Wrapper):
+        return
+    for name, child in model.named_children():
+        yield from base_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` everywhere that `old` stands in the model (a shared layer stands in several places)."""
+    for parent in list(model.modules()):
+        if parent is new:
+            continue
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)

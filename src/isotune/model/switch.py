@@ -1,0 +1,104 @@
+"""Choose which adapters run and train, and ask a model about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from isotune.errors import IsotuneError, nearest
+from isotune.model.layers import AdaptedLayer, adapted_layers, wrappers
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One adapter on one layer, as `describe` reports it."""
+
+    site: str
+    """Path of the layer."""
+    adapter: str
+    """Name of the adapter."""
+    method: str
+    """Its method, or "full" for a module that is trained in full."""
+    trainable: int
+    """Parameters it trains."""
+    share: float
+    """`trainable` as a share of the base model's parameters."""
+    active: bool
+    """Whether it takes part in the forward pass."""
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters on the model, in the order in which they were added."""
+    return list(dict.fromkeys(name for _, wrapper in wrappers(model) for name in wrapper.parts))
+
+
+def active_names(model: nn.Module) -> list[str]:
+    """The names of the adapters in use."""
+    return list(dict.fromkeys(name for _, wrapper in wrappers(model) for name in wrapper.active))
+
+
+def use(model: nn.Module, *names: str, train: bool | Iterable[str] = True) -> nn.Module:
+    """Let the named adapters, stacked in the order given, run; all others rest. No name at all: the bare base.
+
+    `train` says which of them learn: all, none, or those named. Raises IsotuneError for an unknown name, or while
+    adapters are folded into the weights.
+    """
+    known = adapter_names(model)
+    learning = (names if train else ()) if isinstance(train, bool) else tuple(train)
+    for name in (*names, *learning):
+        if name not in known:
+            there = ", ".join(known) or "none"
+            raise IsotuneError(f"no adapter {name!r} on this model.{nearest(name, known)} It has: {there}.")
+    if any(layer.folded for _, layer in adapted_layers(model)):
+        raise IsotuneError("the active adapters are folded into the weights; call unfold before switching")
+    for _, wrapper in wrappers(model):
+        wrapper.active = tuple(name for name in names if name in wrapper.parts)
+        for name, part in wrapper.parts.items():
+            part.requires_grad_(name in names and name in learning)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the model is its bare base. Raises IsotuneError while adapters are folded."""
+    if any(layer.folded for _, layer in adapted_layers(model)):
+        raise IsotuneError("the active adapters are folded into the weights; call unfold before disabling them")
+    before = [(wrapper, wrapper.enabled) for _, wrapper in wrappers(model)]
+    try:
+        for wrapper, _ in before:
+            wrapper.enabled = False
+        yield model
+    finally:
+        for wrapper, enabled in before:
+            wrapper.enabled = enabled
+
+
+def describe(model: nn.Module) -> list[SiteRow]:
+    """One row for each adapter on each layer, and for each module trained in full."""
+    extra = {id(p) for _, wrapper in wrappers(model) for p in wrapper.parts.parameters()}
+    base = sum(p.numel() for p in model.parameters() if id(p) not in extra)
+    rows = []
+    for path, wrapper in wrappers(model):
+        for name, part in wrapper.parts.items():
+            trainable = sum(p.numel() for p in part.parameters())
+            method = wrapper.settings[name].name if isinstance(wrapper, AdaptedLayer) else "full"
+            rows.append(SiteRow(path, name, method, trainable, trainable / max(base, 1), name in wrapper.active))
+    return rows
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """The sum of the active adapters' penalties, a scalar to add to the loss."""
+    terms = [adapter.penalty() for _, layer in adapted_layers(model) for adapter in layer.running()]
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
+
+
+def after_step(model: nn.Module) -> None:
+    """Let the active adapters do what their method does after each optimizer step."""
+    with torch.no_grad():
+        for _, layer in adapted_layers(model):
+            for adapter in layer.running():
+                adapter.after_step()

@@ -1,0 +1,166 @@
+"""Which layers an adapter goes on: presets found by the model's structure, suffixes, regular expressions, callables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from isotune.errors import TargetError, nearest
+from isotune.model.layers import AdaptedLayer, base_modules
+from isotune.sites import site_of
+
+Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+PRESETS = ("attention", "query-value", "mlp", "all-linear")
+
+_QUERY_OR_VALUE = re.compile(r"(^|_|to_)(q|v|query|value)(_?(proj|lin|layer)\w*)?$", re.IGNORECASE)
+
+
+def find_targets(
+    model: nn.Module, targets: Targets, exclude: Targets | None = None, trained: Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """The layers that `targets` names, by path, without those that `exclude` names or that are inside `trained`.
+
+    Raises TargetError where nothing matches (it lists what was there) or a match is no layer that can be adapted.
+    """
+    layers = _layers(model)
+    matches = _matcher(layers, targets, model)
+    excluded = _matcher(layers, exclude, model) if exclude is not None else lambda path, module: False
+    trained = tuple(trained)
+    found = {
+        path: module
+        for path, module in layers.items()
+        if path
+        and matches(path, module)
+        and not excluded(path, module)
+        and not any(path == name or path.startswith(f"{name}.") for name in trained)
+    }
+    if not found:
+        raise TargetError(f"targets {targets!r} match no layer of the model. {_what_is_there(layers, targets)}")
+    unusable = {path: module for path, module in found.items() if site_of(module) is None}
+    if unusable:
+        path, module = next(iter(unusable.items()))
+        raise TargetError(
+            f"targets {targets!r} match {path!r}, a {type(module).__name__}, which cannot be adapted; adaptable kinds "
+            "are Linear, GPT-2's Conv1D, Conv2d and Embedding (plain ones, whose forward is the usual one)"
+        )
+    return found
+
+
+def matching(layers: dict[str, nn.Module], targets: Targets, model: nn.Module) -> list[str]:
+    """The paths among `layers` that `targets` names. Raises TargetError where it names none."""
+    matches = _matcher(layers, targets, model)
+    paths = [path for path, module in layers.items() if matches(path, module)]
+    if not paths:
+        raise TargetError(f"override {targets!r} matches none of the target layers: {_some(layers)}")
+    return paths
+
+
+def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules with the given paths or path suffixes. Raises TargetError for a name that matches none."""
+    modules = dict(base_modules(model))
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        paths = [path for path in modules if path and (path == name or path.endswith(f".{name}"))]
+        if not paths:
+            known = [path for path in modules if path and path.count(".") <= 1]
+            raise TargetError(f"train_also names {name!r}, which is no module.{nearest(name, known)} {_some(known)}")
+        found.update({path: modules[path] for path in paths})
+    return found
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by path; one that stands in several places has its first path only."""
+    first: dict[int, str] = {}
+    modules = {path: _unwrapped(module) for path, module in base_modules(model)}
+    return {path: module for path, module in modules.items() if first.setdefault(id(module), path) == path}
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, AdaptedLayer) else module
+
+
+def _matcher(layers: dict[str, nn.Module], targets: Targets, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    if callable(targets):
+        return targets
+    if isinstance(targets, str):
+        if targets in PRESETS:
+            chosen = _preset(layers, targets, model)
+            return lambda path, module: path in chosen
+        if re.fullmatch(r"[\w.\-]+", targets) is None:
+            try:
+                pattern = re.compile(targets)
+            except re.error as error:
+                raise TargetError(f"targets {targets!r} is no valid regular expression: {error}") from None
+            return lambda path, module: pattern.fullmatch(path) is not None
+        targets = [targets]
+    suffixes = tuple(targets)
+    return lambda path, module: any(path == s or path.endswith(f".{s}") for s in suffixes)
+
+
+def _preset(layers: dict[str, nn.Module], preset: str, model: nn.Module) -> set[str]:
+    linear = _linear_layers(layers, model)
+    attention = {path for path in linear if _in_attention(path, layers)}
+    if preset == "attention":
+        return attention
+    if preset == "query-value":
+        return {path for path in attention if _QUERY_OR_VALUE.search(path.rpartition(".")[2])}
+    return linear - attention if preset == "mlp" else linear
+
+
+def _linear_layers(layers: dict[str, nn.Module], model: nn.Module) -> set[str]:
+    """The linear layers of the repeated blocks; in a model without blocks, all but the last, which is its head."""
+    linear = [path for path, module in layers.items() if _is_linear(module)]
+    in_blocks = [path for path in linear if _in_blocks(path, layers)]
+    head = _output_head(model)
+    chosen = in_blocks or (linear[:-1] if len(linear) > 1 else linear)
+    return {path for path in chosen if head is None or layers[path] is not head}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    site = site_of(module)
+    return site is not None and site.kind in ("linear", "conv1d")
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return _unwrapped(head) if isinstance(head, nn.Module) else None
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _in_blocks(path: str, layers: dict[str, nn.Module]) -> bool:
+    return any(isinstance(layers[parent], nn.ModuleList) for parent in _parents(path))
+
+
+def _in_attention(path: str, layers: dict[str, nn.Module]) -> bool:
+    return any(
+        re.search(r"attn|attention", parent.rpartition(".")[2], re.IGNORECASE)
+        or re.search(r"attention|attn$", type(layers[parent]).__name__, re.IGNORECASE)
+        for parent in _parents(path)
+    )
+
+
+def _what_is_there(layers: dict[str, nn.Module], targets: Targets) -> str:
+    adaptable = [path for path, module in layers.items() if site_of(module) is not None]
+    if not adaptable:
+        return "It has no layer that can be adapted (Linear, GPT-2's Conv1D, Conv2d, Embedding)."
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in adaptable))
+    asked = [targets] if isinstance(targets, str) else [] if callable(targets) else list(targets)
+    hint = next((found for word in asked if (found := nearest(word, [*PRESETS, *names]))), "")
+    return (
+        f"Adaptable layers end in: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}.{hint} "
+        f"Presets: {', '.join(PRESETS)}."
+    )
+
+
+def _some(paths: Iterable[str]) -> str:
+    paths = list(paths)
+    return f"There are: {', '.join(paths[:12])}{', ...' if len(paths) > 12 else ''}."

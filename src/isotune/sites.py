@@ -1,0 +1,257 @@
+"""A frozen layer seen as the linear map `y = x Wᵀ + b`, with W of shape (out, in): a site.
+
+A site is a light view: it holds the layer and computes with it, and has no state of its own. `SITES` lists
+the layer kinds; a site with an adapter on it (`AdaptedSite`) is again a site, so adapters stack.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isotune.errors import TargetError
+from isotune.linalg.householder import at_least_fp32
+
+if TYPE_CHECKING:
+    from isotune.adapters.contract import Adapter
+
+
+class Site(ABC):
+    """What an adapter may ask of a layer. Shapes: x (..., in), y (..., out), W (out, in), unless a kind says else."""
+
+    kind: ClassVar[str]
+    rotates_input: ClassVar[bool] = False  # rows of x are rows of the linear map, so they can be rotated
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the layer itself."""
+        return self.layer(x)
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """W as a dense (out, in) view, detached from autograd."""
+
+    @property
+    def in_features(self) -> int:
+        """Columns of W."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+        return self.weight.shape[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias (out), if it has one."""
+        return getattr(self.layer, "bias", None)
+
+    @abstractmethod
+    def layout(self, W: Tensor) -> Tensor:
+        """W (out, in) in the layer's own shape; the inverse of `weight`."""
+
+    @abstractmethod
+    def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
+        """Run the layer with another dense weight; everything else about it stays."""
+
+    @abstractmethod
+    def project(self, x: Tensor, A: Tensor) -> Tensor:
+        """`x Aᵀ` for A (r, in), in the way the layer reads x; z has r features (r for each group of a conv)."""
+
+    @abstractmethod
+    def expand(self, z: Tensor, B: Tensor) -> Tensor:
+        """`z Bᵀ` for z from `project` and B (out, r)."""
+
+    def over_outputs(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply `change` to the rows (..., out) of `y - b`, then add b again."""
+        if self.bias is None:
+            return change(y)
+        bias = self.bias.to(y.dtype)
+        return change(y - bias) + bias
+
+
+class LinearSite(Site):
+    """`nn.Linear`, also one whose weight is stored packed."""
+
+    kind = "linear"
+    rotates_input = True
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight.detach()
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.out_features
+
+    def layout(self, W: Tensor) -> Tensor:
+        return W
+
+    def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
+        return F.linear(x, W.to(x.dtype), self.bias)
+
+    def project(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A.to(x.dtype))
+
+    def expand(self, z: Tensor, B: Tensor) -> Tensor:
+        return F.linear(z, B.to(z.dtype))
+
+
+class Conv1DSite(LinearSite):
+    """GPT-2's `Conv1D`: a linear layer that keeps its weight as (in, out)."""
+
+    kind = "conv1d"
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight.detach().mT
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.weight.shape[1]
+
+    def layout(self, W: Tensor) -> Tensor:
+        return W.mT.contiguous()
+
+
+class Conv2dSite(Site):
+    """`nn.Conv2d`: x (batch, channels, h, w), W (out, in / groups * kh * kw); every group sees the same columns."""
+
+    kind = "conv2d"
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight.detach().flatten(1)
+
+    def layout(self, W: Tensor) -> Tensor:
+        return W.reshape(-1, *self.layer.weight.shape[1:])
+
+    def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
+        return self.layer._conv_forward(x, self.layout(W).to(x.dtype), self.bias)
+
+    def project(self, x: Tensor, A: Tensor) -> Tensor:
+        kernels = self.layout(A).repeat(self.layer.groups, 1, 1, 1)
+        return self.layer._conv_forward(x, kernels.to(x.dtype), None)
+
+    def expand(self, z: Tensor, B: Tensor) -> Tensor:
+        return F.conv2d(z, B[:, :, None, None].to(z.dtype), groups=self.layer.groups)
+
+    def over_outputs(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        return super().over_outputs(y.movedim(-3, -1), change).movedim(-1, -3)
+
+
+class EmbeddingSite(Site):
+    """`nn.Embedding`: x holds indices, which stand for one-hot rows, so W is (dimension, number of embeddings)."""
+
+    kind = "embedding"
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight.detach().mT
+
+    def layout(self, W: Tensor) -> Tensor:
+        return W.mT.contiguous()
+
+    def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
+        return F.embedding(x, W.mT, self.layer.padding_idx)
+
+    def project(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.embedding(x, A.mT, self.layer.padding_idx)
+
+    def expand(self, z: Tensor, B: Tensor) -> Tensor:
+        return F.linear(z, B.to(z.dtype))
+
+
+class AdaptedSite(Site):
+    """A site with an adapter on it."""
+
+    def __init__(self, base: Site, adapter: Adapter) -> None:
+        super().__init__(base.layer)
+        self.base, self.adapter = base, adapter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.adapter(x, self.base)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.base.kind
+
+    @property
+    def rotates_input(self) -> bool:  # type: ignore[override]
+        return self.base.rotates_input
+
+    @property
+    def weight(self) -> Tensor:
+        # At least fp32: this is the dense twin, which fold, export and every test rely on.
+        return self.adapter.weight(at_least_fp32(self.base.weight))
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def layout(self, W: Tensor) -> Tensor:
+        return self.base.layout(W)
+
+    def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
+        return self.base.forward_with(x, W)
+
+    def project(self, x: Tensor, A: Tensor) -> Tensor:
+        return self.base.project(x, A)
+
+    def expand(self, z: Tensor, B: Tensor) -> Tensor:
+        return self.base.expand(z, B)
+
+    def over_outputs(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.base.over_outputs(y, change)
+
+
+def _is_gpt2_conv1d(layer: nn.Module) -> bool:
+    # By name, so that importing isotune does not import transformers' model code.
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def site_of(layer: nn.Module) -> Site | None:
+    """The site of a layer, or None where no kind fits (also for a subclass that computes something else)."""
+    if isinstance(layer, nn.Linear):
+        return LinearSite(layer)
+    if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
+        return Conv2dSite(layer)
+    if isinstance(layer, nn.Embedding) and type(layer).forward is nn.Embedding.forward and layer.max_norm is None:
+        return EmbeddingSite(layer)
+    return Conv1DSite(layer) if _is_gpt2_conv1d(layer) else None
+
+
+def require_site(layer: nn.Module, name: str) -> Site:
+    """The site of the layer called `name`; raises TargetError where it has none."""
+    site = site_of(layer)
+    if site is None:
+        raise TargetError(
+            f"the layer {name!r} is a {type(layer).__name__}, which cannot be adapted; "
+            "the kinds that can are Linear, GPT-2's Conv1D, Conv2d and Embedding"
+        )
+    return site
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where the layer's weight lives."""
+    return next(layer.parameters()).device
