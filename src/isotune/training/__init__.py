@@ -1,0 +1,29 @@
+"""From a recipe to a trained adapter: data, model, `transformers.Trainer`, evaluation.
+
+    from isotune.training import Recipe, evaluate, train
+
+The names are loaded on first use, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Recipe": "recipe",
+    "build_recipe": "recipe",
+    "Result": "run",
+    "Interrupted": "run",
+    "train": "run",
+    "evaluate": "evaluation",
+    "fit_probe": "probe",
+}
+
+__all__ = ["Interrupted", "Recipe", "Result", "build_recipe", "evaluate", "fit_probe", "train"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"isotune.training.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

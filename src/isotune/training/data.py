@@ -1,0 +1,166 @@
+"""Rows for a task: columns checked and joined, labels numbered, validation rows held out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from isotune.errors import DataError, nearest
+from isotune.training.recipe import DataSettings
+
+if TYPE_CHECKING:
+    import datasets
+
+Row = dict[str, str]
+"""`text` and `label`, or `text` alone, or `prompt` and `completion`."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a run and, for a classification, the label names in the order of their numbers."""
+
+    train: list[Row]
+    validation: list[Row] = field(default_factory=list)
+    test: list[Row] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+
+
+def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
+    """Read training, validation and test rows and check every one of them.
+
+    Raises:
+        DataError: A missing or empty file, an unknown column, a row without text, a single label, or a label in
+            the validation or test rows that the training rows do not have.
+    """
+    from isotune.training.sources import open_source
+
+    source = open_source(data.train, data.subset)
+    if "train" not in source:
+        raise DataError(f"{data.train} has no split 'train'; it has: {', '.join(source)}")
+    train = read_rows(source["train"], data, task, data.train)
+    test = _named_split(data.test, source, data, task) if data.test else []
+    if isinstance(data.validation, float):
+        one_document = task == "causal-lm" and len(train) == 1 and "text" in train[0]
+        cut = _cut_tail if one_document else hold_out
+        train, validation = cut(train, data.validation, seed)
+    else:
+        validation = _named_split(data.validation, source, data, task) if data.validation else []
+    if data.max_train_rows is not None and data.max_train_rows < len(train):
+        train = [train[index] for index in _permutation(len(train), seed)[: data.max_train_rows]]
+    labels = _label_names(train, data) if task == "classification" else []
+    for name, rows in (("validation", validation), ("test", test)):
+        check_labels(rows, labels, f"the {name} rows")
+    return Splits(train, validation, test, labels)
+
+
+def load_rows(source: str, data: DataSettings, task: str) -> list[Row]:
+    """The rows of one file (or split `test`, else `train`, of a source with several splits)."""
+    from isotune.training.sources import open_source
+
+    splits = open_source(source, data.subset)
+    name = "test" if "test" in splits else next(iter(splits))
+    return read_rows(splits[name], data, task, source)
+
+
+def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split off a seeded share of the rows: the same share of every label, and always one row left of each."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index in _permutation(len(rows), seed):
+        groups[rows[index].get("label", "")].append(index)
+    held: set[int] = set()
+    for members in groups.values():
+        held.update(members[: min(round(fraction * len(members)), len(members) - 1)])
+    if not held:
+        raise DataError(
+            f"data.validation: {fraction} of {len(rows)} rows leaves no validation row; "
+            "give a larger fraction, a file, or null for none"
+        )
+    kept = [row for index, row in enumerate(rows) if index not in held]
+    return kept, [rows[index] for index in sorted(held)]
+
+
+def _cut_tail(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:  # noqa: ARG001
+    """The last share of a single document, which has no rows to draw from."""
+    text = rows[0]["text"]
+    place = len(text) - round(fraction * len(text))
+    return [{"text": text[:place]}], [{"text": text[place:]}]
+
+
+def check_labels(rows: list[Row], labels: list[str], where: str) -> None:
+    """Raise DataError for the first row whose label is not among `labels`; rows without labels pass."""
+    known = set(labels)
+    for number, row in enumerate(rows, start=1):
+        if "label" in row and row["label"] not in known:
+            raise DataError(
+                f"row {number} of {where} has the label {row['label']!r}, which the training rows do not have; "
+                f"they have: {', '.join(labels)}"
+            )
+
+
+def read_rows(dataset: datasets.Dataset, data: DataSettings, task: str, where: str) -> list[Row]:
+    """The columns that the task needs, as text; every row is checked.
+
+    Raises:
+        DataError: An unknown column, or a row in which one of them is missing or blank.
+    """
+    if not len(dataset):
+        raise DataError(f"{where}: there are no rows")
+    if data.prompt is not None and data.completion is not None:
+        columns = {"prompt": [data.prompt], "completion": [data.completion]}
+    else:
+        columns = {"text": [data.text] if isinstance(data.text, str) else data.text}
+        if task == "classification":
+            columns["label"] = [data.label]
+    for key, names in columns.items():
+        for name in names:
+            _check_column(name, key, dataset.column_names, where)
+    read = {key: _join(dataset, names, data.separator, where) for key, names in columns.items()}
+    return [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
+
+
+def _check_column(name: str, key: str, found: list[str], where: str) -> None:
+    if name not in found:
+        raise DataError(
+            f"{where}: no column {name!r} (data.{key}).{nearest(name, found)} Columns there: {', '.join(found)}"
+        )
+
+
+def _join(dataset: datasets.Dataset, names: list[str], separator: str, where: str) -> list[str]:
+    parts: list[list[str]] = []
+    for name in names:
+        texts = ["" if value is None else str(value) for value in dataset[name][:]]
+        for number, text in enumerate(texts, start=1):
+            if not text.strip():
+                raise DataError(f"{where}: row {number} has nothing in column {name!r} (rows counted from 1)")
+        parts.append(texts)
+    return [separator.join(values) for values in zip(*parts, strict=True)]
+
+
+def _named_split(
+    name: str, source: dict[str, datasets.Dataset], data: DataSettings, task: str
+) -> list[Row]:
+    """Rows of a split of the training source, or else of a source of its own."""
+    if name in source:
+        return read_rows(source[name], data, task, f"{data.train}, split {name}")
+    return load_rows(name, data, task)
+
+
+def _label_names(rows: list[Row], data: DataSettings) -> list[str]:
+    labels = sorted({row["label"] for row in rows}, key=_number_or_word)
+    if len(labels) < 2:
+        raise DataError(
+            f"{data.train}: every training row has the label {labels[0]!r}; "
+            f"a classification needs at least two (column {data.label!r})"
+        )
+    return labels
+
+
+def _number_or_word(label: str) -> tuple[int, int, str]:
+    return (0, int(label), label) if label.lstrip("-").isdecimal() else (1, 0, label)
+
+
+def _permutation(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,114 @@
+"""A linear probe: the frozen model's features once, then a logistic regression to convergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isotune.training.models import Classifier
+from isotune.training.tasks import Collator, Example, classification_metrics
+
+STRENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+"""L2 strengths tried, on standardised features, strongest first."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The fitted head, the strength the validation rows chose, and the metrics there."""
+
+    weight: Tensor
+    bias: Tensor
+    l2: float
+    validation: dict[str, float]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Scores of shape (n, classes) for features of shape (n, hidden)."""
+        return features.double() @ self.weight.T + self.bias
+
+    def metrics(self, features: Tensor, labels: Tensor) -> dict[str, float]:
+        """Accuracy, macro-F1 and loss on features of shape (n, hidden)."""
+        return classification_metrics(self.logits(features).numpy(), labels.numpy())
+
+
+def extract_features(
+    model: Classifier,
+    examples: Sequence[Example],
+    collator: Collator,
+    batch_size: int = 64,
+    advance: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pooled features in float64, shape (n, hidden), and the labels, in the order of `examples`.
+
+    Args:
+        model: The classifier; its adapters should be disabled, its mode is left as it was.
+        examples: Tokenised rows with labels.
+        collator: Makes a batch of them.
+        batch_size: Rows at a time; rows of like length go together.
+        advance: Called with the number of rows after each batch.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
+    features = torch.empty(len(examples), model.head.in_features, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collator([examples[index] for index in chosen])
+            pooled = model.features(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+            features[chosen] = pooled.double().cpu()
+            if advance is not None:
+                advance(len(chosen))
+    model.train(was_training)
+    return features, torch.tensor([example["labels"] for example in examples])
+
+
+def fit_probe(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    validation: tuple[Tensor, Tensor] | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Probe:
+    """Logistic regressions from the strongest L2 to the weakest; the validation rows choose one.
+
+    Args:
+        features: Shape (n, hidden), float64.
+        labels: Shape (n,).
+        classes: Number of classes.
+        validation: Features and labels to choose by (accuracy, then loss); without them L2 is 1e-3.
+        strengths: The L2 strengths to try.
+    """
+    mean, scale = features.mean(0), features.std(0).clamp(min=1e-8)
+    standard = (features - mean) / scale
+    parameters = torch.zeros(classes, features.shape[1] + 1, dtype=torch.float64)
+    fitted = []
+    for strength in strengths if validation is not None else (1e-3,):
+        parameters = _logistic_regression(standard, labels, strength, parameters)
+        weight = parameters[:, :-1] / scale
+        probe = Probe(weight, parameters[:, -1] - weight @ mean, strength, {})
+        metrics = probe.metrics(*validation) if validation is not None else {}
+        fitted.append(Probe(probe.weight, probe.bias, strength, metrics))
+    return max(fitted, key=lambda probe: (probe.validation.get("accuracy", 0), -probe.validation.get("loss", 0)))
+
+
+def _logistic_regression(features: Tensor, labels: Tensor, l2: float, start: Tensor) -> Tensor:
+    """Minimises mean cross entropy + l2/2 |weight|² by LBFGS; the last column is the bias, unpenalised."""
+    parameters = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [parameters], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        weight, bias = parameters[:, :-1], parameters[:, -1]
+        loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, labels)
+        loss = loss + 0.5 * l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return parameters.detach()
