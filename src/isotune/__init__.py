@@ -1,16 +1,19 @@
 """isotune: adapt pretrained PyTorch models with orthogonal and low-rank adapters."""
 
+__version__ = "0.1.0"
+
 from isotune.adapters.contract import Adapter, LowRank, Rotation
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.adapters.orthogonal.hra import HRA
 from isotune.adapters.registry import method
 from isotune.adapters.settings import Settings
+from isotune.checkpoint.export import export_lora
+from isotune.checkpoint.load import load, load_weights
+from isotune.checkpoint.save import save
 from isotune.errors import IsotuneError
 from isotune.model.attach import adapt, remove
 from isotune.model.fold import fold, unfold
 from isotune.model.switch import after_step, describe, disabled, penalty, use
-
-__version__ = "0.1.0"
 
 __all__ = [
     "HRA",
@@ -24,10 +27,14 @@ __all__ = [
     "after_step",
     "describe",
     "disabled",
+    "export_lora",
     "fold",
+    "load",
+    "load_weights",
     "method",
     "penalty",
     "remove",
+    "save",
     "unfold",
     "use",
 ]

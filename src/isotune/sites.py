@@ -236,7 +236,11 @@ def site_of(layer: nn.Module) -> Site | None:
         return LinearSite(layer)
     if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
         return Conv2dSite(layer)
-    if isinstance(layer, nn.Embedding) and type(layer).forward is nn.Embedding.forward and layer.max_norm is None:
+    if (
+        isinstance(layer, nn.Embedding)
+        and type(layer).forward is nn.Embedding.forward
+        and layer.max_norm is None
+    ):
         return EmbeddingSite(layer)
     return Conv1DSite(layer) if _is_gpt2_conv1d(layer) else None
 

@@ -78,7 +78,9 @@ class NotInPEFT(Exception):
 def check_rank(rank: int, limit: int, what: str) -> None:
     """Raise OptionError unless `rank` is at most `limit`, the size of `what`."""
     if rank > limit:
-        raise OptionError(f"rank {rank} is larger than the layer: {what} is {limit}; choose a rank of at most {limit}")
+        raise OptionError(
+            f"rank {rank} is larger than the layer: {what} is {limit}; choose a rank of at most {limit}"
+        )
 
 
 def _explain(settings: type[Settings], error: ValidationError) -> str:
@@ -92,5 +94,7 @@ def _explain(settings: type[Settings], error: ValidationError) -> str:
                 f"{settings.name} has no option {option!r}.{nearest(option, known)} Its options: {', '.join(known)}."
             )
         else:
-            lines.append(f"{settings.name}: {option}={problem['input']!r} is not usable: {problem['msg'].lower()}.")
+            lines.append(
+                f"{settings.name}: {option}={problem['input']!r} is not usable: {problem['msg'].lower()}."
+            )
     return " ".join(lines)

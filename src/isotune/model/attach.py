@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from isotune.model.layers import (
 from isotune.model.switch import adapter_names, use
 from isotune.model.targets import Targets, find_modules, find_targets, matching
 from isotune.sites import device_of, require_site
+
+W = TypeVar("W", AdaptedLayer, TrainedModule)
 
 
 def adapt(
@@ -57,21 +59,44 @@ def adapt(
         TargetError: A target or override matches nothing, or a layer that the method cannot adapt.
         OptionError: An option does not fit a layer, or the name is taken. The model is then as it was.
     """
-    _check_name(model, name)
     train_also = tuple(train_also)
     layers = find_targets(model, targets, exclude, trained=train_also)
     chosen = _settings_by_path(model, settings, layers, overrides or {})
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    adapters = {path: _build(chosen[path], layers[path], path, seed) for path in layers}
-    trained = find_modules(model, train_also)
+    adapters = build_adapters(layers, chosen, seed)
+    attach(model, adapters, chosen, find_modules(model, train_also), name)
+    return use(model, name)
 
+
+def build_adapters(
+    layers: Mapping[str, nn.Module], settings: Mapping[str, Settings], seed: int = 0
+) -> dict[str, Adapter]:
+    """A fresh adapter for each layer, by path, on the layer's device; nothing is attached.
+
+    Raises TargetError or OptionError for a layer that its settings do not fit.
+    """
+    return {path: _build(settings[path], layer, path, seed) for path, layer in layers.items()}
+
+
+def attach(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    settings: Mapping[str, Settings],
+    trained: Mapping[str, nn.Module],
+    name: str,
+) -> None:
+    """Freeze the model and put built adapters, and copies of the modules in `trained`, on it, not yet active.
+
+    Raises OptionError where the name is taken; the model is then as it was.
+    """
+    _check_name(model, name)
+    modules = dict(base_modules(model))
+    _check_trained(trained)
     model.requires_grad_(False)
     for path, adapter in adapters.items():
-        _adapted(model, path, layers[path]).add(name, adapter, chosen[path])
-    for path, module in trained.items():
-        _trained(model, path, module).add(name)
-    use(model, name)
-    return model
+        _wrapper_at(model, modules[path], path, AdaptedLayer).add(name, adapter, settings[path])
+    for path in trained:
+        _wrapper_at(model, modules[path], path, TrainedModule).add(name)
 
 
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -103,13 +128,20 @@ def _check_name(model: nn.Module, name: str) -> None:
             "torch.nn.ModuleDict"
         )
     if name in adapter_names(model):
-        raise OptionError(f"the model already has an adapter {name!r}; choose another name, or remove that one first")
+        raise OptionError(
+            f"the model already has an adapter {name!r}; choose another name, or remove that one first"
+        )
     if any(layer.folded for _, layer in adapted_layers(model)):
-        raise OptionError("the model's adapters are folded into its weights; call unfold before adding another")
+        raise OptionError(
+            "the model's adapters are folded into its weights; call unfold before adding another"
+        )
 
 
 def _settings_by_path(
-    model: nn.Module, settings: Settings, layers: dict[str, nn.Module], overrides: Mapping[str, Mapping[str, Any]]
+    model: nn.Module,
+    settings: Settings,
+    layers: dict[str, nn.Module],
+    overrides: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Settings]:
     chosen = dict.fromkeys(layers, settings)
     for pattern, options in overrides.items():
@@ -137,21 +169,18 @@ def _build(settings: Settings, layer: nn.Module, path: str, seed: int) -> Adapte
     return adapter.to(device_of(layer), dtype)
 
 
-def _adapted(model: nn.Module, path: str, layer: nn.Module) -> AdaptedLayer:
-    """The wrapper at `path`, put there if need be."""
-    current = dict(base_modules(model))[path]
-    if isinstance(current, AdaptedLayer):
-        return current
-    wrapper = AdaptedLayer(layer, path)
-    replace_module(model, layer, wrapper)
-    return wrapper
+def _check_trained(trained: Mapping[str, nn.Module]) -> None:
+    for path, module in trained.items():
+        if any(True for _ in adapted_layers(module)):
+            raise TargetError(
+                f"train_also names {path!r}, but an adapter is on it or inside it; train one or the other"
+            )
 
 
-def _trained(model: nn.Module, path: str, module: nn.Module) -> TrainedModule:
-    if isinstance(module, TrainedModule):
+def _wrapper_at(model: nn.Module, module: nn.Module, path: str, kind: type[W]) -> W:
+    """The wrapper of `module`, put in its place if need be."""
+    if isinstance(module, kind):
         return module
-    if isinstance(module, AdaptedLayer) or any(True for _ in adapted_layers(module)):
-        raise TargetError(f"train_also names {path!r}, but an adapter is on it or inside it; train one or the other")
-    wrapper = TrainedModule(module, path)
+    wrapper = kind(module, path)
     replace_module(model, module, wrapper)
     return wrapper

@@ -33,7 +33,9 @@ class LoRA(Settings):
     peft_type: ClassVar[str | None] = "LORA"
 
     rank: int = Field(8, gt=0, description="Rank of W' - W.")
-    alpha: float | None = Field(None, gt=0, description="Scaling numerator; the default is the rank, so that s = 1.")
+    alpha: float | None = Field(
+        None, gt=0, description="Scaling numerator; the default is the rank, so that s = 1."
+    )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) in place of alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A while training.")
 
@@ -84,7 +86,9 @@ class LoRA(Settings):
             # Such a start also changes the base weight, which an adapter folder does not hold.
             asked.append(f"init_lora_weights={config['init_lora_weights']!r}")
         if asked:
-            raise OptionError(f"lora: this PEFT adapter uses {', '.join(asked)}, which plain LoRA cannot express")
+            raise OptionError(
+                f"lora: this PEFT adapter uses {', '.join(asked)}, which plain LoRA cannot express"
+            )
         return cls(
             rank=_matching(config.get("rank_pattern") or {}, path, config["r"]),
             alpha=_matching(config.get("alpha_pattern") or {}, path, config["lora_alpha"]),

@@ -1,0 +1,92 @@
+"""A base model's weights on disk, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from isotune.errors import CheckpointError
+
+
+class StoredBase:
+    """The safetensors files of a base model, sharded or not. Raises CheckpointError where there are none."""
+
+    def __init__(self, name: str | Path) -> None:
+        self.folder = _folder(name)
+        self.file_of = self._index()
+
+    def weight(self, path: str) -> Tensor:
+        """The weight of the layer at `path`.
+
+        A module around the stored model (or a prefix in the stored names) may make the two paths differ at the
+        front; the longest common ending decides, if it is the only one. Raises CheckpointError where none fits.
+        """
+        key = self._key(f"{path}.weight")
+        try:
+            with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
+                return opened.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / self.file_of[key]} cannot be read: {error}") from None
+
+    def _key(self, wanted: str) -> str:
+        parts = wanted.split(".")
+        for start in range(len(parts) - 1):
+            ending = ".".join(parts[start:])
+            fitting = [key for key in self.file_of if key == ending or key.endswith(f".{ending}")]
+            if len(fitting) == 1:
+                return fitting[0]
+        raise CheckpointError(
+            f"the base in {self.folder} has no tensor {wanted!r}; name the right one with base=... (--base)"
+        )
+
+    def _index(self) -> dict[str, str]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            return dict(json.loads(index.read_text())["weight_map"])
+        file = self.folder / "model.safetensors"
+        if not file.is_file():
+            raise CheckpointError(
+                f"the base {self.folder} holds no model.safetensors; name another with base=... (--base)"
+            )
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return dict.fromkeys(opened.keys(), file.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def _folder(name: str | Path) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub client raises many kinds, from bad names to a network that is down
+        raise CheckpointError(
+            f"the base model {str(name)!r} is no folder here and could not be had from the hub "
+            f"({type(error).__name__}); name a folder with base=... (--base)"
+        ) from None
+
+
+def stored_layer(kind: str, weight: Tensor) -> nn.Module:
+    """A layer of the given site kind that holds `weight` (in the layer's own shape) and nothing else."""
+    layer: nn.Module
+    with torch.device("meta"):
+        if kind == "embedding":
+            layer = nn.Embedding(*weight.shape)
+        elif kind == "conv2d":
+            out, n_in, *kernel = weight.shape
+            layer = nn.Conv2d(n_in, out, tuple(kernel), bias=False)  # type: ignore[arg-type]
+        elif kind == "conv1d":
+            from transformers.pytorch_utils import Conv1D
+
+            layer = Conv1D(weight.shape[1], weight.shape[0])
+        else:
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer

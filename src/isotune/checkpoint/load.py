@@ -1,0 +1,124 @@
+"""Put a stored adapter on a model: strictly, and all or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from isotune.adapters.contract import Adapter, check_tensors
+from isotune.checkpoint.save import base_config_hash
+from isotune.checkpoint.stored import StoredAdapter, read_stored
+from isotune.errors import CheckpointError, IsotuneError
+from isotune.model.attach import attach, build_adapters
+from isotune.model.layers import AdaptedLayer, TrainedModule, base_modules
+from isotune.model.switch import use
+from isotune.sites import require_site
+
+
+def load(
+    model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False, force: bool = False
+) -> nn.Module:
+    """Put the adapter saved at `path` on the model, in place, and use it alone.
+
+    Args:
+        model: The base model that the adapter was made for (it may have other adapters).
+        path: An adapter folder written by isotune or by PEFT.
+        name: The adapter's name on this model.
+        trainable: Whether it goes on training.
+        force: Load onto a base whose configuration differs from the one that the adapter was made for.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: The folder is damaged, holds too much or too little, or is for another base. The model is
+            then as it was.
+    """
+    stored = read_stored(path)
+    modules = {p: _base(m) for p, m in base_modules(model)}
+    _check_base(model, modules, stored, force)
+    try:
+        layers = {p: modules[p] for p in stored.settings}
+        adapters = build_adapters(layers, stored.settings)
+    except IsotuneError as error:
+        raise CheckpointError(f"{path} does not fit this model: {error}") from None
+    for p, adapter in adapters.items():
+        fill(adapter, stored, p, layers[p])
+    for p, found in stored.trained.items():
+        _check_module(modules[p], found, p, stored.path)
+    attach(model, adapters, stored.settings, {p: modules[p] for p in stored.trained}, name)
+    current: dict[str, Any] = dict(base_modules(model))
+    for p, found in stored.trained.items():
+        current[p].parts[name].load_state_dict(found)
+    return use(model, name, train=trainable)
+
+
+def load_weights(model: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Take the values saved at `path` over into the adapter `name`, which the model already has, bit for bit.
+
+    Raises CheckpointError where the two differ in anything but values.
+    """
+    stored = read_stored(path)
+    wrappers: dict[str, Any] = {
+        p: m
+        for p, m in base_modules(model)
+        if isinstance(m, AdaptedLayer | TrainedModule) and name in m.parts
+    }
+    settings = {p: m.settings[name] for p, m in wrappers.items() if isinstance(m, AdaptedLayer)}
+    if settings != stored.settings or wrappers.keys() != settings.keys() | stored.trained.keys():
+        raise CheckpointError(f"{path} was not saved from the adapter {name!r} as it is on this model")
+    for p, found in stored.trained.items():
+        _check_module(wrappers[p].base_layer, found, p, stored.path)
+    for p in stored.settings:
+        fill(wrappers[p].parts[name], stored, p, wrappers[p].base_layer)
+    for p, found in stored.trained.items():
+        wrappers[p].parts[name].load_state_dict(found)
+
+
+def fill(adapter: Adapter, stored: StoredAdapter, p: str, layer: nn.Module) -> None:
+    """Give an adapter built for the layer at `p` its stored tensors. Raises CheckpointError where they do not fit."""
+    try:
+        adapter.load_peft_state(stored.state[p], require_site(layer, p))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{stored.path}, at {p!r}: {error.args[0]}") from None
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, AdaptedLayer | TrainedModule) else module
+
+
+def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredAdapter, force: bool) -> None:
+    other = f"{stored.path} was made for another base"
+    for p in (*stored.settings, *stored.trained, *stored.base_weights):
+        if p not in modules:
+            raise CheckpointError(f"{other}: this model has no layer {p!r}")
+    for p, tensor in stored.base_weights.items():
+        weight: Any = modules[p].weight
+        if tensor.shape != weight.shape or not tensor.to(weight.dtype).equal(weight.detach().cpu()):
+            raise CheckpointError(
+                f"{other}: it comes with its own weight for {p!r}, which differs from this model's"
+            )
+    if stored.header is None:
+        return
+    for p, entry in stored.header["sites"].items():
+        site = require_site(modules[p], p)
+        if [site.out_features, site.in_features] != entry["shape"]:
+            raise CheckpointError(
+                f"{other}: {p!r} was {entry['shape']} (out, in) there and is "
+                f"{[site.out_features, site.in_features]} here"
+            )
+    here, there = base_config_hash(model), stored.header["base_config"]
+    if there and here and here != there and not force:
+        raise CheckpointError(
+            f"{other}: the model's configuration differs from the one that it was made for. "
+            "If you know that the two fit, load it with force=True (--force)"
+        )
+
+
+def _check_module(module: nn.Module, found: dict[str, Tensor], p: str, path: Path) -> None:
+    try:
+        check_tensors(found, {key: tuple(t.shape) for key, t in module.state_dict().items()})
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}, at {p!r} (trained in full): {error.args[0]}") from None

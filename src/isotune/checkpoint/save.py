@@ -1,0 +1,169 @@
+"""Write an adapter in PEFT's layout, so that PEFT loads it wherever PEFT has the method."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import isotune
+from isotune.adapters.registry import method_class
+from isotune.adapters.settings import NotInPEFT, Settings
+from isotune.checkpoint.card import adapter_card
+from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapter
+from isotune.checkpoint.stored import FULL, PREFIX, own_type
+from isotune.errors import CheckpointError
+from isotune.model.layers import AdaptedLayer, adapted_layers, trained_modules
+from isotune.model.switch import active_names, adapter_names
+from isotune.sites import Site
+
+# Fields of a model's config that do not decide its architecture; private ones and token ids are left out too.
+_VOLATILE = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "id2label", "label2id",
+             "problem_type")  # fmt: skip
+
+
+def save(model: nn.Module, path: str | Path, name: str | None = None, base_model: str | None = None) -> Path:
+    """Write one adapter of the model to the folder `path`: all or nothing, whatever happens meanwhile.
+
+    Args:
+        model: A model with adapters.
+        path: The folder; it may be absent, empty, or hold an older adapter, which is then replaced.
+        name: Which adapter; may be left out where the model has one, or one active.
+        base_model: Name or path of the base for the config; by default what the model's own config says.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: No such adapter, a folder that is not an adapter's, no permission, or a full disk.
+    """
+    name = name or _only_adapter(model)
+    layers = {p: layer for p, layer in adapted_layers(model) if name in layer.parts}
+    trained = {p: module.parts[name] for p, module in trained_modules(model) if name in module.parts}
+    if not layers and not trained:
+        raise CheckpointError(
+            f"the model has no adapter {name!r}; it has: {', '.join(adapter_names(model)) or 'none'}"
+        )
+    settings = {p: layer.settings[name] for p, layer in layers.items()}
+    config, reason = _config(settings, layers, list(trained), base_model or base_model_name(model))
+    tensors = {
+        f"{PREFIX}{p}.{key}": tensor
+        for p, layer in layers.items()
+        for key, tensor in layer.parts[name].peft_state(layer.bare).items()
+    }
+    tensors |= trained_tensors(trained)
+    with replaced_folder(path) as folder:
+        write_adapter(folder, config, tensors, _header(model, layers, settings, list(trained)))
+        (folder / CARD).write_text(adapter_card(config, settings, tensors, reason))
+    return Path(path)
+
+
+def trained_tensors(trained: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of modules trained in full, under PEFT's names."""
+    return {
+        f"{PREFIX}{p}.{key}": t for p, module in trained.items() for key, t in module.state_dict().items()
+    }
+
+
+def base_model_name(model: nn.Module) -> str | None:
+    """The name or path under which the base model was loaded, if its config knows."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def base_config_hash(model: nn.Module) -> str:
+    """A fingerprint of the base model's architecture; empty for a model without a config."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return ""
+    fields = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in _VOLATILE and not key.startswith("_") and not key.endswith("_token_id")
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _only_adapter(model: nn.Module) -> str:
+    names, active = adapter_names(model), active_names(model)
+    if len(names) == 1 or len(active) == 1:
+        return names[0] if len(names) == 1 else active[0]
+    raise CheckpointError(
+        f"the model has the adapters {', '.join(names)}; say which one to save, as name=..."
+        if names
+        else "the model has no adapter to save; call isotune.adapt first"
+    )
+
+
+def peft_fields(sites: dict[str, Site], trained: list[str], base_model: str | None) -> dict[str, Any]:
+    """The fields of PEFT's config that every method has."""
+    fields: dict[str, Any] = {
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "target_modules": sorted(sites),
+        "modules_to_save": sorted(trained) or None,
+        "task_type": None,
+    }
+    if any(site.kind == "conv1d" for site in sites.values()):
+        fields["fan_in_fan_out"] = True
+    return fields
+
+
+def _config(
+    settings: dict[str, Settings], layers: dict[str, AdaptedLayer], trained: list[str], base_model: str | None
+) -> tuple[dict[str, Any], str | None]:
+    """The adapter's config and, where PEFT cannot load it, why."""
+    sites = {path: layer.bare for path, layer in layers.items()}
+    method = method_class(next(iter(settings.values())).name) if settings else None
+    common = peft_fields(sites, trained, base_model)
+    reason = None
+    if method is not None:
+        try:
+            if refused := {path: why for path, site in sites.items() if (why := refused_by_peft(site))}:
+                path, why = next(iter(refused.items()))
+                raise NotInPEFT(f"{path} {why}")
+            return {"peft_type": method.peft_type, **common, **method.peft_config(settings)}, None
+        except NotInPEFT as error:
+            reason = str(error)
+    return {
+        "peft_type": own_type(method.name if method else FULL),
+        **common,
+    }, reason or "it has no adapted layer"
+
+
+def refused_by_peft(site: Site) -> str | None:
+    """Why PEFT's adapter layers would refuse this layer or compute something else on it; None where they would not."""
+    if site.kind != "conv2d":
+        return None
+    conv: Any = site.layer
+    if conv.groups != 1:
+        return f"is a convolution with groups={conv.groups}, which PEFT does not adapt in this form"
+    if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+        return "is a convolution whose dilation or padding mode PEFT ignores"
+    return None
+
+
+def _header(
+    model: nn.Module, layers: dict[str, AdaptedLayer], settings: dict[str, Settings], trained: list[str]
+) -> dict[str, Any]:
+    options = {path: s.model_dump(exclude_defaults=True) for path, s in settings.items()}
+    common = next(iter(options.values()), {})
+    sites: dict[str, dict[str, Any]] = {}
+    for path, layer in layers.items():
+        site = layer.bare
+        sites[path] = {"kind": site.kind, "shape": [site.out_features, site.in_features]}
+        if options[path] != common:
+            sites[path]["settings"] = options[path]
+        if why := refused_by_peft(site):
+            sites[path]["refused"] = why
+    return {
+        "format": FORMAT,
+        "isotune": isotune.__version__,
+        "method": next(iter(settings.values())).name if settings else FULL,
+        "settings": common,
+        "sites": sites,
+        "trained": sorted(trained),
+        "base_config": base_config_hash(model),
+    }

@@ -1,0 +1,139 @@
+"""An adapter folder, isotune's or PEFT's, understood without a model: which layers, which settings, which tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from isotune.adapters.registry import method_class, method_names
+from isotune.adapters.settings import Settings
+from isotune.checkpoint.files import read_adapter
+from isotune.errors import CheckpointError, OptionError
+
+PREFIX = "base_model.model."
+FULL = "full"  # the method of an adapter that only trains modules in full
+
+State = dict[str, dict[str, Tensor]]  # by module path, then by the tensor's name there
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What an adapter folder holds."""
+
+    path: Path
+    config: dict[str, Any]
+    header: dict[str, Any] | None
+    """What isotune adds in the safetensors header; None where PEFT wrote the file."""
+    settings: dict[str, Settings]
+    """The settings of each adapted layer, by path."""
+    state: State
+    """The adapters' tensors."""
+    trained: State
+    """The tensors of the modules trained in full."""
+    base_weights: dict[str, Tensor]
+    """Copies of base weights that PEFT stores beside an adapted embedding."""
+
+    @property
+    def method(self) -> str:
+        """The name of the method, or "full"."""
+        return next(iter(self.settings.values())).name if self.settings else FULL
+
+
+def read_stored(path: str | Path) -> StoredAdapter:
+    """Read and check the adapter folder at `path`.
+
+    Raises CheckpointError for a folder that is no adapter, is damaged, incomplete, holds too much, or is of a
+    method that is not known.
+    """
+    path = Path(path)
+    config, tensors, header = read_adapter(path)
+    try:
+        if header is not None:
+            return _from_isotune(path, config, tensors, header)
+        return _from_peft(path, config, tensors)
+    except OptionError as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the config or header of {path} is damaged: {error!r}") from None
+
+
+def _from_isotune(
+    path: Path, config: dict[str, Any], tensors: dict[str, Tensor], header: dict[str, Any]
+) -> StoredAdapter:
+    sites, trained_paths = header["sites"], header["trained"]
+    state: State = defaultdict(dict)
+    trained: State = {p: {} for p in trained_paths}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        owner = _owner(name, sites) or _owner(name, trained_paths)
+        if owner is None:
+            raise CheckpointError(f"{path} holds {key!r}, which belongs to no layer that its header names")
+        (trained if owner in trained else state)[owner][name.removeprefix(f"{owner}.")] = tensor
+    if missing := sorted(sites.keys() - state.keys()):
+        raise CheckpointError(f"{path} is incomplete: it has no tensors for {missing[0]!r}")
+    if not sites:
+        return StoredAdapter(path, config, header, {}, {}, trained, {})
+    method = method_class(header["method"])
+    if config["peft_type"] not in (method.peft_type, own_type(method.name)):
+        raise CheckpointError(
+            f"{path}: the config says {config['peft_type']!r}, but the tensors are those of {method.name!r}; "
+            "the folder mixes two adapters"
+        )
+    settings = {p: method(**site.get("settings", header["settings"])) for p, site in sites.items()}
+    return StoredAdapter(path, config, header, settings, dict(state), trained, {})
+
+
+def _owner(name: str, paths: Any) -> str | None:
+    """The longest of `paths` that `name` lies under."""
+    parts = name.split(".")
+    return next((p for end in range(len(parts) - 1, 0, -1) if (p := ".".join(parts[:end])) in paths), None)
+
+
+def _from_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> StoredAdapter:
+    method = _method_of(config["peft_type"], path)
+    if config.get("bias", "none") != "none":
+        raise OptionError(f"its config has bias={config['bias']!r}; trained biases are not supported")
+    state: State = defaultdict(dict)
+    trained: State = defaultdict(dict)
+    base_weights: dict[str, Tensor] = {}
+    in_full = config.get("modules_to_save") or []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        layer, mark, tensor_name = name.rpartition(f".{method.name}_")
+        module = next(
+            (m for full in in_full if (m := re.match(rf"(?:.*?\.)?{re.escape(full)}(?=\.)", name))), None
+        )
+        if mark:
+            state[layer][f"{method.name}_{tensor_name}"] = tensor
+        elif name.endswith(".base_layer.weight"):
+            base_weights[name.removesuffix(".base_layer.weight")] = tensor
+        elif module is not None:
+            trained[module.group()][name.removeprefix(f"{module.group()}.")] = tensor
+        else:
+            raise CheckpointError(
+                f"{path} holds {key!r}, which is no tensor of {config['peft_type']!r} and of no module to save"
+            )
+    settings = {p: method.from_peft_config(config, p) for p in state}
+    if not settings:
+        raise CheckpointError(f"{path} is incomplete: it has no tensors of its type, {config['peft_type']!r}")
+    return StoredAdapter(path, config, None, settings, dict(state), dict(trained), base_weights)
+
+
+def own_type(method: str) -> str:
+    """The `peft_type` of an adapter that PEFT cannot load."""
+    return f"ISOTUNE_{method.upper()}"
+
+
+def _method_of(peft_type: str, path: Path) -> type[Settings]:
+    for name in method_names():
+        if method_class(name).peft_type == peft_type:
+            return method_class(name)
+    known = ", ".join(t for n in method_names() if (t := method_class(n).peft_type))
+    raise CheckpointError(
+        f"{path} is a PEFT adapter of type {peft_type!r}; the types that can be read are: {known}"
+    )
