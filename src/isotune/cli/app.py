@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from isotune.cli import train
 from isotune.errors import IsotuneError
 
 app = typer.Typer(
@@ -16,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+train.register(app)
 
 
 def main() -> None:

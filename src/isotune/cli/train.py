@@ -1,0 +1,130 @@
+"""`isotune train` and `isotune evaluate`: flags in, metrics out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Flag = typer.Option
+
+_TRAIN_HELP = """Train an adapter from a recipe, from flags, or from a recipe with flags over it.
+
+Everything goes into the output folder: the resolved recipe, checkpoints, the adapter, metrics.json.
+
+Examples:
+
+  isotune train recipe.yaml --set method.rank=16
+
+  isotune train --model minilm --data train.csv --test test.csv --text sentence --label intent --output runs/one
+
+  isotune train --model ./llama --task causal-lm --data chats.jsonl --prompt question --completion answer
+  --targets all-linear --output runs/two
+
+  isotune train runs/one/recipe.yaml --resume
+
+Ctrl-C saves a checkpoint; a recipe's training section takes every field of transformers.TrainingArguments,
+for example --set training.num_train_epochs=1 --set training.report_to=tensorboard.
+"""
+
+_EVALUATE_HELP = """Evaluate a run, or an adapter that `isotune train` wrote, and write its predictions.
+
+Without --data the run's own test rows are used (else its validation rows).
+
+Examples:
+
+  isotune evaluate runs/one
+
+  isotune evaluate runs/one --data new.csv --predictions new-predictions.csv
+
+  isotune evaluate ./adapter --model ./base --data new.csv --json
+"""
+
+
+def train_command(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe file (YAML).", show_default=False)] = None,
+    sets: Annotated[
+        list[str] | None, Flag("--set", help="key=value over the recipe, as YAML: --set method.rank=16.")
+    ] = None,
+    model: Annotated[str | None, Flag(help="Folder or hub id of the pretrained model; minilm.")] = None,
+    task: Annotated[str | None, Flag(help="classification or causal-lm.")] = None,
+    data: Annotated[str | None, Flag(help="Training rows: file, folder, or hub id.")] = None,
+    test: Annotated[str | None, Flag(help="Test rows: file, or a split of the data.")] = None,
+    text: Annotated[str | None, Flag(help="Column with the text.")] = None,
+    label: Annotated[str | None, Flag(help="Column with the label.")] = None,
+    prompt: Annotated[str | None, Flag(help="Column with the prompt (causal-lm).")] = None,
+    completion: Annotated[str | None, Flag(help="Column with the completion (causal-lm).")] = None,
+    method: Annotated[str | None, Flag(help="Method; see isotune methods.")] = None,
+    rank: Annotated[int | None, Flag(help="The method's rank.")] = None,
+    targets: Annotated[
+        str | None, Flag(help="attention, query-value, mlp, all-linear, or a regular expression.")
+    ] = None,
+    output: Annotated[str | None, Flag(help="Folder for the run.")] = None,
+    seed: Annotated[int | None, Flag(help="Seed of everything random.")] = None,
+    resume: Annotated[bool, Flag("--resume", help="Continue the run in the output folder.")] = False,
+    overwrite: Annotated[bool, Flag("--overwrite", help="Replace the run in the output folder.")] = False,
+    as_json: Annotated[bool, Flag("--json", help="Only the metrics, as JSON, on standard output.")] = False,
+) -> None:
+    from isotune.training.recipe import build_recipe
+
+    flags = {
+        "model": model, "task": task, "data.train": data, "data.test": test, "data.text": text,
+        "data.label": label, "data.prompt": prompt, "data.completion": completion, "method.name": method,
+        "method.rank": rank, "targets": targets, "output": output, "seed": seed,
+    }  # fmt: skip
+    built = build_recipe(recipe, flags, sets or ())
+    from isotune.training.run import train
+
+    try:
+        result = train(built, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt as stopped:
+        print(f"\nisotune: {stopped or 'stopped at once'}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _show(result.metrics, as_json, f"{result.output}: finished. Adapter: {result.adapter}")
+
+
+def evaluate_command(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder or an adapter's.")],
+    data: Annotated[str | None, Flag(help="Rows to evaluate on.")] = None,
+    model: Annotated[str | None, Flag(help="The pretrained model, if it has moved.")] = None,
+    text: Annotated[str | None, Flag(help="Column with the text.")] = None,
+    label: Annotated[str | None, Flag(help="Column with the label.")] = None,
+    prompt: Annotated[str | None, Flag(help="Column with the prompt.")] = None,
+    completion: Annotated[str | None, Flag(help="Column with the completion.")] = None,
+    predictions: Annotated[Path | None, Flag(help="Write predictions here (.csv or .jsonl).")] = None,
+    batch_size: Annotated[int, Flag(min=1, help="Rows at a time.")] = 64,
+    force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
+    as_json: Annotated[bool, Flag("--json", help="Only the metrics, as JSON, on standard output.")] = False,
+) -> None:
+    from isotune.training.evaluation import evaluate
+
+    named = {"text": text, "label": label, "prompt": prompt, "completion": completion}
+    columns = {key: name for key, name in named.items() if name is not None}
+    metrics = evaluate(
+        path, data, model=model, columns=columns, predictions=predictions, batch_size=batch_size, force=force
+    )
+    _show(metrics, as_json, "")
+
+
+def _show(metrics: dict[str, Any], as_json: bool, closing: str) -> None:
+    """The result on standard output, from the first process only."""
+    from isotune.training.progress import is_first_process
+
+    if not is_first_process():
+        return
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    for name, value in metrics.items():
+        print(f"{name:30} {value:.4f}" if isinstance(value, float) else f"{name:30} {value}")
+    if closing:
+        print(closing, file=sys.stderr)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the two commands to the application."""
+    app.command("train", help=_TRAIN_HELP)(train_command)
+    app.command("evaluate", help=_EVALUATE_HELP)(evaluate_command)

@@ -1,0 +1,143 @@
+"""Measure a trained adapter on rows, and write down what it predicts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from isotune.checkpoint.load import load
+from isotune.errors import DataError, IsotuneError
+from isotune.training.data import Row, check_labels, load_rows, load_splits
+from isotune.training.folder import RunFolder, write_atomically
+from isotune.training.progress import Screen, is_first_process, quiet_libraries
+from isotune.training.recipe import DataSettings, Recipe
+from isotune.training.session import Session, TaskSpec, task_metrics
+
+_NO_CHANGES: dict[str, Any] = {}
+
+
+def evaluate(
+    path: str | Path,
+    data: str | None = None,
+    *,
+    model: str | None = None,
+    columns: dict[str, str] | None = None,
+    predictions: str | Path | None = None,
+    batch_size: int = 64,
+    force: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a run's adapter, or an adapter folder that `train` wrote.
+
+    Args:
+        path: A run's folder, or its adapter folder, wherever that is now.
+        data: Rows to evaluate on; by default the run's test rows, else its validation rows.
+        model: The pretrained model, where it is not what the adapter was trained on by name.
+        columns: Column names (`text`, `label`, `prompt`, `completion`) where they differ from the run's.
+        predictions: A .csv or .jsonl file to write one line a row to.
+        batch_size: Rows at a time.
+        force: Use the adapter on a base model that does not look like its own.
+        progress: Whether to show anything on standard error.
+
+    Returns:
+        Metrics with flat keys, such as `accuracy`, `macro_f1`, `loss`, `perplexity`, and `rows`.
+
+    Raises:
+        IsotuneError: The adapter, the model or the data cannot be used.
+    """
+    quiet_libraries()
+    screen = Screen(progress)
+    adapter, recipe = _find(Path(path))
+    spec = TaskSpec.read(adapter)
+    spec = replace(spec, model=model) if model else spec
+    if predictions is not None:
+        _check_predictions(Path(predictions))
+    rows = _rows(data, spec, recipe, columns or _NO_CHANGES)
+    if spec.task == "classification":
+        check_labels(rows, spec.labels, "the data")
+    session = Session(spec)
+    load(session.model, adapter, force=force)
+    examples = session.examples(rows)
+    screen.say(f"evaluating {adapter} on {len(examples)} examples")
+    with tempfile.TemporaryDirectory(prefix="isotune-") as scratch, screen.console.status("evaluating"):
+        arguments = transformers.TrainingArguments(
+            output_dir=scratch,
+            per_device_eval_batch_size=batch_size,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        output = session.trainer(arguments).predict(examples, metric_key_prefix="test")
+    if predictions is not None and is_first_process():
+        lines = _predicted(rows, np.asarray(output.predictions), spec)
+        write_atomically(Path(predictions), _table(lines, Path(predictions).suffix))
+        screen.say(f"predictions written to {predictions}")
+    metrics = task_metrics(output.metrics, "test")
+    return {**{name.removeprefix("test_"): value for name, value in metrics.items()}, "rows": len(rows)}
+
+
+def _find(path: Path) -> tuple[Path, Recipe | None]:
+    """The adapter's folder, and the recipe of the run it belongs to, where there is one."""
+    if not path.is_dir():
+        raise IsotuneError(f"no run or adapter folder at {path}")
+    run = RunFolder(path)
+    if run.is_run():
+        if not run.adapter.is_dir():
+            raise IsotuneError(f"the run in {path} is not finished: isotune train {run.recipe_file} --resume")
+        return run.adapter, run.recipe()
+    around = RunFolder(path.absolute().parent)
+    return path, around.recipe() if around.is_run() else None
+
+
+def _rows(data: str | None, spec: TaskSpec, recipe: Recipe | None, columns: dict[str, str]) -> list[Row]:
+    if data is None:
+        if recipe is None:
+            raise IsotuneError("say which rows to evaluate on: --data FILE")
+        settings = DataSettings(**{**recipe.data.model_dump(), **columns})
+        splits = load_splits(settings, spec.task, recipe.seed)
+        rows = splits.test or splits.validation
+        if not rows:
+            raise IsotuneError("the run has neither test nor validation rows; give some with --data FILE")
+        return rows
+    known = recipe.data.model_dump() if recipe is not None else {}
+    return load_rows(data, DataSettings(**{**known, "train": data, **columns}), spec.task)
+
+
+def _check_predictions(path: Path) -> None:
+    if path.suffix not in (".csv", ".jsonl"):
+        raise IsotuneError(f"--predictions {path}: name a .csv or a .jsonl file")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise IsotuneError(f"--predictions {path}: no such folder to write it in")
+
+
+def _predicted(rows: list[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
+    """Each row with its predicted label and that label's probability, or with its loss."""
+    if len(rows) != len(scores):
+        raise DataError("packed text has no prediction per row; --predictions needs prompts and completions")
+    if spec.task == "causal-lm":
+        return [{**row, "loss": float(s[0] / max(s[1], 1))} for row, s in zip(rows, scores, strict=True)]
+    probabilities = torch.from_numpy(scores).double().softmax(-1).numpy()
+    return [
+        {**row, "prediction": spec.labels[p.argmax()], "probability": float(p.max())}
+        for row, p in zip(rows, probabilities, strict=True)
+    ]
+
+
+def _table(lines: list[dict[str, Any]], suffix: str) -> str:
+    if suffix == ".jsonl":
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    buffer = StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return buffer.getvalue()

@@ -1,0 +1,167 @@
+"""A run's folder: who owns it, what is in it, and which checkpoint can be trusted after a crash.
+
+    recipe.yaml     the resolved recipe, written first; its first line marks the folder as ours
+    checkpoint-N/   adapter, optimizer, scheduler, random states; `complete` is written last
+    adapter/        the final adapter, with task.json beside it
+    metrics.json    written last of all: with it, the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from isotune.errors import CheckpointError, IsotuneError
+from isotune.training.recipe import Recipe, build_recipe
+
+_MARK = "# A resolved isotune recipe: `isotune evaluate` and `isotune train --resume` read it.\n"
+_COMPLETE = "complete"
+_TEMPORARY = ".isotune-"
+
+
+class RunFolder:
+    """Paths and states of one run's folder; nothing is written before `create`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.metrics_file = self.path / "metrics.json"
+        self.adapter = self.path / "adapter"
+
+    def is_run(self) -> bool:
+        """Whether the folder holds a recipe that isotune wrote."""
+        try:
+            with open(self.recipe_file, encoding="utf-8") as file:
+                return file.readline() == _MARK
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Raise IsotuneError where a run could not start, or continue, in this folder; writes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise IsotuneError(f"output {self.path} is a file, not a folder")
+        if resume:
+            if not self.is_run():
+                raise IsotuneError(f"nothing to resume: {self.path} holds no isotune run")
+        elif self.is_run():
+            if not overwrite:
+                raise IsotuneError(
+                    f"output {self.path} already holds a run: continue it with --resume, "
+                    "replace it with --overwrite, or choose another output"
+                )
+        elif self._foreign():
+            raise IsotuneError(
+                f"output {self.path} exists, is not empty, and holds no isotune run; choose another folder"
+            )
+        self._check_writable()
+
+    def _foreign(self) -> bool:
+        try:
+            return self.path.is_dir() and any(
+                not entry.name.startswith(_TEMPORARY) for entry in self.path.iterdir()
+            )
+        except OSError as error:
+            raise IsotuneError(f"output {self.path} cannot be read: {error.strerror}") from None
+
+    def _check_writable(self) -> None:
+        existing = self.path
+        while not existing.exists():
+            existing = existing.parent
+        try:
+            tempfile.TemporaryFile(dir=existing, prefix=_TEMPORARY).close()
+        except OSError as error:
+            raise IsotuneError(f"output {self.path} cannot be written: {error.strerror}") from None
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folder, remove an earlier run's files, and write the recipe."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.metrics_file.unlink(missing_ok=True)
+            for folder in (self.adapter, self.path / "runs", *self._checkpoints()):
+                if folder.is_dir():
+                    shutil.rmtree(folder)
+        except OSError as error:
+            raise IsotuneError(f"output {self.path} cannot be written: {error.strerror}") from None
+        write_atomically(self.recipe_file, _MARK + recipe.to_yaml())
+
+    def recipe(self) -> Recipe:
+        """The recipe the run was started with."""
+        return build_recipe(self.recipe_file)
+
+    def metrics(self) -> dict[str, Any] | None:
+        """The results of a finished run, or None."""
+        try:
+            return json.loads(self.metrics_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise IsotuneError(f"{self.metrics_file} cannot be read: {error}") from None
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        complete = [folder for folder in self._checkpoints() if (folder / _COMPLETE).is_file()]
+        return max(complete, key=_step, default=None)
+
+    def discard_incomplete(self) -> None:
+        """Remove the checkpoints whose writing a crash cut short."""
+        for folder in self._checkpoints():
+            if not (folder / _COMPLETE).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _checkpoints(self) -> list[Path]:
+        return [folder for folder in self.path.glob("checkpoint-*") if folder.name[11:].isdecimal()]
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Flush a checkpoint's files to the disk, then write the marker that makes it valid."""
+    for file in checkpoint.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    write_atomically(checkpoint / _COMPLETE, "")
+    _sync(checkpoint)
+
+
+def mark_incomplete(checkpoint: Path) -> None:
+    """Take the marker away before a checkpoint's files are written again."""
+    (checkpoint / _COMPLETE).unlink(missing_ok=True)
+
+
+def checkpoint_step(checkpoint: Path) -> tuple[int, int]:
+    """The optimizer step a checkpoint was taken at, and the run's last step."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return int(state["global_step"]), int(state["max_steps"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint}: the trainer's state cannot be read: {error}") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that a crash leaves the old one or the new one.
+
+    Raises:
+        CheckpointError: The file cannot be written; the disk may be full.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[11:])

@@ -1,0 +1,90 @@
+"""What a person sees of a run: on standard error, from the first process only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+from transformers import logging as transformers_logging
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and prints; under torchrun only one of them does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def quiet_libraries() -> None:
+    """Turn off the loggers' and progress bars' noise of the libraries underneath."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+class Screen:
+    """Messages and progress bars for people; silent when `enabled` is false or on other processes."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled and is_first_process()
+        self.console = Console(stderr=True, quiet=not self.enabled, highlight=False, soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        """One line of plain text."""
+        self.console.print(message, markup=False)
+
+    def bar(self) -> Progress:
+        """A progress bar, shown only on a terminal."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (self.enabled and self.console.is_terminal),
+            transient=True,
+        )
+
+    @contextmanager
+    def counting(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar over `total` things; yields the function that advances it."""
+        with self.bar() as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda count: bar.advance(task, count)
+
+
+class ProgressLine(TrainerCallback):
+    """Steps, loss and remaining time: a bar on a terminal, otherwise a line at each logging step."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+        self.bar = screen.bar()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Show the bar."""
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Advance it."""
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Show the loss, or the validation metrics."""
+        if logs and "loss" in logs:
+            self.bar.update(self.task, description=f"loss {logs['loss']:.4f}")
+            if self.bar.disable:
+                left = self.bar.tasks[self.task].time_remaining
+                remaining = f", {timedelta(seconds=round(left))} left" if left else ""
+                self.screen.say(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}{remaining}")
+        elif logs and "eval_loss" in logs:
+            names = ("accuracy", "macro_f1", "perplexity", "loss")
+            shown = [f"{name} {logs[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in logs]
+            self.screen.say(f"step {state.global_step}: validation {', '.join(shown)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Take the bar away."""
+        self.bar.stop()

@@ -1,0 +1,256 @@
+"""A training run from its recipe to its metrics, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import isotune
+from isotune.checkpoint.load import load_weights
+from isotune.checkpoint.save import save
+from isotune.errors import IsotuneError
+from isotune.training.arguments import resolve_training, training_arguments
+from isotune.training.data import Splits, load_splits
+from isotune.training.folder import RunFolder, checkpoint_step, write_atomically
+from isotune.training.measure import StepTimer, peak_memory_bytes, reset_peak_memory
+from isotune.training.probe import Probe, extract_features, fit_probe
+from isotune.training.progress import ProgressLine, Screen, is_first_process, quiet_libraries
+from isotune.training.recipe import Recipe
+from isotune.training.session import TASK_FILE, Session, TaskSpec, task_metrics
+from isotune.training.tasks import Example
+from isotune.training.trainer import AdapterTrainer, StopOnInterrupt, resume_command
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its metrics (flat keys, as in metrics.json), its folder, and its adapter."""
+
+    metrics: dict[str, Any]
+    output: Path
+    adapter: Path
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training, after a checkpoint was saved; `command` continues the run."""
+
+    def __init__(self, step: int, output: Path) -> None:
+        self.step = step
+        self.command = resume_command(output)
+        super().__init__(f"stopped after step {step}; continue with: {self.command}")
+
+
+@dataclass
+class _Run:
+    recipe: Recipe
+    folder: RunFolder
+    screen: Screen
+    session: Session
+    examples: dict[str, list[Example]]
+    timer: StepTimer = field(default_factory=StepTimer)
+    stop: StopOnInterrupt = field(default_factory=StopOnInterrupt)
+
+
+def train(
+    recipe: Recipe, resume: bool = False, overwrite: bool = False, progress: bool = True
+) -> Result:
+    """Train an adapter as the recipe says, evaluate it, and leave everything in the recipe's output folder.
+
+    Args:
+        recipe: From `build_recipe`, or built in Python.
+        resume: Continue the run in the output folder, to the very bits of an uninterrupted one (on the CPU).
+            Of a finished run, return the results.
+        overwrite: Replace a run that is in the output folder.
+        progress: Whether to show anything on standard error.
+
+    Raises:
+        IsotuneError: A mistake in the recipe, the data, the model or the output folder; nothing is written then.
+        Interrupted: After Ctrl-C, once a checkpoint is saved.
+    """
+    quiet_libraries()
+    reset_peak_memory()
+    screen = Screen(progress)
+    recipe, folder = _check(recipe, resume, overwrite, screen)
+    finished = folder.metrics() if resume else None
+    if finished is not None:
+        screen.say(f"{folder.path} holds a finished run; these are its results")
+        return Result(finished, folder.path, folder.adapter)
+    run = _prepare(recipe, folder, screen)
+    checkpoint = folder.last_checkpoint() if resume else None
+    if is_first_process():
+        if resume:
+            folder.discard_incomplete()
+            screen.say(f"resuming from {checkpoint.name}" if checkpoint else "no checkpoint yet: from the start")
+        else:
+            folder.create(recipe)
+    if recipe.task == "classification" and recipe.head == "probe" and checkpoint is None:
+        _start_from_probe(run)
+    trainer = _trainer(run)
+    _fit(run, trainer, checkpoint)
+    return _finish(run, trainer)
+
+
+def _check(recipe: Recipe, resume: bool, overwrite: bool, screen: Screen) -> tuple[Recipe, RunFolder]:
+    """The resolved recipe and its folder, before anything is read or written."""
+    recipe = recipe.resolved()
+    options = {key: value for key, value in recipe.method.items() if key != "name"}
+    settings = isotune.method(recipe.method["name"], **options)
+    if "learning_rate" not in recipe.training:
+        screen.say(
+            f"learning rate {settings.learning_rate:g}, {settings.name}'s default (training.learning_rate sets it)"
+        )
+    recipe = resolve_training(recipe, settings.learning_rate)
+    folder = RunFolder(recipe.output)
+    if is_first_process():
+        folder.check(resume, overwrite)
+    if resume:
+        _check_same(recipe, folder)
+    training_arguments(recipe, recipe.output)
+    return recipe, folder
+
+
+def _check_same(recipe: Recipe, folder: RunFolder) -> None:
+    before, now = (_flat(r.model_dump(mode="json")) for r in (folder.recipe(), recipe))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "output"]
+    if changed:
+        listed = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+        raise IsotuneError(
+            f"the recipe differs from the run's in {folder.path} ({listed}); resume with the run's own: "
+            f"{resume_command(folder.path)}"
+        )
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return flat
+
+
+def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
+    """Data and the adapted model: all that can go wrong with the user's input goes wrong here."""
+    splits = load_splits(recipe.data, recipe.task, recipe.seed)
+    transformers.set_seed(recipe.seed)
+    session = Session(TaskSpec.of(recipe, splits.labels, recipe.pooling))
+    examples = _tokenised(session, splits)
+    head = ["head"] if recipe.task == "classification" else []
+    options = {key: value for key, value in recipe.method.items() if key != "name"}
+    isotune.adapt(
+        session.model,
+        isotune.method(recipe.method["name"], **options),
+        recipe.targets,
+        exclude=recipe.exclude,
+        overrides=recipe.overrides,
+        train_also=[*head, *recipe.train_also],
+        seed=recipe.seed,
+    )
+    counts = ", ".join(f"{len(rows)} {name}" for name, rows in examples.items() if rows)
+    screen.say(f"{recipe.method['name']} on {recipe.model}: {sum(_trainable(session.model)):,} trainable parameters")
+    screen.say(f"examples: {counts}" + (f"; labels: {', '.join(splits.labels)}" if splits.labels else ""))
+    return _Run(recipe, folder, screen, session, examples)
+
+
+def _tokenised(session: Session, splits: Splits) -> dict[str, list[Example]]:
+    rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    return {name: session.examples(part) for name, part in rows.items()}
+
+
+def _trainable(model: torch.nn.Module) -> tuple[int, int]:
+    """Trainable parameters in the backbone, and in the classification head."""
+    counts = [0, 0]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[name.startswith("head.")] += parameter.numel()
+    return counts[0], counts[1]
+
+
+def _start_from_probe(run: _Run) -> Probe:
+    """Fit the head on the frozen model's features, and start from there."""
+    model, features = run.session.model, {}
+    names = [name for name in ("train", "validation") if run.examples[name]]
+    with (
+        isotune.disabled(model),
+        run.screen.counting("probe", sum(len(run.examples[name]) for name in names)) as advance,
+    ):
+        for name in names:
+            features[name] = extract_features(model, run.examples[name], run.session.collator, advance=advance)
+    probe = fit_probe(*features["train"], len(run.session.spec.labels), features.get("validation"))
+    with torch.no_grad():
+        model.head.weight.copy_(probe.weight)
+        model.head.bias.copy_(probe.bias)
+    shown = f": validation accuracy {probe.validation['accuracy']:.4f}" if probe.validation else ""
+    run.screen.say(f"the head starts from a linear probe{shown}")
+    return probe
+
+
+def _trainer(run: _Run) -> AdapterTrainer:
+    callbacks: list[transformers.TrainerCallback] = [run.timer, ProgressLine(run.screen)]
+    arguments = training_arguments(run.recipe, run.recipe.output)
+    if arguments.world_size == 1:  # launchers take Ctrl-C themselves
+        callbacks.append(run.stop)
+    return run.session.trainer(arguments, run.examples["train"], run.examples["validation"], callbacks)
+
+
+def _fit(run: _Run, trainer: AdapterTrainer, checkpoint: Path | None) -> None:
+    if checkpoint is not None:
+        step, last = checkpoint_step(checkpoint)
+        if step >= last:  # killed between the last checkpoint and the metrics
+            load_weights(run.session.model, checkpoint / "adapter")
+            trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            return
+    with run.stop.installed():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if run.stop.requested:
+        raise Interrupted(trainer.state.global_step, run.folder.path)
+
+
+def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
+    metrics: dict[str, Any] = {}
+    if is_first_process():
+        save(run.session.model, run.folder.adapter, base_model=run.recipe.model)
+        pooling = getattr(run.session.model, "pooling", run.recipe.pooling)
+        spec = TaskSpec.of(run.recipe, run.session.spec.labels, pooling)
+        write_atomically(run.folder.adapter / TASK_FILE, spec.to_json())
+    for name in ("validation", "test"):
+        if run.examples[name]:
+            with run.screen.console.status(f"evaluating on the {name} rows"):
+                found = trainer.evaluate(run.examples[name], metric_key_prefix=name)
+            metrics |= task_metrics(found, name)
+    metrics |= _costs(run, trainer)
+    if is_first_process():
+        write_atomically(run.folder.metrics_file, json.dumps(metrics, indent=2) + "\n")
+    return Result(metrics, run.folder.path, run.folder.adapter)
+
+
+def _costs(run: _Run, trainer: AdapterTrainer) -> dict[str, Any]:
+    encoder, head = _trainable(run.session.model)
+    state = trainer.state
+    packages = ("isotune", "torch", "transformers")
+    return {
+        "train_loss": _mean_loss(state.log_history),
+        "trainable_parameters": encoder + head,
+        "trainable_parameters_encoder": encoder,
+        "seconds_per_step": run.timer.median(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "seed": run.recipe.seed,
+        "python_version": platform.python_version(),
+        **{f"{name}_version": version(name) for name in packages},
+    }
+
+
+def _mean_loss(history: list[dict[str, float]]) -> float | None:
+    """Mean training loss over all steps, resumed or not: each logged loss is the mean since the last."""
+    total, before = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - before)
+            before = int(entry["step"])
+    return total / before if before else None

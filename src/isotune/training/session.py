@@ -1,0 +1,125 @@
+"""What `train` and `evaluate` share: a task's model, its examples, and a trainer around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+from isotune.errors import IsotuneError
+from isotune.training.data import Row
+from isotune.training.models import load_causal, load_classifier, load_tokenizer
+from isotune.training.recipe import Recipe
+from isotune.training.tasks import (
+    Collator,
+    Example,
+    causal_examples,
+    causal_metrics,
+    classification_examples,
+    classification_metrics,
+    token_losses,
+)
+from isotune.training.trainer import AdapterTrainer
+
+TASK_FILE = "task.json"
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a saved adapter needs, beside its weights, to be used again; kept as task.json beside them."""
+
+    task: str
+    model: str
+    labels: list[str]
+    pooling: str
+    max_length: int
+    separator: str
+    dtype: str
+
+    @classmethod
+    def of(cls, recipe: Recipe, labels: list[str], pooling: str) -> TaskSpec:
+        """The part of a recipe that outlives the training."""
+        data = recipe.data
+        return cls(
+            recipe.task, recipe.model, labels, pooling, data.max_length, data.separator, recipe.dtype
+        )
+
+    @classmethod
+    def read(cls, adapter: Path) -> TaskSpec:
+        """Read it back. Raises IsotuneError where the adapter was not saved by `isotune train`."""
+        file = adapter / TASK_FILE
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise IsotuneError(
+                f"{adapter} has no {TASK_FILE}: not a run's folder, nor an adapter that isotune train saved"
+            ) from None
+        except (OSError, ValueError, TypeError) as error:
+            raise IsotuneError(f"{file} cannot be read: {error}") from None
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+class Session:
+    """A pretrained model for a task, with the tokenizer that goes with it."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        self.spec = spec
+        self.tokenizer = load_tokenizer(spec.model)
+        self.collator = Collator(self.tokenizer.pad_token_id)
+        if spec.task == "classification":
+            self.model: Any = load_classifier(spec.model, len(spec.labels), spec.pooling, spec.dtype)
+        else:
+            self.model = load_causal(spec.model, spec.dtype)
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and spec.max_length > longest:
+            raise IsotuneError(f"data.max_length is {spec.max_length}, but {spec.model} reads at most {longest} tokens")
+
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        """Tokenise rows for the task."""
+        spec = self.spec
+        if spec.task == "classification":
+            return classification_examples(rows, self.tokenizer, spec.labels, spec.max_length)
+        return causal_examples(rows, self.tokenizer, spec.max_length, spec.separator)
+
+    def trainer(
+        self,
+        arguments: transformers.TrainingArguments,
+        train: Sequence[Example] = (),
+        validation: Sequence[Example] = (),
+        callbacks: Sequence[transformers.TrainerCallback] = (),
+    ) -> AdapterTrainer:
+        """A trainer that measures what the task asks for."""
+        classification = self.spec.task == "classification"
+        return AdapterTrainer(
+            model=self.model,
+            args=arguments,
+            data_collator=self.collator,
+            train_dataset=list(train) or None,
+            eval_dataset=list(validation) or None,
+            compute_metrics=_classification_metrics if classification else _causal_metrics,
+            preprocess_logits_for_metrics=None if classification else token_losses,
+            callbacks=list(callbacks),
+            base_model=self.spec.model,
+        )
+
+
+def task_metrics(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """Of a trainer's metrics, those of the task, without its timings."""
+    names = ("accuracy", "macro_f1", "loss", "perplexity")
+    return {f"{prefix}_{name}": metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
+
+
+def _classification_metrics(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    return classification_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+
+
+def _causal_metrics(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    return causal_metrics(np.asarray(prediction.predictions))

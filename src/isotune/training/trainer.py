@@ -1,0 +1,137 @@
+"""`transformers.Trainer` for adapters: penalties in the loss, small checkpoints, exact resumption."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+import isotune
+from isotune.checkpoint.load import load_weights
+from isotune.checkpoint.save import save
+from isotune.errors import CheckpointError, IsotuneError
+from isotune.training.folder import mark_complete, mark_incomplete
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints hold the adapter alone, and count only once they are complete."""
+
+    def __init__(self, *args: Any, base_model: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.base_model = base_model
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_AdapterSteps())
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss and, in training, the adapters' penalty."""
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if model.training:
+            # A loss that is normalised over all accumulated batches is summed over them: the penalty counts once.
+            summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            loss = loss + isotune.penalty(self.model) / (self.current_gradient_accumulation_steps if summed else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, without a trace on the random state: a resumed run does not repeat it."""
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:  # noqa: ARG002
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save(self.model, folder / "adapter", base_model=self.base_model)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            mark_incomplete(checkpoint)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                mark_complete(checkpoint)
+        except (OSError, RuntimeError, CheckpointError) as error:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint at step {self.state.global_step} cannot be written: {error}. Earlier checkpoints "
+                f"are intact; make room, then: {resume_command(self.args.output_dir)}"
+            ) from error
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        load_weights(self.model, Path(resume_from_checkpoint) / "adapter")
+
+    def _load_best_model(self) -> None:
+        load_weights(self.model, Path(self.state.best_model_checkpoint or "") / "adapter")
+
+
+class _AdapterSteps(TrainerCallback):
+    """The adapters' own update after each optimizer step, and a log line before each checkpoint."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        isotune.after_step(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        # The log is part of the checkpoint: without it a resumed run could not know its whole training loss.
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise IsotuneError(
+                f"the training loss is {logs['loss']} at step {state.global_step}: lower training.learning_rate"
+            )
+
+
+class StopOnInterrupt(TrainerCallback):
+    """After the first Ctrl-C: finish the step, save a checkpoint, stop. The second stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle SIGINT within the context, where this thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _handle(self, number: int, frame: Any) -> None:  # noqa: ARG002
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Ask for a checkpoint, and for the end."""
+        if self.requested:
+            control.should_save = control.should_log = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Leave at once: no evaluation on the way out."""
+        if self.requested:
+            control.should_evaluate = control.should_save = False
+
+
+def resume_command(output: str | Path) -> str:
+    """The command that continues the run in this folder."""
+    return f"isotune train {Path(output) / 'recipe.yaml'} --resume"
