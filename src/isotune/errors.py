@@ -22,7 +22,7 @@ class CheckpointError(IsotuneError):
     """An adapter folder that cannot be read, written, or applied to this base model."""
 
 
-class NoLowRankForm(IsotuneError):
+class NoLowRankFormError(IsotuneError):
     """An adapter without an exact low-rank form was asked for one."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class Site(ABC):
     rotates_input: ClassVar[bool] = False  # rows of x are rows of the linear map, so they can be rotated
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+        self.layer: Any = layer
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the layer itself."""
@@ -236,11 +236,7 @@ def site_of(layer: nn.Module) -> Site | None:
         return LinearSite(layer)
     if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
         return Conv2dSite(layer)
-    if (
-        isinstance(layer, nn.Embedding)
-        and type(layer).forward is nn.Embedding.forward
-        and layer.max_norm is None
-    ):
+    if isinstance(layer, nn.Embedding) and type(layer).forward is nn.Embedding.forward and layer.max_norm is None:
         return EmbeddingSite(layer)
     return Conv1DSite(layer) if _is_gpt2_conv1d(layer) else None
 

@@ -47,7 +47,7 @@ class Adapter(nn.Module, ABC):
         return {f"{self.method}_{name}": tensor for name, tensor in self.state_dict().items()}
 
     def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
-        """Take over tensors written by `peft_state`, bit for bit. Raises KeyError or ValueError where they do not fit."""
+        """Take over tensors from `peft_state`, bit for bit. Raises KeyError or ValueError where they do not fit."""
         own = self.state_dict()
         check_tensors(tensors, {f"{self.method}_{name}": tuple(own[name].shape) for name in own})
         self.load_state_dict({name: tensors[f"{self.method}_{name}"] for name in own})

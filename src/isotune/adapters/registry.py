@@ -35,9 +35,7 @@ def method_class(name: str) -> type[Settings]:
     """The settings class of a method. Raises OptionError for an unknown name."""
     names = method_names()
     if name not in names:
-        raise OptionError(
-            f"unknown method {name!r}.{nearest(name, names)} The methods are: {', '.join(names)}."
-        )
+        raise OptionError(f"unknown method {name!r}.{nearest(name, names)} The methods are: {', '.join(names)}.")
     return _load(name)
 
 

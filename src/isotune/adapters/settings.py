@@ -61,9 +61,9 @@ class Settings(BaseModel, ABC):
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
         """The fields of PEFT's config that describe `settings` (by module path).
 
-        Raises NotInPEFT where PEFT has no way to say it.
+        Raises NotInPEFTError where PEFT has no way to say it.
         """
-        raise NotInPEFT(f"PEFT has no method {cls.name!r}")
+        raise NotInPEFTError(f"PEFT has no method {cls.name!r}")
 
     @classmethod
     def from_peft_config(cls, config: dict[str, Any], path: str) -> Settings:
@@ -71,7 +71,7 @@ class Settings(BaseModel, ABC):
         raise OptionError(f"{cls.name!r} cannot be read from a PEFT checkpoint")
 
 
-class NotInPEFT(Exception):
+class NotInPEFTError(Exception):
     """PEFT cannot express these settings; the message says why."""
 
 
@@ -94,7 +94,5 @@ def _explain(settings: type[Settings], error: ValidationError) -> str:
                 f"{settings.name} has no option {option!r}.{nearest(option, known)} Its options: {', '.join(known)}."
             )
         else:
-            lines.append(
-                f"{settings.name}: {option}={problem['input']!r} is not usable: {problem['msg'].lower()}."
-            )
+            lines.append(f"{settings.name}: {option}={problem['input']!r} is not usable: {problem['msg'].lower()}.")
     return " ".join(lines)

@@ -83,8 +83,6 @@ Written by isotune {isotune.__version__}.
 
 def _front_matter(config: dict[str, Any]) -> str:
     base = (
-        f"base_model: {json.dumps(config['base_model_name_or_path'])}\n"
-        if config["base_model_name_or_path"]
-        else ""
+        f"base_model: {json.dumps(config['base_model_name_or_path'])}\n" if config["base_model_name_or_path"] else ""
     )
     return f"---\n{base}library_name: peft\ntags:\n- isotune\n---"

@@ -19,7 +19,7 @@ from isotune.checkpoint.files import CARD, TENSORS, check_writable, replaced_fol
 from isotune.checkpoint.load import fill
 from isotune.checkpoint.save import base_model_name, peft_fields, refused_by_peft, trained_tensors
 from isotune.checkpoint.stored import PREFIX, StoredAdapter, read_stored
-from isotune.errors import CheckpointError, NoLowRankForm, OptionError
+from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
 from isotune.linalg.householder import at_least_fp32
 from isotune.model.attach import build_adapters
 from isotune.model.layers import adapted_layers, trained_modules
@@ -80,7 +80,7 @@ def export_lora(
         base: Only with a folder: the base model's folder or hub id; by default what the adapter's config says.
 
     Raises:
-        NoLowRankForm: A layer has no exact LoRA form, or none that PEFT's layout holds; the message says which and
+        NoLowRankFormError: A layer has no exact LoRA form, or none that PEFT's layout holds; the message says which and
             why.
         CheckpointError: Nothing to export, a base that cannot be read, or a folder that cannot be written.
         OptionError: An unknown dtype, or a rank multiple below 1.
@@ -93,7 +93,7 @@ def export_lora(
     check_writable(path)
     source = _from_model(model) if isinstance(model, nn.Module) else _from_folder(read_stored(model), base)
     for refused, why in source.refused.items():
-        raise NoLowRankForm(f"{refused!r} {why}; isotune export --to merged works for it")
+        raise NoLowRankFormError(f"{refused!r} {why}; isotune export --to merged works for it")
     tensors, ranks, rank = _tensors(source, DTYPES[dtype_name], rank_multiple)
     sites = {p: site for p, site, _ in source.parts()}
     config = {
@@ -109,9 +109,7 @@ def export_lora(
 
 
 def _from_model(model: nn.Module) -> _Source:
-    parts: list[Part] = [
-        (p, layer.bare, layer.running()) for p, layer in adapted_layers(model) if layer.running()
-    ]
+    parts: list[Part] = [(p, layer.bare, layer.running()) for p, layer in adapted_layers(model) if layer.running()]
     if not parts:
         raise CheckpointError("there is nothing to export: no adapter is active on any layer of this model")
     if any(layer.folded for _, layer in adapted_layers(model)):
@@ -159,15 +157,13 @@ def _tensors(
         ranks[p] = B.shape[1]
         factors[p] = B, A
     rank = math.ceil(max(ranks.values()) / rank_multiple) * rank_multiple
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for p, site, _ in source.parts():
         B, A = factors.pop(p)
         pad = rank - B.shape[1]
         B, A = nn.functional.pad(B, (0, pad)).to(dtype), nn.functional.pad(A, (0, 0, 0, pad)).to(dtype)
         if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
-            raise CheckpointError(
-                f"the change of {p!r} does not fit into {dtype}; export as bfloat16 or float32"
-            )
+            raise CheckpointError(f"the change of {p!r} does not fit into {dtype}; export as bfloat16 or float32")
         tensors |= {f"{PREFIX}{p}.{key}": tensor for key, tensor in lora_tensors(B, A, site).items()}
     return tensors, ranks, rank
 
@@ -178,7 +174,7 @@ def _factors(p: str, site: Site, adapters: list[Adapter]) -> tuple[Tensor, Tenso
     for adapter in adapters:
         pair = adapter.factors(at_least_fp32(site.weight))
         if pair is None:
-            raise NoLowRankForm(
+            raise NoLowRankFormError(
                 f"{p!r} cannot be exported as a LoRA: {adapter.method} has no exact low-rank form; "
                 "isotune export --to merged works for it"
             )
@@ -193,9 +189,7 @@ def _read_back(file: Path, source: _Source) -> dict[str, float]:
     residuals = {}
     with safe_open(file, framework="pt") as opened:
         for p, site, adapters in source.parts():
-            names = list(
-                lora_tensors(torch.empty(1, 1), torch.empty(1, site.in_features, device="meta"), site)
-            )
+            names = list(lora_tensors(torch.empty(1, 1), torch.empty(1, site.in_features, device="meta"), site))
             A, B = (opened.get_tensor(f"{PREFIX}{p}.{name}").flatten(1).to(torch.float64) for name in names)
             adapted: Site = site
             for adapter in adapters:

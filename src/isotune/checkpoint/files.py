@@ -121,7 +121,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -153,9 +153,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], d
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}); it is truncated or no safetensors file"
-        ) from None
+        raise CheckpointError(f"{file} cannot be read ({error}); it is truncated or no safetensors file") from None
     try:
         header = json.loads(metadata["isotune"]) if "isotune" in metadata else None
     except json.JSONDecodeError:
@@ -191,6 +189,4 @@ def _check_header(header: Any, tensors: dict[str, Tensor], file: Path) -> None:
             f"{file} has format version {header['format']}, this isotune reads version {FORMAT}; upgrade isotune"
         )
     if header["digest"] != digest(tensors):
-        raise CheckpointError(
-            f"the tensors in {file} do not match their digest: the file was damaged or altered"
-        )
+        raise CheckpointError(f"the tensors in {file} do not match their digest: the file was damaged or altered")

@@ -62,9 +62,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "default") -> N
     """
     stored = read_stored(path)
     wrappers: dict[str, Any] = {
-        p: m
-        for p, m in base_modules(model)
-        if isinstance(m, AdaptedLayer | TrainedModule) and name in m.parts
+        p: m for p, m in base_modules(model) if isinstance(m, AdaptedLayer | TrainedModule) and name in m.parts
     }
     settings = {p: m.settings[name] for p, m in wrappers.items() if isinstance(m, AdaptedLayer)}
     if settings != stored.settings or wrappers.keys() != settings.keys() | stored.trained.keys():
@@ -97,9 +95,7 @@ def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredA
     for p, tensor in stored.base_weights.items():
         weight: Any = modules[p].weight
         if tensor.shape != weight.shape or not tensor.to(weight.dtype).equal(weight.detach().cpu()):
-            raise CheckpointError(
-                f"{other}: it comes with its own weight for {p!r}, which differs from this model's"
-            )
+            raise CheckpointError(f"{other}: it comes with its own weight for {p!r}, which differs from this model's")
     if stored.header is None:
         return
     for p, entry in stored.header["sites"].items():

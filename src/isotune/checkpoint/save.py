@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import isotune
 from isotune.adapters.registry import method_class
-from isotune.adapters.settings import NotInPEFT, Settings
+from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapter
 from isotune.checkpoint.stored import FULL, PREFIX, own_type
@@ -52,7 +52,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
     tensors = {
         f"{PREFIX}{p}.{key}": tensor
         for p, layer in layers.items()
-        for key, tensor in layer.parts[name].peft_state(layer.bare).items()
+        for key, tensor in layer.adapter(name).peft_state(layer.bare).items()
     }
     tensors |= trained_tensors(trained)
     with replaced_folder(path) as folder:
@@ -63,9 +63,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
 
 def trained_tensors(trained: dict[str, nn.Module]) -> dict[str, Tensor]:
     """The tensors of modules trained in full, under PEFT's names."""
-    return {
-        f"{PREFIX}{p}.{key}": t for p, module in trained.items() for key, t in module.state_dict().items()
-    }
+    return {f"{PREFIX}{p}.{key}": t for p, module in trained.items() for key, t in module.state_dict().items()}
 
 
 def base_model_name(model: nn.Module) -> str | None:
@@ -75,7 +73,7 @@ def base_model_name(model: nn.Module) -> str | None:
 
 def base_config_hash(model: nn.Module) -> str:
     """A fingerprint of the base model's architecture; empty for a model without a config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return ""
     fields = {
@@ -123,9 +121,9 @@ def _config(
         try:
             if refused := {path: why for path, site in sites.items() if (why := refused_by_peft(site))}:
                 path, why = next(iter(refused.items()))
-                raise NotInPEFT(f"{path} {why}")
+                raise NotInPEFTError(f"{path} {why}")
             return {"peft_type": method.peft_type, **common, **method.peft_config(settings)}, None
-        except NotInPEFT as error:
+        except NotInPEFTError as error:
             reason = str(error)
     return {
         "peft_type": own_type(method.name if method else FULL),
@@ -134,7 +132,7 @@ def _config(
 
 
 def refused_by_peft(site: Site) -> str | None:
-    """Why PEFT's adapter layers would refuse this layer or compute something else on it; None where they would not."""
+    """Why PEFT's adapters would refuse this layer or compute something else on it; None where they would not."""
     if site.kind != "conv2d":
         return None
     conv: Any = site.layer

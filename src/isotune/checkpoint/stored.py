@@ -105,9 +105,7 @@ def _from_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         layer, mark, tensor_name = name.rpartition(f".{method.name}_")
-        module = next(
-            (m for full in in_full if (m := re.match(rf"(?:.*?\.)?{re.escape(full)}(?=\.)", name))), None
-        )
+        module = next((m for full in in_full if (m := re.match(rf"(?:.*?\.)?{re.escape(full)}(?=\.)", name))), None)
         if mark:
             state[layer][f"{method.name}_{tensor_name}"] = tensor
         elif name.endswith(".base_layer.weight"):
@@ -134,6 +132,4 @@ def _method_of(peft_type: str, path: Path) -> type[Settings]:
         if method_class(name).peft_type == peft_type:
             return method_class(name)
     known = ", ".join(t for n in method_names() if (t := method_class(n).peft_type))
-    raise CheckpointError(
-        f"{path} is a PEFT adapter of type {peft_type!r}; the types that can be read are: {known}"
-    )
+    raise CheckpointError(f"{path} is a PEFT adapter of type {peft_type!r}; the types that can be read are: {known}")

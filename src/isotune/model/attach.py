@@ -128,13 +128,9 @@ def _check_name(model: nn.Module, name: str) -> None:
             "torch.nn.ModuleDict"
         )
     if name in adapter_names(model):
-        raise OptionError(
-            f"the model already has an adapter {name!r}; choose another name, or remove that one first"
-        )
+        raise OptionError(f"the model already has an adapter {name!r}; choose another name, or remove that one first")
     if any(layer.folded for _, layer in adapted_layers(model)):
-        raise OptionError(
-            "the model's adapters are folded into its weights; call unfold before adding another"
-        )
+        raise OptionError("the model's adapters are folded into its weights; call unfold before adding another")
 
 
 def _settings_by_path(

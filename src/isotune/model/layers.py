@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class _Wrapper(nn.Module):
     """
 
     parts: nn.ModuleDict
+    base_layer: Any
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -75,6 +76,10 @@ class AdaptedLayer(_Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.site(x)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of that name."""
+        return cast(Adapter, self.parts[name])
 
     def add(self, name: str, adapter: Adapter, settings: Settings) -> None:
         """Attach an adapter, not yet active."""

@@ -66,9 +66,7 @@ def use(model: nn.Module, *names: str, train: bool | Iterable[str] = True) -> nn
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model is its bare base. Raises IsotuneError while adapters are folded."""
     if any(layer.folded for _, layer in adapted_layers(model)):
-        raise IsotuneError(
-            "the active adapters are folded into the weights; call unfold before disabling them"
-        )
+        raise IsotuneError("the active adapters are folded into the weights; call unfold before disabling them")
     before = [(wrapper, wrapper.enabled) for _, wrapper in wrappers(model)]
     try:
         for wrapper, _ in before:
@@ -88,9 +86,7 @@ def describe(model: nn.Module) -> list[SiteRow]:
         for name, part in wrapper.parts.items():
             trainable = sum(p.numel() for p in part.parameters())
             method = wrapper.settings[name].name if isinstance(wrapper, AdaptedLayer) else "full"
-            rows.append(
-                SiteRow(path, name, method, trainable, trainable / max(base, 1), name in wrapper.active)
-            )
+            rows.append(SiteRow(path, name, method, trainable, trainable / max(base, 1), name in wrapper.active))
     return rows
 
 

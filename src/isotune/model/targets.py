@@ -1,4 +1,4 @@
-"""Which layers an adapter goes on: presets found by the model's structure, suffixes, regular expressions, callables."""
+"""Which layers an adapter goes on: presets found by the model's structure, suffixes, patterns, callables."""
 
 from __future__ import annotations
 
@@ -39,15 +39,13 @@ def find_targets(
         and not any(path == name or path.startswith(f"{name}.") for name in trained)
     }
     if not found:
-        raise TargetError(
-            f"targets {targets!r} match no layer of the model. {_what_is_there(layers, targets)}"
-        )
+        raise TargetError(f"targets {targets!r} match no layer of the model. {_what_is_there(layers, targets)}")
     unusable = {path: module for path, module in found.items() if site_of(module) is None}
     if unusable:
         path, module = next(iter(unusable.items()))
         raise TargetError(
-            f"targets {targets!r} match {path!r}, a {type(module).__name__}, which cannot be adapted; adaptable kinds "
-            "are Linear, GPT-2's Conv1D, Conv2d and Embedding (plain ones, whose forward is the usual one)"
+            f"targets {targets!r} match {path!r}, a {type(module).__name__}, which cannot be adapted; what can be "
+            "is Linear, GPT-2's Conv1D, Conv2d and Embedding (plain ones, whose forward is the usual one)"
         )
     return found
 
@@ -69,9 +67,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
         paths = [path for path in modules if path and (path == name or path.endswith(f".{name}"))]
         if not paths:
             known = [path for path in modules if path and path.count(".") <= 1]
-            raise TargetError(
-                f"train_also names {name!r}, which is no module.{nearest(name, known)} {_some(known)}"
-            )
+            raise TargetError(f"train_also names {name!r}, which is no module.{nearest(name, known)} {_some(known)}")
         found.update({path: modules[path] for path in paths})
     return found
 
@@ -87,9 +83,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, AdaptedLayer) else module
 
 
-def _matcher(
-    layers: dict[str, nn.Module], targets: Targets, model: nn.Module
-) -> Callable[[str, nn.Module], bool]:
+def _matcher(layers: dict[str, nn.Module], targets: Targets, model: nn.Module) -> Callable[[str, nn.Module], bool]:
     if callable(targets):
         return targets
     if isinstance(targets, str):

@@ -10,6 +10,7 @@ Cost for n rows: 2 n r (in + out) flops.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, check_tensors, uniform
-from isotune.adapters.settings import NotInPEFT, Settings, check_rank
+from isotune.adapters.settings import NotInPEFTError, Settings, check_rank
 from isotune.errors import OptionError
 from isotune.sites import Site
 
@@ -33,9 +34,7 @@ class LoRA(Settings):
     peft_type: ClassVar[str | None] = "LORA"
 
     rank: int = Field(8, gt=0, description="Rank of W' - W.")
-    alpha: float | None = Field(
-        None, gt=0, description="Scaling numerator; the default is the rank, so that s = 1."
-    )
+    alpha: float | None = Field(None, gt=0, description="Scaling numerator; the default is the rank, so that s = 1.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) in place of alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A while training.")
 
@@ -61,7 +60,7 @@ class LoRA(Settings):
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
         layers = {path: s for path, s in settings.items() if isinstance(s, LoRA)}
         if len({(s.rslora, s.dropout) for s in layers.values()}) > 1:
-            raise NotInPEFT("PEFT's LoRA has one kind of scaling and one dropout for all layers")
+            raise NotInPEFTError("PEFT's LoRA has one kind of scaling and one dropout for all layers")
         first = next(iter(layers.values()))
         rank = Counter(s.rank for s in layers.values()).most_common(1)[0][0]
         alpha = Counter(s.resolved_alpha for s in layers.values()).most_common(1)[0][0]
@@ -86,9 +85,7 @@ class LoRA(Settings):
             # Such a start also changes the base weight, which an adapter folder does not hold.
             asked.append(f"init_lora_weights={config['init_lora_weights']!r}")
         if asked:
-            raise OptionError(
-                f"lora: this PEFT adapter uses {', '.join(asked)}, which plain LoRA cannot express"
-            )
+            raise OptionError(f"lora: this PEFT adapter uses {', '.join(asked)}, which plain LoRA cannot express")
         return cls(
             rank=_matching(config.get("rank_pattern") or {}, path, config["r"]),
             alpha=_matching(config.get("alpha_pattern") or {}, path, config["lora_alpha"]),
@@ -131,8 +128,6 @@ def lora_tensors(B: Tensor, A: Tensor, site: Site) -> dict[str, Tensor]:
 
 def _matching(pattern: dict[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule: the first key that, as a regular expression, matches the path or a suffix of it after a dot."""
-    import re
-
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", path):
             return value

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Rotation, Side, check_tensors
-from isotune.adapters.settings import NotInPEFT, Settings, check_rank
+from isotune.adapters.settings import NotInPEFTError, Settings, check_rank
 from isotune.errors import OptionError
 from isotune.linalg.householder import (
     compact_wy,
@@ -42,18 +42,14 @@ class HRA(Settings):
     peft_type: ClassVar[str | None] = "HRA"
 
     rank: int = Field(8, gt=0, description="Number of reflections; the rank of W' - W.")
-    side: Side = Field(
-        "in", description="Rotate the layer's input or its output; an embedding's output always."
-    )
+    side: Side = Field("in", description="Rotate the layer's input or its output; an embedding's output always.")
     strict: bool = Field(False, description="Orthonormal reflections: the paper's infinite penalty.")
     start: Start | None = Field(
         None,
         description="paired: equal pairs, H = I, even rank only (default); random; "
         "anchored: H(U) H(U_0)ᵀ with U_0 frozen, H = I, rank of the change 2r (default when strict).",
     )
-    penalty: float = Field(
-        0.0, ge=0, description="Weight of the orthogonality penalty on U; the paper's lambda."
-    )
+    penalty: float = Field(0.0, ge=0, description="Weight of the orthogonality penalty on U; the paper's lambda.")
     squared: bool = Field(True, description="Square the penalty's norm (paper) or not (the authors' code).")
 
     @model_validator(mode="after")
@@ -100,13 +96,11 @@ class HRA(Settings):
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
         layers = [s for s in settings.values() if isinstance(s, HRA)]
         if any(s.side == "out" for s in layers):
-            raise NotInPEFT("PEFT's HRA rotates the input side only")
+            raise NotInPEFTError("PEFT's HRA rotates the input side only")
         # Anchored reflections are stored as the 2r plain ones that they amount to.
-        shapes = {
-            (2 * s.rank, False) if s.resolved_start == "anchored" else (s.rank, s.strict) for s in layers
-        }
+        shapes = {(2 * s.rank, False) if s.resolved_start == "anchored" else (s.rank, s.strict) for s in layers}
         if len(shapes) > 1:
-            raise NotInPEFT("PEFT's HRA has one rank for all layers")
+            raise NotInPEFTError("PEFT's HRA has one rank for all layers")
         rank, strict = shapes.pop()
         return {"r": rank, "apply_GS": strict, "bias": "none", "init_weights": True}
 
