@@ -1,0 +1,45 @@
+# make demo   install into .venv and run the main job (about five minutes on two cores)
+# make test   install the development tools too, then lint, type-check and run the whole suite
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(BIN)/python:
+	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit("isotune needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of extras, renewed when what is to be installed changes.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "== installing isotune[$*] into $(VENV)"
+	$(INSTALL) -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo,peft
+	@echo "== running the demo"
+	$(BIN)/isotune demo $(DEMO)
+
+test: lint types unit
+
+lint: $(VENV)/.installed-dev
+	@echo "== lint"
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+
+types: $(VENV)/.installed-dev
+	@echo "== types"
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed-dev
+	@echo "== tests"
+	$(BIN)/python -m pytest -n 2 $(PYTEST)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
