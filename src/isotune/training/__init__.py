@@ -20,7 +20,7 @@ _HOMES = {
     "fit_probe": "probe",
 }
 
-__all__ = ["Interrupted", "Recipe", "Result", "build_recipe", "evaluate", "fit_probe", "train"]  # noqa: F822
+__all__ = ["Interrupted", "Recipe", "Result", "build_recipe", "evaluate", "fit_probe", "train"]
 
 
 def __getattr__(name: str) -> Any:

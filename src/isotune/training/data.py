@@ -41,6 +41,7 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     if "train" not in source:
         raise DataError(f"{data.train} has no split 'train'; it has: {', '.join(source)}")
     train = read_rows(source["train"], data, task, data.train)
+    labels = _label_names(train, data) if task == "classification" else []
     test = _named_split(data.test, source, data, task) if data.test else []
     if isinstance(data.validation, float):
         one_document = task == "causal-lm" and len(train) == 1 and "text" in train[0]
@@ -50,7 +51,6 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
         validation = _named_split(data.validation, source, data, task) if data.validation else []
     if data.max_train_rows is not None and data.max_train_rows < len(train):
         train = [train[index] for index in _permutation(len(train), seed)[: data.max_train_rows]]
-    labels = _label_names(train, data) if task == "classification" else []
     for name, rows in (("validation", validation), ("test", test)):
         check_labels(rows, labels, f"the {name} rows")
     return Splits(train, validation, test, labels)

@@ -1,9 +1,9 @@
 """A run's folder: who owns it, what is in it, and which checkpoint can be trusted after a crash.
 
-    recipe.yaml     the resolved recipe, written first; its first line marks the folder as ours
-    checkpoint-N/   adapter, optimizer, scheduler, random states; `complete` is written last
-    adapter/        the final adapter, with task.json beside it
-    metrics.json    written last of all: with it, the run is finished
+- recipe.yaml: the resolved recipe, written first; its first line marks the folder as ours
+- checkpoint-N/: adapter, optimizer, scheduler, random states; `complete` is written last
+- adapter/: the final adapter, with task.json beside it
+- metrics.json: written last of all: with it, the run is finished
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ class Classifier(nn.Module):
     """A backbone, a pooling over its token vectors, and a linear head; answers like a transformers model."""
 
     accepts_loss_kwargs = False
+    backbone: Any
+    config: Any
 
     def __init__(self, backbone: nn.Module, pooling: str, labels: int) -> None:
         super().__init__()

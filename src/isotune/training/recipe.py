@@ -31,7 +31,9 @@ class DataSettings(_Section):
     prompt: str | None = Field(default=None, description="Column with the prompt (causal-lm); not trained on.")
     completion: str | None = Field(default=None, description="Column with the completion (causal-lm).")
     separator: str = Field(default="\n", description="Put between joined columns, and after a prompt.")
-    max_length: int = Field(default=256, ge=2, description="Longest sequence, in tokens.")
+    max_length: int | None = Field(
+        default=None, ge=2, description="Longest sequence in tokens; by default 256, or the model's limit if less."
+    )
     max_train_rows: int | None = Field(default=None, ge=1, description="Train on a seeded sample of the rows.")
 
     @field_validator("validation")

@@ -137,7 +137,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
     """Data and the adapted model: all that can go wrong with the user's input goes wrong here."""
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
     transformers.set_seed(recipe.seed)
-    session = Session(TaskSpec.of(recipe, splits.labels, recipe.pooling))
+    session = Session(TaskSpec.of(recipe, splits.labels))
     examples = _tokenised(session, splits)
     head = ["head"] if recipe.task == "classification" else []
     options = {key: value for key, value in recipe.method.items() if key != "name"}
@@ -214,18 +214,24 @@ def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
     metrics: dict[str, Any] = {}
     if is_first_process():
         save(run.session.model, run.folder.adapter, base_model=run.recipe.model)
-        pooling = getattr(run.session.model, "pooling", run.recipe.pooling)
-        spec = TaskSpec.of(run.recipe, run.session.spec.labels, pooling)
-        write_atomically(run.folder.adapter / TASK_FILE, spec.to_json())
+        write_atomically(run.folder.adapter / TASK_FILE, run.session.spec.to_json())
     for name in ("validation", "test"):
         if run.examples[name]:
-            with run.screen.console.status(f"evaluating on the {name} rows"):
-                found = trainer.evaluate(run.examples[name], metric_key_prefix=name)
-            metrics |= task_metrics(found, name)
+            metrics |= _measured(run, trainer, name)
     metrics |= _costs(run, trainer)
     if is_first_process():
         write_atomically(run.folder.metrics_file, json.dumps(metrics, indent=2) + "\n")
     return Result(metrics, run.folder.path, run.folder.adapter)
+
+
+def _measured(run: _Run, trainer: AdapterTrainer, name: str) -> dict[str, float]:
+    """Metrics on a split; those of the validation rows stand where the last step was validated already."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    current = last is not None and last["step"] == trainer.state.global_step
+    if name == "validation" and last is not None and current and not trainer.args.load_best_model_at_end:
+        return task_metrics({key.replace("eval_", f"{name}_", 1): value for key, value in last.items()}, name)
+    with run.screen.console.status(f"evaluating on the {name} rows"):
+        return task_metrics(trainer.evaluate(run.examples[name], metric_key_prefix=name), name)
 
 
 def _costs(run: _Run, trainer: AdapterTrainer) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,16 @@ class TaskSpec:
     model: str
     labels: list[str]
     pooling: str
-    max_length: int
+    max_length: int | None
     separator: str
     dtype: str
 
     @classmethod
-    def of(cls, recipe: Recipe, labels: list[str], pooling: str) -> TaskSpec:
+    def of(cls, recipe: Recipe, labels: list[str]) -> TaskSpec:
         """The part of a recipe that outlives the training."""
         data = recipe.data
         return cls(
-            recipe.task, recipe.model, labels, pooling, data.max_length, data.separator, recipe.dtype
+            recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype
         )
 
     @classmethod
@@ -68,26 +68,25 @@ class TaskSpec:
 
 
 class Session:
-    """A pretrained model for a task, with the tokenizer that goes with it."""
+    """A pretrained model for a task, with its tokenizer; its `spec` says what "auto" and the defaults came to."""
 
     def __init__(self, spec: TaskSpec) -> None:
-        self.spec = spec
-        self.tokenizer = load_tokenizer(spec.model)
-        self.collator = Collator(self.tokenizer.pad_token_id)
         if spec.task == "classification":
             self.model: Any = load_classifier(spec.model, len(spec.labels), spec.pooling, spec.dtype)
+            spec = replace(spec, pooling=self.model.pooling)
         else:
             self.model = load_causal(spec.model, spec.dtype)
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest and spec.max_length > longest:
-            raise IsotuneError(f"data.max_length is {spec.max_length}, but {spec.model} reads at most {longest} tokens")
+        self.max_length = _max_length(spec, self.model.config)
+        self.spec = replace(spec, max_length=self.max_length)
+        self.tokenizer = load_tokenizer(spec.model)
+        self.collator = Collator(self.tokenizer.pad_token_id)
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenise rows for the task."""
         spec = self.spec
         if spec.task == "classification":
-            return classification_examples(rows, self.tokenizer, spec.labels, spec.max_length)
-        return causal_examples(rows, self.tokenizer, spec.max_length, spec.separator)
+            return classification_examples(rows, self.tokenizer, spec.labels, self.max_length)
+        return causal_examples(rows, self.tokenizer, self.max_length, spec.separator)
 
     def trainer(
         self,
@@ -109,6 +108,15 @@ class Session:
             callbacks=list(callbacks),
             base_model=self.spec.model,
         )
+
+
+def _max_length(spec: TaskSpec, config: Any) -> int:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if spec.max_length is None:
+        return min(256, limit or 256)
+    if limit and spec.max_length > limit:
+        raise IsotuneError(f"data.max_length is {spec.max_length}, but {spec.model} reads at most {limit} tokens")
+    return spec.max_length
 
 
 def task_metrics(metrics: dict[str, float], prefix: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,12 +82,14 @@ def _format(path: Path) -> str | None:
 def _file(path: Path) -> datasets.Dataset:
     kind = _format(path) or "text"
     try:
-        first = _first_line(path) if kind != "parquet" else "parquet"
-        if not first.strip():
+        lines = _first_lines(path) if kind != "parquet" else ["parquet"]
+        if not lines:
             raise DataError(f"{path}: the file is empty")
-        if kind == "text" and _is_json_object(first):
+        if kind == "csv" and len(lines) < 2:
+            raise DataError(f"{path}: the file has a header and no rows")
+        if kind == "text" and _is_json_object(lines[0]):
             kind = "json"
-        options = _csv_options(first, path) if kind == "csv" else {}
+        options = _csv_options(lines[0], path) if kind == "csv" else {}
         if kind == "text":
             options = {"sample_by": "document"}
         dataset = _build(kind, path, options)
@@ -114,10 +117,10 @@ def _open(path: Path) -> IO[str]:
     return open(path, encoding="utf-8-sig", newline="")
 
 
-def _first_line(path: Path) -> str:
-    """The first line that is not blank, or an empty string."""
+def _first_lines(path: Path) -> list[str]:
+    """The first two lines that are not blank, or as many as there are."""
     with _open(path) as lines:
-        return next((line for line in lines if line.strip()), "")
+        return list(islice((line for line in lines if line.strip()), 2))
 
 
 def _is_json_object(line: str) -> bool:

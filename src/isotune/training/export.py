@@ -1,0 +1,82 @@
+"""From a run or an adapter folder to what others load: the folded model, or PEFT's own layout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors.torch import save_file
+
+from isotune.checkpoint.files import read_adapter, replaced_folder
+from isotune.checkpoint.load import load
+from isotune.errors import CheckpointError, IsotuneError
+from isotune.model.fold import fold
+from isotune.training.folder import RunFolder
+from isotune.training.models import load_tokenizer, locate
+from isotune.training.session import TASK_FILE, Session, TaskSpec
+
+HEAD_FILE = "head.safetensors"
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter's folder, given that or its run's. Raises IsotuneError for a run that is not finished."""
+    run = RunFolder(path)
+    if not run.is_run():
+        return Path(path)
+    if not run.adapter.is_dir():
+        raise IsotuneError(f"the run in {path} is not finished: isotune train {run.recipe_file} --resume")
+    return run.adapter
+
+
+def base_of(adapter: str | Path, base: str | None = None) -> str:
+    """Where the base model of an adapter is: `base`, or what the adapter's config says.
+
+    Raises IsotuneError where neither leads to a model.
+    """
+    config, _, _ = read_adapter(adapter)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"{adapter} does not say which base model it was made for; name it with --base")
+    return locate(name)
+
+
+def export_merged(adapter: str | Path, output: str | Path, base: str | None = None, force: bool = False) -> Path:
+    """Write the base model with the adapter folded into its weights, as a transformers model folder.
+
+    A classifier's head is written beside it (`head.safetensors`, with the labels in `task.json`).
+
+    Args:
+        adapter: The adapter's folder.
+        output: The folder to write; it must be absent or empty.
+        base: The base model, where the adapter's config does not find it.
+        force: Accept a base whose configuration differs from the adapter's own.
+
+    Raises:
+        IsotuneError: The adapter or its base cannot be used, or the folder cannot be written.
+    """
+    adapter, where = Path(adapter), base_of(adapter, base)
+    with replaced_folder(output, replaces=None) as folder:
+        if (adapter / TASK_FILE).is_file():
+            spec = TaskSpec.read(adapter)
+            model = Session(TaskSpec(**{**vars(spec), "model": where})).model
+        else:
+            model = _load_by_architecture(where)
+        fold(load(model, adapter, force=force), keep_base=False)
+        getattr(model, "backbone", model).save_pretrained(folder)
+        load_tokenizer(where).save_pretrained(folder)
+        if hasattr(model, "head") and (adapter / TASK_FILE).is_file():
+            save_file({key: t.contiguous() for key, t in model.head.state_dict().items()}, folder / HEAD_FILE)
+            shutil.copy(adapter / TASK_FILE, folder / TASK_FILE)
+    return Path(output)
+
+
+def _load_by_architecture(where: str) -> Any:
+    """The base in the class that its own config names."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(where)
+        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        return kind.from_pretrained(where)
+    except (OSError, ValueError, AttributeError) as error:
+        raise IsotuneError(f"the base model {where} cannot be loaded: {error}") from None

@@ -1,0 +1,113 @@
+"""`isotune evaluate`: the run's metrics again, other rows, predictions, and mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import write_jsonl, write_recipe
+
+from isotune.cli import app
+from isotune.training import build_recipe, train
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run the command as the shell would; returns its exit code."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["isotune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            app.main()
+        return int(stop.value.code or 0)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(bert: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished classification run."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder / "recipe.yaml", bert, rows, folder / "run", max_steps=12)
+    return train(build_recipe(recipe), progress=False).output
+
+
+def test_a_run_evaluates_to_the_metrics_it_was_left_with(
+    command: Callable[..., int], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("evaluate", finished, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    left = json.loads((finished / "metrics.json").read_text())
+    assert found["accuracy"] == left["test_accuracy"]
+    assert found["macro_f1"] == left["test_macro_f1"]
+    assert found["loss"] == pytest.approx(left["test_loss"], rel=1e-5)
+    assert found["rows"] == 15
+
+
+def test_an_adapter_moved_elsewhere_predicts_rows_of_its_own(
+    command: Callable[..., int], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = shutil.copytree(finished / "adapter", tmp_path / "moved")
+    data = write_jsonl(tmp_path / "new.jsonl", [{"say": "the old cat", "kind": "animal"}] * 3)
+    table = tmp_path / "predictions.csv"
+    code = command(
+        "evaluate", adapter, "--data", data, "--text", "say", "--label", "kind", "--predictions", table, "--json"
+    )
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    lines = list(csv.DictReader(table.read_text().splitlines()))
+    assert [line["text"] for line in lines] == ["the old cat"] * 3
+    assert all(line["prediction"] in ("animal", "plant") for line in lines)
+    assert json.loads(out)["accuracy"] == sum(line["prediction"] == "animal" for line in lines) / 3
+
+
+def test_predictions_of_a_causal_run_are_losses_a_row(
+    command: Callable[..., int], llama: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {
+        "model": str(llama), "task": "causal-lm", "data.train": str(prompts), "data.test": str(prompts),
+        "data.prompt": "question", "data.completion": "answer", "data.max_length": 32, "method.rank": 2,
+        "training.max_steps": 2, "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    train(build_recipe(flags=flags), progress=False)
+    assert command("evaluate", tmp_path / "run", "--predictions", tmp_path / "p.jsonl", "--json") == 0
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(lines) == 40
+    assert all(line["loss"] > 0 for line in lines)
+    assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+
+
+MISTAKES = {
+    "no such folder": (["nowhere"], "no run or adapter folder at nowhere"),
+    "not an adapter": (["{tmp}"], "has no task.json"),
+    "unknown label": (["{run}", "--data", "{unseen}"], "has the label 'rock'"),
+    "unknown column": (["{run}", "--text", "txt"], "no column 'txt'"),
+    "another table": (["{run}", "--predictions", "{tmp}/x.xlsx"], "name a .csv or a .jsonl file"),
+    "no folder for the table": (["{run}", "--predictions", "{tmp}/no/x.csv"], "no such folder"),
+    "no rows named": (["{moved}"], "--data FILE"),
+    "another base": (["{run}", "--model", "minilm"], "isotune:"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gives_one_message_and_exit_code_2(
+    command: Callable[..., int],
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    mistake: str,
+) -> None:
+    arguments, message = MISTAKES[mistake]
+    unseen = write_jsonl(tmp_path / "unseen.jsonl", [{"text": "cat", "label": "rock"}])
+    moved = shutil.copytree(finished / "adapter", tmp_path / "moved")
+    places = {"run": finished, "tmp": tmp_path, "unseen": unseen, "moved": moved}
+    assert command("evaluate", *[argument.format(**places) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert out == ""
+    assert len([line for line in err.splitlines() if line.startswith("isotune: ")]) == 1
