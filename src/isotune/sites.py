@@ -58,6 +58,11 @@ class Site(ABC):
     def layout(self, W: Tensor) -> Tensor:
         """W (out, in) in the layer's own shape; the inverse of `weight`."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the layer's own weight, were it dense."""
+        return tuple(self.layout(torch.empty(self.out_features, self.in_features, device="meta")).shape)
+
     @abstractmethod
     def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
         """Run the layer with another dense weight; everything else about it stays."""

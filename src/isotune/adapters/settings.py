@@ -34,6 +34,8 @@ class Settings(BaseModel, ABC):
     """Laws that the method cannot keep, by test name, each with the reason."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name for the method, where PEFT has it."""
+    own_tensors: ClassVar[frozenset[str]] = frozenset()
+    """Tensors on disk that PEFT does not know, kept so that isotune restores the adapter bit for bit."""
 
     def __init__(self, **options: Any) -> None:
         try:

@@ -13,21 +13,18 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter
 from isotune.adapters.low_rank.lora import lora_tensors
-from isotune.checkpoint.base import StoredBase, stored_layer
+from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.card import export_card
 from isotune.checkpoint.files import CARD, TENSORS, check_writable, replaced_folder, write_adapter
-from isotune.checkpoint.load import fill
+from isotune.checkpoint.parts import Part, stored_parts
 from isotune.checkpoint.save import base_model_name, peft_fields, refused_by_peft, trained_tensors
 from isotune.checkpoint.stored import PREFIX, StoredAdapter, read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
 from isotune.linalg.householder import at_least_fp32
-from isotune.model.attach import build_adapters
 from isotune.model.layers import adapted_layers, trained_modules
-from isotune.sites import AdaptedSite, Site, require_site
+from isotune.sites import AdaptedSite, Site
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-Part = tuple[str, Site, list[Adapter]]  # path, bare site, adapters in the order in which they are stacked
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,8 @@ def export_lora(
         base: Only with a folder: the base model's folder or hub id; by default what the adapter's config says.
 
     Raises:
-        NoLowRankFormError: A layer has no exact LoRA form, or none that PEFT's layout holds; the message says which and
-            why.
+        NoLowRankFormError: A layer has no exact LoRA form, or none in PEFT's layout; the message says which
+            and why.
         CheckpointError: Nothing to export, a base that cannot be read, or a folder that cannot be written.
         OptionError: An unknown dtype, or a rank multiple below 1.
     """
@@ -129,21 +126,9 @@ def _from_folder(stored: StoredAdapter, base: str | Path | None) -> _Source:
         )
     weights = StoredBase(name)
     entries = stored.header["sites"] if stored.header else {}
-
-    def parts() -> Iterable[Part]:
-        for p, settings in stored.settings.items():
-            weight = weights.weight(p)
-            kind = entries[p]["kind"] if entries else "conv2d" if weight.dim() == 4 else "linear"
-            if "lora_embedding_A" in stored.state[p]:
-                kind = "embedding"
-            layer = stored_layer(kind, weight)
-            (adapter,) = build_adapters({p: layer}, {p: settings}).values()
-            fill(adapter, stored, p, layer)
-            yield p, require_site(layer, p), [adapter]
-
     refused = {p: entry["refused"] for p, entry in entries.items() if "refused" in entry}
     trained = {f"{PREFIX}{p}.{key}": t for p, found in stored.trained.items() for key, t in found.items()}
-    return _Source(parts, refused, trained, sorted(stored.trained), str(name))
+    return _Source(lambda: stored_parts(stored, weights), refused, trained, sorted(stored.trained), str(name))
 
 
 @torch.no_grad()

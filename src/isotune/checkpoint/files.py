@@ -27,32 +27,36 @@ FORMAT = 1
 OURS = {CONFIG, TENSORS, CARD}
 
 
-def check_writable(path: str | Path) -> Path:
-    """Raise CheckpointError unless an adapter folder can be written at `path`: absent, empty, or one already."""
+def check_writable(path: str | Path, replaces: str | None = CONFIG) -> Path:
+    """Raise CheckpointError unless a folder can be written at `path`.
+
+    It may be absent or empty, or one that holds a file called `replaces`, which marks an older one of its kind.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise CheckpointError(f"cannot write an adapter to {path}: it is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
+        raise CheckpointError(f"cannot write to {path}: it is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not (replaces and (path / replaces).exists()):
+        missing = f" (no {replaces} in it)" if replaces else ""
         raise CheckpointError(
-            f"cannot write an adapter to {path}: the folder exists and holds something else "
-            f"(no {CONFIG} in it); name a new folder, or empty this one"
+            f"cannot write to {path}: the folder exists and holds something else{missing}; "
+            "name a new folder, or empty this one"
         )
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"cannot write an adapter to {path}: no permission to write in {parent}")
+        raise CheckpointError(f"cannot write to {path}: no folder can be made in {parent}")
     return path
 
 
 @contextmanager
-def replaced_folder(path: str | Path) -> Iterator[Path]:
+def replaced_folder(path: str | Path, replaces: str | None = CONFIG) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write into; on success it takes the place of `path` in one step.
 
     Files of an older folder that are not an adapter's are carried over. Whatever fails, the older folder stays.
     Raises CheckpointError where the disk is full or the folder not writable.
     """
-    path = check_writable(path).absolute()
+    path = check_writable(path, replaces).absolute()
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,10 +100,9 @@ def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredA
         return
     for p, entry in stored.header["sites"].items():
         site = require_site(modules[p], p)
-        if [site.out_features, site.in_features] != entry["shape"]:
+        if list(site.shape) != entry["shape"]:
             raise CheckpointError(
-                f"{other}: {p!r} was {entry['shape']} (out, in) there and is "
-                f"{[site.out_features, site.in_features]} here"
+                f"{other}: the weight of {p!r} was {entry['shape']} there and is {list(site.shape)} here"
             )
     here, there = base_config_hash(model), stored.header["base_config"]
     if there and here and here != there and not force:

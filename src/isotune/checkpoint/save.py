@@ -151,7 +151,7 @@ def _header(
     sites: dict[str, dict[str, Any]] = {}
     for path, layer in layers.items():
         site = layer.bare
-        sites[path] = {"kind": site.kind, "shape": [site.out_features, site.in_features]}
+        sites[path] = {"kind": site.kind, "shape": list(site.shape)}
         if options[path] != common:
             sites[path]["settings"] = options[path]
         if why := refused_by_peft(site):

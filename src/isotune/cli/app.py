@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isotune.cli import train
+from isotune.cli import adapters, train
 from isotune.errors import IsotuneError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 
 train.register(app)
+adapters.register(app)
 
 
 def main() -> None:

@@ -42,6 +42,17 @@ def base_of(adapter: str | Path, base: str | None = None) -> str:
     return locate(name)
 
 
+def local_base(adapter: str | Path, base: str | None = None) -> str | None:
+    """As `base_of`, but None where no base is asked for and the adapter's own is no folder at hand."""
+    if base is not None:
+        return base_of(adapter, base)
+    try:
+        found = base_of(adapter)
+    except IsotuneError:
+        return None
+    return found if Path(found).is_dir() else None
+
+
 def export_merged(adapter: str | Path, output: str | Path, base: str | None = None, force: bool = False) -> Path:
     """Write the base model with the adapter folded into its weights, as a transformers model folder.
 

@@ -40,6 +40,7 @@ class HRA(Settings):
     learning_rate: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "rank * n_in"
     peft_type: ClassVar[str | None] = "HRA"
+    own_tensors: ClassVar[frozenset[str]] = frozenset({"hra_u_trained", "hra_u_anchor"})
 
     rank: int = Field(8, gt=0, description="Number of reflections; the rank of W' - W.")
     side: Side = Field("in", description="Rotate the layer's input or its output; an embedding's output always.")

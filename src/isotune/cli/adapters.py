@@ -1,0 +1,138 @@
+"""`isotune methods`, `isotune inspect` and `isotune export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isotune.cli.output import print_json, print_table
+from isotune.errors import OptionError
+
+Flag = typer.Option
+AsJson = Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")]
+
+_EXPORT_HELP = """Turn an adapter into something that others load.
+
+  lora    an exact LoRA, loaded as it is by PEFT, vLLM, TGI, llama.cpp's converter, diffusers
+
+  merged  the base model with the adapter folded into its weights
+
+  peft    the same adapter in PEFT's layout, refused where PEFT has no such method
+
+Examples:
+
+  isotune export runs/one --to lora --output one-lora --dtype bfloat16 --rank-multiple 8
+
+  isotune export ./adapter --to merged --base ./llama --output llama-merged
+"""
+
+
+def methods_command(as_json: AsJson = False) -> None:
+    """List the methods: equation, parameters, what each supports. All of it is probed, not typed in."""
+    from isotune.adapters.catalogue import methods
+
+    found = methods()
+    if as_json:
+        print_json(found)
+        return
+    yes_no = {True: "yes", False: "no"}
+    print_table(
+        "Methods",
+        ["method", "parameters a layer", "identity at start", "exact LoRA of", "PEFT", "conv", "embedding"],
+        [
+            [
+                m.name, m.parameters, yes_no[m.identity_at_start], m.lora_rank or "no", yes_no[m.peft],
+                yes_no["conv2d" in m.kinds], yes_no["embedding" in m.kinds],
+            ]
+            for m in found
+        ],
+        "for default options, by probing; W is (n_out, n_in); all adapt linear layers, fold into the weights and unfold",
+    )  # fmt: skip
+    for m in found:
+        options = [[name, text] for name, text in m.options.items()]
+        print_table(f"{m.name}: {m.equation}", ["option", "meaning"], options, f"learning rate: {m.learning_rate:g}")
+
+
+def inspect_command(
+    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, isotune's or PEFT's, or a run's.")],
+    base: Annotated[str | None, Flag(help="The base model, if the adapter's config does not find it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show an adapter: its layers, parameters, how orthogonal its rotations are, norm and rank of the change."""
+    from isotune.diagnostics.change import inspect_adapter
+    from isotune.training.export import adapter_folder, local_base
+
+    source = adapter_folder(adapter)
+    found = inspect_adapter(source, local_base(source, base))
+    if as_json:
+        print_json(found)
+        return
+    total = sum(row.trainable for row in found.sites)
+    no_base = all(row.change_norm is None for row in found.sites)
+    print_table(
+        f"{found.path}: {found.method}, {len(found.sites)} layers, {total:,} parameters",
+        ["layer", "kind", "W", "parameters", "|RᵀR - I|", "|W' - W| / |W|", "rank of W' - W"],
+        [
+            [
+                row.site, row.kind, f"{row.out_features} x {row.in_features}", f"{row.trainable:,}",
+                "-" if row.orthogonality_error is None else f"{row.orthogonality_error:.1e}",
+                "-" if row.change_norm is None else f"{row.change_norm:.4f}",
+                "-" if row.change_rank is None else str(row.change_rank),
+            ]
+            for row in found.sites
+        ],
+        "; ".join(
+            [
+                f"base: {found.base_model or 'not recorded'}",
+                *([f"trained in full: {', '.join(found.trained_modules)}"] if found.trained_modules else []),
+                *(["the base is not at hand: norms and ranks need --base"] if no_base else []),
+            ]
+        ),
+    )  # fmt: skip
+
+
+def export_command(
+    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, isotune's or PEFT's, or a run's.")],
+    to: Annotated[str, Flag(help="lora, merged or peft.")],
+    output: Annotated[Path, Flag(help="Folder to write: new, or an older export.")],
+    base: Annotated[str | None, Flag(help="The base model, if the adapter's config does not find it.")] = None,
+    dtype: Annotated[str, Flag(help="lora: float32, float16 or bfloat16.")] = "float32",
+    rank_multiple: Annotated[int, Flag(help="lora: round the rank up to a multiple of this.")] = 1,
+    force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    from isotune.training.export import adapter_folder, base_of, export_merged
+
+    source = adapter_folder(adapter)
+    if to == "lora":
+        from isotune.checkpoint.export import export_lora
+
+        found = export_lora(source, output, dtype, rank_multiple, base_of(source, base))
+        if as_json:
+            print_json({**vars(found), "residual": found.residual})
+            return
+        print_table(
+            f"{found.path}: LoRA of rank {found.rank} at {len(found.ranks)} layers, stored as {found.dtype}",
+            ["layer", "rank", "residual"],
+            [[p, str(found.ranks[p]), f"{residual:.1e}"] for p, residual in found.residuals.items()],
+            f"residual: |W + B A - W'| / |W|, read back from the file; the largest is {found.residual:.1e}",
+        )
+        return
+    if to == "merged":
+        written = export_merged(source, output, base=base, force=force)
+    elif to == "peft":
+        from isotune.checkpoint.export_peft import export_peft
+
+        written = export_peft(source, output)
+    else:
+        raise OptionError(f"--to {to!r} is unknown; choose lora, merged or peft")
+    print_json({"path": str(written)}) if as_json else print(f"{written}: written, {to}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the three commands to the application."""
+    app.command("methods")(methods_command)
+    app.command("inspect")(inspect_command)
+    app.command("export", help=_EXPORT_HELP)(export_command)
