@@ -155,7 +155,8 @@ def _build(settings: Settings, layer: nn.Module, path: str, seed: int) -> Adapte
             f"{', '.join(sorted(settings.kinds))}"
         )
     # One stream for each path: a layer starts the same whatever other layers are targeted.
-    generator = torch.Generator().manual_seed(((seed << 32) + zlib.crc32(path.encode())) % 2**63)
+    # Hashed to 32 bits, because torch's CPU generator ignores all but the low 32 bits of its seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
     try:
         adapter = settings.build(site, generator)
     except OptionError as error:
