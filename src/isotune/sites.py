@@ -26,6 +26,7 @@ class Site(ABC):
 
     kind: ClassVar[str]
     rotates_input: ClassVar[bool] = False  # rows of x are rows of the linear map, so they can be rotated
+    rotates_output: bool = True  # all of y - b comes from one W, so rotating it is rotating W's rows
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
@@ -141,6 +142,11 @@ class Conv2dSite(Site):
     kind = "conv2d"
 
     @property
+    def rotates_output(self) -> bool:  # type: ignore[override]
+        # The groups see different inputs: their outputs must not be mixed.
+        return self.layer.groups == 1
+
+    @property
     def weight(self) -> Tensor:
         return self.layer.weight.detach().flatten(1)
 
@@ -200,6 +206,10 @@ class AdaptedSite(Site):
     @property
     def rotates_input(self) -> bool:  # type: ignore[override]
         return self.base.rotates_input
+
+    @property
+    def rotates_output(self) -> bool:  # type: ignore[override]
+        return self.base.rotates_output
 
     @property
     def weight(self) -> Tensor:

@@ -74,9 +74,9 @@ class Rotation(Adapter):
         """`v R`, or `v Rᵀ`, for rows v (..., d), in v's dtype."""
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
-        if self.side == "out":
+        if self.side == "out" and site.rotates_output:
             return site.over_outputs(site(x), self.rotate)
-        if site.rotates_input:
+        if self.side == "in" and site.rotates_input:
             # y = x (W R)ᵀ = (x Rᵀ) Wᵀ: note the transpose.
             return site(self.rotate(x, transpose=True))
         factors = self.factors(site.weight)

@@ -56,8 +56,8 @@ class Settings(BaseModel, ABC):
         """
 
     @abstractmethod
-    def parameter_count(self, n_in: int, n_out: int) -> int:
-        """Trainable parameters at a site with W of shape (n_out, n_in)."""
+    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
+        """Trainable parameters at a site of the given kind with W of shape (n_out, n_in)."""
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:

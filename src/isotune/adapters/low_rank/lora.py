@@ -53,7 +53,7 @@ class LoRA(Settings):
         scale = self.resolved_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         return LoRAAdapter(A, B, scale, self.dropout)
 
-    def parameter_count(self, n_in: int, n_out: int) -> int:
+    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         return self.rank * (n_in + n_out)
 
     @classmethod

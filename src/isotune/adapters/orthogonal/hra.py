@@ -72,13 +72,16 @@ class HRA(Settings):
         """The start, with the default filled in."""
         return self.start or ("anchored" if self.strict else "paired")
 
+    def _side_at(self, kind: str) -> Side:
+        # The one-hot rows of an embedding are no space to rotate.
+        return "out" if kind == "embedding" else self.side
+
     @property
     def identity_at_start(self) -> bool:
         return self.resolved_start != "random"
 
     def build(self, site: Site, generator: torch.Generator) -> HRAAdapter:
-        # The one-hot rows of an embedding are no space to rotate.
-        side: Side = "out" if site.kind == "embedding" else self.side
+        side = self._side_at(site.kind)
         d = site.in_features if side == "in" else site.out_features
         check_rank(self.rank, d, f"its {side}put side")
         pairs = self.resolved_start == "paired"
@@ -90,8 +93,8 @@ class HRA(Settings):
         anchor = U.clone() if self.resolved_start == "anchored" else None
         return HRAAdapter(U, anchor, side, self.strict, self.penalty, self.squared)
 
-    def parameter_count(self, n_in: int, n_out: int) -> int:
-        return self.rank * (n_in if self.side == "in" else n_out)
+    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
+        return self.rank * (n_in if self._side_at(kind) == "in" else n_out)
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
