@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from isotune.adapters.catalogue import methods
 from isotune.adapters.contract import Adapter, LowRank, Rotation
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.adapters.orthogonal.hra import HRA
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "load_weights",
     "method",
+    "methods",
     "penalty",
     "remove",
     "save",

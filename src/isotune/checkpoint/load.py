@@ -104,8 +104,8 @@ def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredA
             raise CheckpointError(
                 f"{other}: the weight of {p!r} was {entry['shape']} there and is {list(site.shape)} here"
             )
-    here, there = base_config_hash(model), stored.header["base_config"]
-    if there and here and here != there and not force:
+    hashes = {base_config_hash(model), stored.header["base_config"]} - {""}
+    if len(hashes) > 1 and not force:
         raise CheckpointError(
             f"{other}: the model's configuration differs from the one that it was made for. "
             "If you know that the two fit, load it with force=True (--force)"

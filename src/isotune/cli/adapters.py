@@ -48,7 +48,7 @@ def methods_command(as_json: AsJson = False) -> None:
             ]
             for m in found
         ],
-        "for default options, by probing; W is (n_out, n_in); all adapt linear layers, fold into the weights and unfold",
+        "default options, by probing; W is (n_out, n_in); all adapt linear layers, fold and unfold",
     )  # fmt: skip
     for m in found:
         options = [[name, text] for name, text in m.options.items()]

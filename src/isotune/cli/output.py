@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ def print_json(result: Any) -> None:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None
 ) -> None:
-    """Print a table on standard output; numbers to the right."""
+    """Print a table on standard output; numbers to the right; in a pipe, 160 columns wide."""
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
         numeric = all(row[index][:1].isdigit() or row[index] in ("", "-") for row in rows) and bool(rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.fold import fold
 from isotune.training.folder import RunFolder
 from isotune.training.models import load_tokenizer, locate
+from isotune.training.progress import quiet_libraries
 from isotune.training.session import TASK_FILE, Session, TaskSpec
 
 HEAD_FILE = "head.safetensors"
@@ -67,6 +68,7 @@ def export_merged(adapter: str | Path, output: str | Path, base: str | None = No
     Raises:
         IsotuneError: The adapter or its base cannot be used, or the folder cannot be written.
     """
+    quiet_libraries()
     adapter, where = Path(adapter), base_of(adapter, base)
     with replaced_folder(output, replaces=None) as folder:
         if (adapter / TASK_FILE).is_file():
