@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import assert_same_bits, signal_at_step, start_slowly, write_recipe
@@ -15,6 +16,7 @@ from tiny import assert_same_bits, signal_at_step, start_slowly, write_recipe
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.training import build_recipe, train
 from isotune.training.folder import RunFolder
+from isotune.training.measure import StepTimer
 
 
 @pytest.fixture(scope="module")
@@ -117,26 +119,24 @@ def test_a_recipe_that_differs_from_the_run_is_refused_by_name(uninterrupted: Pa
         train(other, resume=True, progress=False)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_intact(tmp_path: Path, bert: Path, rows: Path) -> None:
+def test_a_full_disk_leaves_the_older_checkpoint_intact(
+    tmp_path: Path, bert: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = build_recipe(write_recipe(tmp_path / "recipe.yaml", bert, rows, tmp_path / "run"))
     folder = RunFolder(tmp_path / "run")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    from isotune.training import run as module
+    def fills_up(self: StepTimer, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG001
+        if state.global_step == 9:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
 
-    class FillsUp(module.StepTimer):
-        def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-            super().on_step_end(args, state, control, **kwargs)
-            if state.global_step == 9:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-
-    original, module.StepTimer = module.StepTimer, FillsUp
     try:
-        with pytest.raises(CheckpointError, match="step 10 cannot be written"):
-            train(recipe, progress=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(StepTimer, "on_step_end", fills_up)
+            with pytest.raises(CheckpointError, match="step 10 cannot be written"):
+                train(recipe, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        module.StepTimer = original
     last = folder.last_checkpoint()
     assert last is not None
     assert last.name == "checkpoint-5"

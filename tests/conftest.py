@@ -1,0 +1,52 @@
+"""Shared by every test: one deterministic hypothesis profile, quiet CPU threads, and the report of exemptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+pytest.register_assert_rewrite("laws.statements", "laws.lifecycle", "support")
+
+settings.register_profile(
+    "isotune",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=60,
+    print_blob=False,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("isotune")
+
+EXEMPT = "exempt from the law: "
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Every test starts from the same random state and leaves torch's global switches as it found them."""
+    torch.manual_seed(0)
+    yield
+    assert torch.get_default_dtype() == torch.float32
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Tests are many and small: more threads than cores only get in each other's way.
+    torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the laws that methods are exempt from, each with its declared reason."""
+    lines = set()
+    for report in terminalreporter.getreports("skipped"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        if EXEMPT in reason:
+            lines.add(reason.partition(EXEMPT)[2])
+    if lines:
+        terminalreporter.section("exemptions from laws")
+        for line in sorted(lines):
+            terminalreporter.line(line)

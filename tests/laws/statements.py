@@ -1,0 +1,169 @@
+"""Laws about what an adapted layer computes: values, gradients, dtypes, factors, counts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+import isotune
+from isotune.sites import AdaptedSite, Site
+from laws.case import Case, adapter_of, move, site_of_base, trainable
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def identity_at_start(case: Case) -> None:
+    """A fresh adapter leaves the output as it was, where the settings say so."""
+    model = case.fresh()
+    x = case.input()
+    if case.method.identity_at_start:
+        assert_close(model(x), case.base()(x), 1e-6)
+
+
+def forward_equals_dense_twin(case: Case) -> None:
+    """The cheap forward and `weight(W)` agree, in values and in gradients, to the rounding of float64."""
+    model, x = case.moved(), case.input()
+    site, adapter = site_of_base(model), adapter_of(model)
+    inputs = [*([x.requires_grad_()] if x.is_floating_point() else []), *trainable(model)]
+    cheap = model(x)
+    dense = site.forward_with(x, adapter.weight(site.weight))
+    assert_close(cheap, dense, 1e-10)
+    weights = _cotangent(cheap, x, site)
+    for got, expected in zip(
+        torch.autograd.grad(cheap, inputs, weights), torch.autograd.grad(dense, inputs, weights), strict=True
+    ):
+        assert_close(got, expected, 1e-9)
+
+
+def _cotangent(y: Tensor, x: Tensor, site: Site) -> Tensor:
+    """Random weights for a loss over the outputs; none at padding tokens, which no loss should see."""
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=y.dtype)
+    padding = getattr(site.layer, "padding_idx", None)
+    if padding is not None:
+        weights = weights * (x != padding).unsqueeze(-1)
+    return weights
+
+
+def gradients_are_derivatives(case: Case) -> None:
+    """The gradients are those of finite differences (gradcheck)."""
+    model, x = case.moved(), case.input()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    values = [p.detach().requires_grad_() for p in trainable(model)]
+    if x.is_floating_point():
+        x = x[:1].requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x, *v: functional_call(model, dict(zip(names, v, strict=True)), x), (x, *values), fast_mode=True
+        )
+    else:
+        padding = model.layer.base_layer.padding_idx
+        x = x[x != padding] if padding is not None else x
+        assert torch.autograd.gradcheck(
+            lambda *v: functional_call(model, dict(zip(names, v, strict=True)), x), tuple(values), fast_mode=True
+        )
+
+
+def dtype_is_kept(case: Case) -> None:
+    """A base in fp32, bf16 or fp16 answers in its own dtype, also under autocast; adapters stay fp32."""
+    exact = case.moved()
+    expected = exact(case.input()).detach()
+    for dtype in DTYPES:
+        base, model = case.base(dtype), case.moved(dtype)
+        x = case.input(dtype)
+        assert {p.dtype for p in trainable(model)} == {torch.float32}
+        y = model(x)
+        assert y.dtype == base(x).dtype == dtype
+        assert_close(y.double(), expected, {torch.float32: 1e-4}.get(dtype, 0.1))
+        y.float().square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable(model))
+        assert model.layer.weight.dtype == dtype
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model(x).dtype == base(x).dtype
+
+
+def factors_reproduce_the_change(case: Case) -> None:
+    """Where a method has factors, W + B A is the adapted weight to 1e-6 (fp32), with a rank of at most B's columns."""
+    model = case.moved(torch.float32)
+    site, adapter = site_of_base(model), adapter_of(model)
+    factors = adapter.factors(site.weight)
+    if factors is None:
+        return
+    B, A = (factor.detach() for factor in factors)
+    W = site.weight
+    assert B.shape[0] == W.shape[0]
+    assert A.shape[1] == W.shape[1]
+    assert B.shape[1] == A.shape[0]
+    change = (adapter.weight(W).double() - W.double()).detach()
+    assert_close(B.double() @ A.double(), change, 1e-6, scale=float(W.norm() + change.norm()))
+    exact = adapter.double()
+    change = exact.weight(W.double()) - W.double()
+    assert torch.linalg.matrix_rank(change, rtol=1e-9) <= B.shape[1]
+
+
+def compiles_without_a_break(case: Case) -> None:
+    """`torch.compile(fullgraph=True)` gives what eager gives, forward and backward."""
+    model, x = case.moved(torch.float32), case.input(torch.float32)
+    parameters = trainable(model)
+    expected = model(x)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), parameters)
+    torch._dynamo.reset()
+    y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    assert_close(y, expected, 1e-5)
+    for got, wanted in zip(torch.autograd.grad(y.square().sum(), parameters), expected_gradients, strict=True):
+        assert_close(got, wanted, 1e-4)
+
+
+def parameter_count_is_as_declared(case: Case) -> None:
+    """`parameter_count` is what is trained; at default options on a linear map, so is the method's `formula`."""
+    model = case.fresh()
+    site, method = site_of_base(model), type(case.method)
+    trained = sum(p.numel() for p in trainable(model))
+    assert trained == case.method.parameter_count(site.in_features, site.out_features, site.kind)
+    default = method()
+    letters = {"rank": getattr(default, "rank", None), "n_in": 48, "n_out": 80}
+    assert eval(method.formula, {"__builtins__": {}}, letters) == default.parameter_count(48, 80)
+
+
+def penalty_is_a_finite_scalar(case: Case) -> None:
+    """The penalty can be added to a loss and differentiated wherever the adapter is."""
+    for model in (case.fresh(), case.moved()):
+        penalty = adapter_of(model).penalty()
+        assert penalty.shape == ()
+        (penalty + model(case.input()).square().sum()).backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def stack_is_the_product_of_its_parts(case: Case) -> None:
+    """Two adapters on one layer compute with the second's change of the first's weight, in the order of `use`."""
+    model = case.adapt(case.fresh(name="one"), "two", case.seed + 1)
+    for order in (("one", "two"), ("two", "one")):
+        isotune.use(model, *order)
+        move(model, case.seed)
+        first, second = (adapter_of(model, name) for name in order)
+        site, x = site_of_base(model), case.input()
+        dense = site.forward_with(x, second.weight(first.weight(site.weight)))
+        assert_close(model(x), dense, 1e-10)
+        assert_close(AdaptedSite(AdaptedSite(site, first), second)(x), dense, 1e-10)
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float, scale: float | None = None) -> None:
+    """The largest difference is at most `tolerance` times the largest magnitude (at least 1) of what is expected."""
+    got, expected = got.detach(), expected.detach()
+    assert got.shape == expected.shape
+    assert got.isfinite().all()
+    scale = scale if scale is not None else max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
+    difference = float((got.double() - expected.double()).abs().max()) if got.numel() else 0.0
+    assert difference <= tolerance * scale, f"differs by {difference:.2e}, allowed {tolerance * scale:.2e}"
+
+
+LAWS = (
+    identity_at_start,
+    forward_equals_dense_twin,
+    gradients_are_derivatives,
+    dtype_is_kept,
+    factors_reproduce_the_change,
+    compiles_without_a_break,
+    parameter_count_is_as_declared,
+    penalty_is_a_finite_scalar,
+    stack_is_the_product_of_its_parts,
+)

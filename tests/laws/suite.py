@@ -1,0 +1,60 @@
+"""All laws, and the one function that makes a test of them for given methods.
+
+A test file puts its own method under every law with one line: `test_law = laws_of(MyMethod)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import EXEMPT
+from hypothesis import given
+from hypothesis import settings as profile
+
+from isotune import Settings
+from laws import lifecycle, statements
+from laws.case import Case, drawn_case, registered
+from laws.layers import KINDS
+from laws.options import drawn_settings
+
+Law = Callable[[Case], None]
+
+LAWS: dict[str, Law] = {law.__name__: law for law in (*statements.LAWS, *lifecycle.LAWS)}
+
+# Examples of the laws whose examples are slow; the others get the profile's number.
+EXAMPLES = {"compiles_without_a_break": 12, "gradients_are_derivatives": 30}
+
+
+def laws_of(*methods: type[Settings]) -> Callable[..., None]:
+    """A test that puts each method under each law, on each layer kind that it declares."""
+    cases = [
+        pytest.param(method, kind, law, id=f"{method.name}-{kind}-{law}")
+        for method in methods
+        for kind in KINDS
+        if kind in method.kinds
+        for law in LAWS
+    ]
+
+    @pytest.mark.parametrize(("method", "kind", "law"), cases)
+    def test_law(method: type[Settings], kind: str, law: str) -> None:
+        unknown = method.exempt.keys() - LAWS.keys()
+        assert not unknown, f"{method.name} is exempt from what is no law: {unknown}"
+        if law in method.exempt:
+            pytest.skip(f"{EXEMPT}{method.name} from {law}: {method.exempt[law]}")
+        check_law(method, kind, law)
+
+    return test_law
+
+
+def check_law(method: type[Settings], kind: str, law: str, options: Any = None) -> None:
+    """Put one method under one law on one layer kind, over drawn options, layers, inputs and seeds."""
+
+    @profile(max_examples=EXAMPLES.get(law, profile().max_examples))
+    @given(drawn_case(method, kind, options or drawn_settings(method)))
+    def hold(case: Case) -> None:
+        LAWS[law](case)
+
+    with registered(method):
+        hold()
