@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from laws.exemptions import EXEMPT
+
 pytest.register_assert_rewrite("laws.statements", "laws.lifecycle", "support")
 
 settings.register_profile(
@@ -16,14 +18,13 @@ settings.register_profile(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=60,
+    max_examples=12,
     print_blob=False,
+    report_multiple_bugs=False,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("isotune")
-
-EXEMPT = "exempt from the law: "
 
 
 @pytest.fixture(autouse=True)
@@ -34,18 +35,16 @@ def _seeded() -> Iterator[None]:
     assert torch.get_default_dtype() == torch.float32
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     # Tests are many and small: more threads than cores only get in each other's way.
     torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the laws that methods are exempt from, each with its declared reason."""
-    lines = set()
-    for report in terminalreporter.getreports("skipped"):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
-        if EXEMPT in reason:
-            lines.add(reason.partition(EXEMPT)[2])
+    skipped = [report.longrepr for report in terminalreporter.getreports("skipped")]
+    reasons = [where[2] for where in skipped if isinstance(where, tuple)]
+    lines = {reason.partition(EXEMPT)[2] for reason in reasons if EXEMPT in reason}
     if lines:
         terminalreporter.section("exemptions from laws")
         for line in sorted(lines):

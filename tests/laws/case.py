@@ -96,7 +96,7 @@ def site_of_base(model: Host) -> Site:
 
 
 @st.composite
-def drawn_case(draw: DrawFn, method: type[Settings], kind: str, options: Any) -> Case:
+def drawn_case(draw: DrawFn, kind: str, options: Any) -> Case:
     """A case in which the options fit the layer."""
     settings = draw(options)
     layer = draw(drawn_layer(kind))

@@ -1,10 +1,10 @@
 """Every registered method, on every layer kind that it declares, under every law."""
 
 import pytest
-from laws.layers import KINDS
-from laws.suite import laws_of
 
 from isotune.adapters.registry import method_class, method_names
+from laws.layers import KINDS
+from laws.suite import laws_of
 
 test_law_holds = laws_of(*map(method_class, method_names()))
 
