@@ -122,7 +122,7 @@ def file_as_output(folder: Path) -> list[object]:
 
 
 def arguments(*given: object) -> Callable[[Path], list[object]]:
-    return lambda folder: list(given)  # noqa: ARG005
+    return lambda folder: list(given)
 
 
 MISTAKES = {

@@ -28,6 +28,8 @@ Examples:
 
 Ctrl-C saves a checkpoint; a recipe's training section takes every field of transformers.TrainingArguments,
 for example --set training.num_train_epochs=1 --set training.report_to=tensorboard.
+
+On several processes: torchrun --nproc-per-node 2 -m isotune.cli train recipe.yaml
 """
 
 _EVALUATE_HELP = """Evaluate a run, or an adapter that `isotune train` wrote, and write its predictions.

@@ -69,7 +69,7 @@ def training_arguments(recipe: Recipe, output: str) -> TrainingArguments:
     values = dict(recipe.training)
     if values.get("save_total_limit") is not None:
         values["save_total_limit"] = max(2, values["save_total_limit"])
-    values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    values = {**machine_arguments(), **values}
     values.setdefault("ddp_find_unused_parameters", False)
     values.setdefault("logging_nan_inf_filter", False)
     try:
@@ -78,6 +78,11 @@ def training_arguments(recipe: Recipe, output: str) -> TrainingArguments:
         )
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise IsotuneError(f"training: {error}") from None
+
+
+def machine_arguments() -> dict[str, Any]:
+    """Fields that depend on the machine: without `use_cpu`, processes on a CPU would not find each other."""
+    return {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
 
 
 def _check(name: str, value: Any, expected: Any) -> None:

@@ -16,6 +16,7 @@ import transformers
 
 from isotune.checkpoint.load import load
 from isotune.errors import DataError, IsotuneError
+from isotune.training.arguments import machine_arguments
 from isotune.training.data import Row, check_labels, load_rows, load_splits
 from isotune.training.folder import RunFolder, write_atomically
 from isotune.training.progress import Screen, is_first_process, quiet_libraries
@@ -75,7 +76,7 @@ def evaluate(
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            **machine_arguments(),
         )
         output = session.trainer(arguments).predict(examples, metric_key_prefix="test")
     if predictions is not None and is_first_process():

@@ -63,16 +63,16 @@ class ProgressLine(TrainerCallback):
         self.screen = screen
         self.bar = screen.bar()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the bar."""
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance it."""
         self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the loss, or the validation metrics."""
         if logs and "loss" in logs:
             self.bar.update(self.task, description=f"loss {logs['loss']:.4f}")
@@ -85,6 +85,6 @@ class ProgressLine(TrainerCallback):
             shown = [f"{name} {logs[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in logs]
             self.screen.say(f"step {state.global_step}: validation {', '.join(shown)}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the bar away."""
         self.bar.stop()

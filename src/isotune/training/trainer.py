@@ -49,7 +49,7 @@ class AdapterTrainer(Trainer):
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:  # noqa: ARG002
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ class AdapterTrainer(Trainer):
             ) from error
         self.accelerator.wait_for_everyone()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint) / "adapter")
 
     def _load_best_model(self) -> None:
@@ -82,15 +82,15 @@ class AdapterTrainer(Trainer):
 class _AdapterSteps(TrainerCallback):
     """The adapters' own update after each optimizer step, and a log line before each checkpoint."""
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         isotune.after_step(model)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The log is part of the checkpoint: without it a resumed run could not know its whole training loss.
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and not math.isfinite(logs.get("loss", 0.0)):
             raise IsotuneError(
                 f"the training loss is {logs['loss']} at step {state.global_step}: lower training.learning_rate"
@@ -115,18 +115,18 @@ class StopOnInterrupt(TrainerCallback):
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _handle(self, number: int, frame: Any) -> None:  # noqa: ARG002
+    def _handle(self, number: int, frame: Any) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint, and for the end."""
         if self.requested:
             control.should_save = control.should_log = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave at once: no evaluation on the way out."""
         if self.requested:
             control.should_evaluate = control.should_save = False

@@ -1,0 +1,58 @@
+"""Two processes on one machine: the same metrics as they gather them, written and printed once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import environment, write_recipe
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+    "accelerate launch": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--module",
+    ],
+}  # fmt: skip
+"""On a machine without devices, accelerate starts several processes on the CPU under its flag for several devices."""
+
+
+def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in two processes."""
+    return subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher], "isotune.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_and_only_the_first_writes_and_prints(
+    tmp_path: Path, bert: Path, rows: Path, launcher: str
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", bert, rows, tmp_path / "run", max_steps=6)
+    done = launch(launcher, "train", recipe, "--json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout)
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 6
+    assert done.stderr.count("trainable parameters") == 1
+    assert (tmp_path / "run" / "checkpoint-5" / "rng_state_1.pth").is_file()
+
+    alone = subprocess.run(
+        [sys.executable, "-m", "isotune.cli", "evaluate", tmp_path / "run", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )
+    single = json.loads(alone.stdout)
+    assert single["rows"] == 15
+    assert single["accuracy"] == metrics["test_accuracy"]
+    assert single["loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
