@@ -1,0 +1,113 @@
+"""Tokens, metrics, pooling and the probe, each against the obvious computation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from isotune.training.models import load_causal, load_classifier, load_tokenizer, pool
+from isotune.training.probe import extract_features, fit_probe
+from isotune.training.tasks import (
+    Collator,
+    causal_examples,
+    causal_metrics,
+    classification_examples,
+    classification_metrics,
+    token_losses,
+)
+
+EOS = 3
+
+
+def test_the_prompt_is_masked_and_the_completion_closed(llama: Path) -> None:
+    tokenizer = load_tokenizer(str(llama))
+    (example,) = causal_examples([{"prompt": "the cat", "completion": "sees a dog"}], tokenizer, 16)
+    completion = tokenizer("sees a dog")["input_ids"]
+    assert example["labels"] == [-100, -100, *completion, EOS]
+    assert example["input_ids"] == [*tokenizer("the cat")["input_ids"], *completion, EOS]
+    (short,) = causal_examples([{"prompt": "the old cat", "completion": "sees a dog"}], tokenizer, 5)
+    assert short["labels"] == [-100, *completion, EOS]
+
+
+def test_texts_are_packed_into_full_blocks(llama: Path) -> None:
+    tokenizer = load_tokenizer(str(llama))
+    blocks = causal_examples([{"text": "the cat sees"}, {"text": "a dog"}, {"text": "a hen"}], tokenizer, 4)
+    stream = [i for block in blocks for i in block["input_ids"]]
+    assert [len(block["input_ids"]) for block in blocks] == [4, 4, 2]
+    assert stream.count(EOS) == 3
+    assert all(block["labels"] == block["input_ids"] for block in blocks)
+
+
+def test_token_weighted_loss_equals_the_models_own_on_one_batch(llama: Path) -> None:
+    tokenizer, model = load_tokenizer(str(llama)), load_causal(str(llama)).eval()
+    rows = [{"prompt": "the cat", "completion": "sees a dog"}, {"prompt": "a", "completion": "hen"}]
+    batch = Collator(tokenizer.pad_token_id)(causal_examples(rows, tokenizer, 16))
+    with torch.no_grad():
+        output = model(**batch)
+    metrics = causal_metrics(token_losses(output.logits, batch["labels"]).numpy())
+    assert metrics["loss"] == pytest.approx(output.loss.item(), rel=1e-6)
+    assert metrics["perplexity"] == pytest.approx(np.exp(output.loss.item()), rel=1e-5)
+
+
+def test_classification_metrics_agree_with_scikit_learn() -> None:
+    scikit = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(0)
+    for classes in (2, 5):
+        logits, labels = generator.normal(size=(40, classes)), generator.integers(0, classes - 1, 40)
+        found = classification_metrics(logits, labels)
+        predicted = logits.argmax(-1)
+        assert found["accuracy"] == pytest.approx(scikit.accuracy_score(labels, predicted))
+        assert found["macro_f1"] == pytest.approx(scikit.f1_score(labels, predicted, average="macro"))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pooling_sees_no_padding_on_either_side(side: str) -> None:
+    tokens = torch.randn(2, 3, 4)
+    pad = torch.full((2, 2, 4), 99.0)
+    zeros, ones = torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+    padded = torch.cat([pad, tokens] if side == "left" else [tokens, pad], 1)
+    mask = torch.cat([zeros, ones] if side == "left" else [ones, zeros], 1)
+    torch.testing.assert_close(pool(padded, mask, "mean"), tokens.mean(1))
+    assert torch.equal(pool(padded, mask, "cls"), tokens[:, 0])
+    assert torch.equal(pool(padded, mask, "last"), tokens[:, -1])
+
+
+def test_pooling_is_what_suits_the_model(bert: Path, llama: Path) -> None:
+    assert load_classifier(str(bert), 2).pooling == "mean"
+    assert load_classifier(str(llama), 2).pooling == "last"
+
+
+def test_features_keep_the_order_of_the_rows(bert: Path) -> None:
+    tokenizer, model = load_tokenizer(str(bert)), load_classifier(str(bert), 2)
+    rows = [{"text": text, "label": "x"} for text in ("the old small green cat", "cat", "a dog")]
+    examples, collator = classification_examples(rows, tokenizer, ["x"], 16), Collator(0)
+    together, _ = extract_features(model, examples, collator, batch_size=2)
+    for index, example in enumerate(examples):
+        alone, _ = extract_features(model, [example], collator)
+        torch.testing.assert_close(together[index], alone[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_probe_is_a_converged_logistic_regression() -> None:
+    linear = pytest.importorskip("sklearn.linear_model")
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(120, 6, generator=generator, dtype=torch.float64)
+    labels = (features @ torch.randn(6, 3, generator=generator, dtype=torch.float64)).argmax(1)
+    features = 3 * features + 5
+    probe = fit_probe(features, labels, 3, strengths=(1e-2,))
+    standard = ((features - features.mean(0)) / features.std(0)).numpy()
+    oracle = linear.LogisticRegression(C=1 / (1e-3 * 120), tol=1e-10, max_iter=5000).fit(standard, labels.numpy())
+    expected = torch.from_numpy(oracle.predict_log_proba(standard))
+    torch.testing.assert_close(probe.logits(features).log_softmax(-1), expected, rtol=1e-3, atol=1e-4)
+    again = fit_probe(features, labels, 3)
+    assert torch.equal(again.weight, probe.weight)
+
+
+def test_the_validation_rows_choose_the_strength() -> None:
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = (features[:, 0] > 0).long()
+    probe = fit_probe(features[:40], labels[:40], 2, validation=(features[40:], labels[40:]))
+    assert probe.validation == probe.metrics(features[40:], labels[40:])
+    assert probe.validation["accuracy"] >= 0.9
