@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isotune.cli import adapters, train
+from isotune.cli import adapters, demo, train
 from isotune.errors import IsotuneError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 
 train.register(app)
 adapters.register(app)
+demo.register(app)
 
 
 def main() -> None:

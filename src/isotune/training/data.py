@@ -49,11 +49,17 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
         train, validation = cut(train, data.validation, seed)
     else:
         validation = _named_split(data.validation, source, data, task) if data.validation else []
-    if data.max_train_rows is not None and data.max_train_rows < len(train):
-        train = [train[index] for index in _permutation(len(train), seed)[: data.max_train_rows]]
+    train = _sample(train, data.max_train_rows, seed)
+    validation, test = (_sample(rows, data.max_eval_rows, seed) for rows in (validation, test))
     for name, rows in (("validation", validation), ("test", test)):
         check_labels(rows, labels, f"the {name} rows")
     return Splits(train, validation, test, labels)
+
+
+def _sample(rows: list[Row], most: int | None, seed: int) -> list[Row]:
+    if most is None or most >= len(rows):
+        return rows
+    return [rows[index] for index in _permutation(len(rows), seed)[:most]]
 
 
 def load_rows(source: str, data: DataSettings, task: str) -> list[Row]:
@@ -139,9 +145,7 @@ def _join(dataset: datasets.Dataset, names: list[str], separator: str, where: st
     return [separator.join(values) for values in zip(*parts, strict=True)]
 
 
-def _named_split(
-    name: str, source: dict[str, datasets.Dataset], data: DataSettings, task: str
-) -> list[Row]:
+def _named_split(name: str, source: dict[str, datasets.Dataset], data: DataSettings, task: str) -> list[Row]:
     """Rows of a split of the training source, or else of a source of its own."""
     if name in source:
         return read_rows(source[name], data, task, f"{data.train}, split {name}")

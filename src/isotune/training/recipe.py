@@ -35,6 +35,9 @@ class DataSettings(_Section):
         default=None, ge=2, description="Longest sequence in tokens; by default 256, or the model's limit if less."
     )
     max_train_rows: int | None = Field(default=None, ge=1, description="Train on a seeded sample of the rows.")
+    max_eval_rows: int | None = Field(
+        default=None, ge=1, description="Validate and test on a seeded sample of the rows each."
+    )
 
     @field_validator("validation")
     @classmethod
@@ -147,9 +150,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in pairs if tag.removeprefix(_TAG) not in ("bool", "float", "timestamp")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    f"{_TAG}bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+_Loader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     f"{_TAG}float",
     re.compile(r"^(?:[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),

@@ -1,0 +1,100 @@
+"""`isotune demo`: the main job on real data, end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from isotune.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from isotune.training.demo import Comparison, Demo
+
+Flag = typer.Option
+
+_HELP = """Adapt all-MiniLM-L6-v2 to SciCite: is a citation there for background, a method or a result?
+
+A linear probe first, then HRA, and LoRA with the same number of parameters, both from the probe's head. The HRA
+adapter is saved, exported as a LoRA, and both are loaded into fresh models that must predict the same. About five
+minutes on two cores; nothing is downloaded.
+
+With --seeds, a comparison in place of the demonstration: each method's learning rate is searched with the same
+trials, then the best is run with that many other seeds.
+"""
+
+
+def demo_command(
+    output: Annotated[Path, Flag(help="Folder for the runs.")] = Path("demo-run"),
+    quick: Annotated[bool, Flag("--quick", help="Fewer rows: under a minute, worse results.")] = False,
+    seeds: Annotated[int | None, Flag(min=2, max=10, help="Compare HRA and LoRA over this many seeds.")] = None,
+    as_json: Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")] = False,
+) -> None:
+    from isotune.training.demo import compare, run_demo
+
+    if seeds is not None:
+        comparison = compare(output, seeds, quick)
+        print_json(comparison) if as_json else _show_comparison(comparison)
+        return
+    demo = run_demo(output, quick)
+    print_json(demo) if as_json else _show_demo(demo)
+
+
+def _show_demo(demo: Demo) -> None:
+    print_table(
+        "SciCite, test rows",
+        ["method", "accuracy", "macro-F1", "parameters in the encoder", "seconds a step", "peak memory"],
+        [
+            [
+                row.method,
+                f"{100 * row.test_accuracy:.1f}",
+                f"{100 * row.test_macro_f1:.1f}",
+                f"{row.trainable_parameters_encoder:,}",
+                "-" if row.seconds_per_step is None else f"{row.seconds_per_step:.3f}",
+                "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:,.0f} MiB",
+            ]
+            for row in demo.rows
+        ],
+    )
+    print_table(
+        f"Loaded into fresh models: the same predictions on {demo.test_rows} test rows",
+        ["how", "rows"],
+        [[how, f"{count} of {demo.test_rows}"] for how, count in demo.agree.items()],
+        f"largest residual of the exported LoRA: {demo.export_residual:.1e}",
+    )
+    print(f"\nHRA adapter:   {demo.adapter}\nexported LoRA: {demo.exported}\n\nOn your own data:\n")
+    print("  isotune train --model minilm --data train.csv --test test.csv --text text --label label --output my-run")
+    print("  isotune evaluate my-run --data new.csv --predictions predictions.csv")
+    print("  isotune export my-run --to lora --output my-lora")
+
+
+def _show_comparison(found: Comparison) -> None:
+    rates = list(found.searched["hra"])
+    print_table(
+        "Learning rates: validation accuracy, seed 0",
+        ["method", *(f"{rate:g}" for rate in rates)],
+        [[name, *(f"{100 * by[rate]:.1f}" for rate in rates)] for name, by in found.searched.items()],
+    )
+    print_table(
+        f"SciCite, test accuracy over seeds {found.seeds[0]} to {found.seeds[-1]} (mean, 95 % t-interval)",
+        ["method", "learning rate", "accuracy", "each seed"],
+        [
+            ["linear probe", "-", f"{100 * found.probe_accuracy:.1f}", ""],
+            *(
+                [
+                    name,
+                    f"{found.rate[name]:g}",
+                    f"{100 * found.mean[name]:.1f} ± {100 * found.interval[name]:.1f}",
+                    ", ".join(f"{100 * value:.1f}" for value in found.accuracy[name]),
+                ]
+                for name in found.accuracy
+            ),
+        ],
+        f"HRA minus LoRA, paired: {100 * found.difference:+.1f} ± {100 * found.difference_interval:.1f} points",
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("demo", help=_HELP)(demo_command)

@@ -1,0 +1,245 @@
+"""The demonstration: all-MiniLM-L6-v2 learns what a citation is for (SciCite), by a probe, by HRA and by LoRA."""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from isotune.checkpoint.export import export_lora
+from isotune.checkpoint.load import load
+from isotune.training.data import load_splits
+from isotune.training.export import base_of
+from isotune.training.folder import RunFolder
+from isotune.training.models import MINILM
+from isotune.training.probe import Probe, fit_probe
+from isotune.training.progress import Screen, quiet_libraries
+from isotune.training.recipe import Recipe, build_recipe
+from isotune.training.run import Result, split_features, train
+from isotune.training.session import Session, TaskSpec
+from isotune.training.tasks import Example
+
+METHODS: dict[str, dict[str, Any]] = {"hra": {"name": "hra", "rank": 8}, "lora": {"name": "lora", "rank": 4}}
+"""HRA of rank 8 and LoRA of rank 4 train the same number of parameters in a square layer."""
+
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+"""The learning rates that `compare` tries, the same for both methods."""
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the demonstration's table."""
+
+    method: str
+    test_accuracy: float
+    test_macro_f1: float
+    trainable_parameters_encoder: int
+    seconds_per_step: float | None
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demonstration found."""
+
+    rows: list[DemoRow]
+    adapter: Path
+    exported: Path
+    export_residual: float
+    """Largest residual of the exported LoRA over the layers."""
+    test_rows: int
+    agree: dict[str, int]
+    """For each way of loading the result again: on how many test rows it predicts what the trained model did."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """HRA and LoRA at equal parameters, learning rates searched with the same effort; means over seeds."""
+
+    seeds: list[int]
+    searched: dict[str, dict[float, float]]
+    """Validation accuracy at each learning rate, by method."""
+    rate: dict[str, float]
+    """The rate chosen for each method."""
+    accuracy: dict[str, list[float]]
+    """Test accuracy of each seed, by method."""
+    macro_f1: dict[str, list[float]]
+    mean: dict[str, float]
+    interval: dict[str, float]
+    """Half width of the 95 % t-interval of the mean accuracy."""
+    difference: float
+    """Mean of HRA's accuracy minus LoRA's over the seeds, paired."""
+    difference_interval: float
+    probe_accuracy: float
+
+
+def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> Demo:
+    """Probe, HRA and LoRA on SciCite; then HRA's adapter and its exported LoRA, each loaded into a fresh model.
+
+    Args:
+        output: Folder for the runs; an earlier demonstration there is replaced.
+        quick: A part of the rows and steps: under a minute, and worse results.
+        progress: Whether to show anything on standard error.
+
+    Raises:
+        IsotuneError: The demo's package is missing, or the folder holds something else or cannot be written.
+    """
+    screen, output = _prepare(progress), Path(output)
+    recipes = {name: _recipe(output / name, options, quick) for name, options in METHODS.items()}
+    for recipe in recipes.values():
+        RunFolder(recipe.output).check(resume=False, overwrite=True)
+    screen.say("1. a linear probe on the frozen model: a strong baseline, and the start of both heads")
+    probe, measured, session, test = _probe(recipes["hra"], screen)
+    results = {}
+    for number, (name, recipe) in enumerate(recipes.items(), start=2):
+        screen.say(f"{number}. {name}, rank {METHODS[name]['rank']}")
+        results[name] = train(recipe, overwrite=True, progress=progress, probe=probe)
+    screen.say("4. the HRA adapter and its export as a LoRA, each loaded into a fresh model")
+    adapter, exported = results["hra"].adapter, output / "hra-as-lora"
+    export = export_lora(adapter, exported, base=base_of(adapter))
+    predictions = {
+        "the model that was trained": _predict(results["hra"].model, session, test, screen),
+        "the saved HRA adapter": _predict(load(_fresh(session), adapter), session, test, screen),
+        "the exported LoRA, in isotune": _predict(load(_fresh(session), exported), session, test, screen),
+    }
+    if importlib.util.find_spec("peft"):
+        predictions["the exported LoRA, in PEFT"] = _predict(_in_peft(session, exported), session, test, screen)
+    trained = next(iter(predictions.values()))
+    return Demo(
+        rows=[_probe_row(measured), *(_row(name, result) for name, result in results.items())],
+        adapter=adapter,
+        exported=exported,
+        export_residual=export.residual,
+        test_rows=len(test),
+        agree={how: int((found == trained).sum()) for how, found in predictions.items()},
+    )
+
+
+def compare(output: str | Path, seeds: int, quick: bool = False, progress: bool = True) -> Comparison:
+    """HRA and LoRA over several seeds, each at the learning rate that did best on the validation rows.
+
+    Both methods get the same trials: every rate of `RATES` with seed 0. The seeds that are then compared, 1 to
+    `seeds`, took no part in the search, and the test rows none in either. Finished runs in `output` are reused.
+    """
+    screen, output = _prepare(progress), Path(output)
+    probe, measured, _, _ = _probe(_recipe(output / "probe", METHODS["hra"], quick), screen)
+
+    def run(name: str, rate: float, seed: int) -> dict[str, Any]:
+        folder = output / f"{name}-lr{rate:g}-seed{seed}"
+        recipe = _recipe(folder, METHODS[name], quick, rate, seed)
+        screen.say(f"{name}, learning rate {rate:g}, seed {seed}")
+        return train(recipe, resume=RunFolder(folder).is_run(), progress=progress, probe=probe).metrics
+
+    searched = {name: {rate: run(name, rate, 0)["validation_accuracy"] for rate in RATES} for name in METHODS}
+    best = {name: max(found, key=found.__getitem__) for name, found in searched.items()}
+    chosen = list(range(1, seeds + 1))
+    runs = {name: [run(name, best[name], seed) for seed in chosen] for name in METHODS}
+    accuracy = {name: [found["test_accuracy"] for found in runs[name]] for name in METHODS}
+    differences = [hra - lora for hra, lora in zip(accuracy["hra"], accuracy["lora"], strict=True)]
+    return Comparison(
+        seeds=chosen,
+        searched=searched,
+        rate=best,
+        accuracy=accuracy,
+        macro_f1={name: [found["test_macro_f1"] for found in runs[name]] for name in METHODS},
+        mean={name: statistics.fmean(found) for name, found in accuracy.items()},
+        interval={name: half_width(found) for name, found in accuracy.items()},
+        difference=statistics.fmean(differences),
+        difference_interval=half_width(differences),
+        probe_accuracy=measured["accuracy"],
+    )
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % t-interval of the mean of two to ten values."""
+    quantile = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[len(values) - 2]
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _prepare(progress: bool) -> Screen:
+    quiet_libraries()
+    return Screen(progress)
+
+
+def _recipe(output: Path, method: dict[str, Any], quick: bool, rate: float = 3e-3, seed: int = 0) -> Recipe:
+    data = importlib.resources.files("isotune.training") / "scicite"
+    return build_recipe(
+        flags={
+            "model": MINILM,
+            "data.train": str(data / "train.jsonl.gz"),
+            "data.validation": str(data / "validation.jsonl.gz"),
+            "data.test": str(data / "test.jsonl.gz"),
+            "data.max_length": 64,
+            "data.max_train_rows": 1200 if quick else None,
+            "data.max_eval_rows": 300 if quick else None,
+            "method": method,
+            "targets": "query-value",
+            "head": "probe",
+            "training.num_train_epochs": 1,
+            "training.per_device_train_batch_size": 32,
+            "training.learning_rate": rate,
+            "output": str(output),
+            "seed": seed,
+        }
+    )
+
+
+def _probe(recipe: Recipe, screen: Screen) -> tuple[Probe, dict[str, float], Session, list[Example]]:
+    """The probe, its metrics on the test rows, the session it ran in, and the test examples."""
+    splits = load_splits(recipe.data, recipe.task, recipe.seed)
+    transformers.set_seed(recipe.seed)
+    session = Session(TaskSpec.of(recipe, splits.labels))
+    rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    examples = {name: session.examples(part) for name, part in rows.items()}
+    features = split_features(session, examples, screen)
+    probe = fit_probe(*features["train"], len(splits.labels), features["validation"])
+    return probe, probe.metrics(*features["test"]), session, examples["test"]
+
+
+def _fresh(session: Session) -> Any:
+    """The pretrained model once more, as it was before any training."""
+    return Session(session.spec).model
+
+
+def _in_peft(session: Session, exported: Path) -> nn.Module:
+    import peft
+
+    return peft.PeftModel.from_pretrained(_fresh(session), str(exported))
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, session: Session, examples: list[Example], screen: Screen) -> Tensor:
+    """The predicted label of each example, shape (n,)."""
+    model.eval()
+    found = []
+    with screen.counting("predictions", len(examples)) as advance:
+        for start in range(0, len(examples), 64):
+            batch = session.collator(examples[start : start + 64])
+            found.append(model(batch["input_ids"], batch["attention_mask"]).logits.argmax(-1))
+            advance(len(found[-1]))
+    return torch.cat(found)
+
+
+def _probe_row(measured: dict[str, float]) -> DemoRow:
+    return DemoRow("linear probe", measured["accuracy"], measured["macro_f1"], 0, None, None)
+
+
+def _row(name: str, result: Result) -> DemoRow:
+    m = result.metrics
+    return DemoRow(
+        f"{name}, rank {METHODS[name]['rank']}",
+        m["test_accuracy"],
+        m["test_macro_f1"],
+        m["trainable_parameters_encoder"],
+        m["seconds_per_step"],
+        m["peak_memory_bytes"],
+    )
