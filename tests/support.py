@@ -1,4 +1,4 @@
-"""Models that the tests adapt: pretrained small ones from `tests/data` and the package index, and tiny random ones."""
+"""Pretrained small models that the tests adapt, and helpers to compare models and folders."""
 
 from __future__ import annotations
 

@@ -1,0 +1,180 @@
+"""Which layers the presets and patterns find, on the shapes of real architectures."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import isotune
+from isotune import HRA
+from isotune.errors import TargetError
+from isotune.model.targets import find_targets
+
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def model(name: str) -> nn.Module:
+    """A model without weights."""
+    with torch.device("meta"):
+        if name == "bert":
+            return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
+        if name == "llama":
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, vocab_size=50))
+        if name == "gpt2":
+            return transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50)
+            )
+        if name == "deberta":
+            config = transformers.DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"])
+            return transformers.DebertaV2ForSequenceClassification(config)
+        if name == "t5":
+            config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=50)
+            return transformers.T5ForConditionalGeneration(config)
+        return transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=32, patch_size=16))
+
+
+# The endings of the layers found, and how many layers there are in all.
+EXPECTED = {
+    ("bert", "attention"): ({"query", "key", "value", "attention.output.dense"}, 8),
+    ("bert", "query-value"): ({"query", "value"}, 4),
+    ("bert", "mlp"): ({"intermediate.dense", "output.dense"}, 4),
+    ("bert", "all-linear"): ({"query", "key", "value", "dense"}, 12),
+    ("llama", "attention"): ({"q_proj", "k_proj", "v_proj", "o_proj"}, 8),
+    ("llama", "query-value"): ({"q_proj", "v_proj"}, 4),
+    ("llama", "mlp"): ({"gate_proj", "up_proj", "down_proj"}, 6),
+    ("llama", "all-linear"): ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, 14),
+    ("gpt2", "attention"): ({"attn.c_attn", "attn.c_proj"}, 4),
+    ("gpt2", "mlp"): ({"mlp.c_fc", "mlp.c_proj"}, 4),
+    ("gpt2", "all-linear"): ({"c_attn", "c_proj", "c_fc"}, 8),
+    ("deberta", "attention"): ({"query_proj", "key_proj", "value_proj", "attention.output.dense"}, 8),
+    ("deberta", "query-value"): ({"query_proj", "value_proj"}, 4),
+    ("deberta", "mlp"): ({"intermediate.dense", "output.dense"}, 4),
+    ("t5", "attention"): ({"Attention.q", "Attention.k", "Attention.v", "Attention.o"}, 24),
+    ("t5", "query-value"): ({"Attention.q", "Attention.v"}, 12),
+    ("t5", "mlp"): ({"wi", "wo"}, 8),
+    ("t5", "all-linear"): ({"q", "k", "v", "o", "wi", "wo"}, 32),
+    ("vit", "query-value"): ({"q_proj", "v_proj"}, 4),
+    ("vit", "attention"): ({"q_proj", "k_proj", "v_proj", "o_proj"}, 8),
+    ("vit", "mlp"): ({"fc1", "fc2"}, 4),
+}
+
+
+@pytest.mark.parametrize(("name", "preset"), EXPECTED, ids=lambda value: value)
+def test_preset_finds_the_layers_of_the_architecture(name: str, preset: str) -> None:
+    endings, count = EXPECTED[name, preset]
+    found = find_targets(model(name), preset)
+    assert len(found) == count
+    assert all(any(path.endswith(ending) for ending in endings) for path in found), list(found)
+    assert all(any(path.endswith(ending) for path in found) for ending in endings), list(found)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "deberta", "t5", "vit"])
+def test_presets_leave_out_head_and_embeddings_and_split_all_linear(name: str) -> None:
+    base = model(name)
+    attention, mlp, every = (set(find_targets(base, preset)) for preset in ("attention", "mlp", "all-linear"))
+    assert attention | mlp == every
+    assert not attention & mlp
+    assert not any("classifier" in path or "lm_head" in path or "embed" in path or "pooler" in path for path in every)
+
+
+def plain() -> nn.Module:
+    """A model with no structure to go by."""
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Conv2d(2, 2, 1), nn.Linear(6, 3))
+
+
+def test_all_linear_without_blocks_is_all_but_the_last() -> None:
+    assert list(find_targets(plain(), "all-linear")) == ["0", "2"]
+    assert list(find_targets(nn.Sequential(nn.Linear(2, 2)), "all-linear")) == ["0"]
+
+
+def test_suffixes_match_whole_names_only() -> None:
+    llama = model("llama")
+    assert len(find_targets(llama, ["q_proj"])) == 2
+    assert list(find_targets(llama, "layers.1.self_attn.q_proj")) == ["model.layers.1.self_attn.q_proj"]
+    with pytest.raises(TargetError, match="match no layer"):
+        find_targets(llama, ["proj"])
+
+
+def test_regular_expression_matches_the_whole_path() -> None:
+    found = find_targets(model("llama"), r".*layers\.1\.(self_attn|mlp)\.(q|up)_proj")
+    assert list(found) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    with pytest.raises(TargetError, match=r"no valid regular expression"):
+        find_targets(model("llama"), r"(q_proj")
+
+
+def test_callable_sees_path_and_module_and_exclude_takes_every_form() -> None:
+    bert = model("bert")
+    wide = find_targets(bert, lambda path, module: isinstance(module, nn.Linear) and module.out_features == 24)
+    assert list(wide) == [f"bert.encoder.layer.{i}.intermediate.dense" for i in range(2)]
+    for exclude in ("attention", ["query", "key", "value", "attention.output.dense"], r".*\.attention\..*"):
+        assert set(find_targets(bert, "all-linear", exclude)) == set(find_targets(bert, "mlp"))
+    assert set(find_targets(bert, "all-linear", lambda path, module: ".0." in path)) == {
+        path for path in find_targets(bert, "all-linear") if ".1." in path
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (
+            ["qurey"],
+            ["['qurey'] match no layer", "query, key, value, dense", "Did you mean 'query'?", "Presets: attention"],
+        ),
+        ("atention", ["'atention'", "Did you mean 'attention'?"]),
+        (r"nothing\..*", ["match no layer", "all-linear"]),
+        (lambda path, module: False, ["match no layer"]),
+        (["LayerNorm"], ["a LayerNorm, which cannot be adapted", "Linear, GPT-2's Conv1D, Conv2d and Embedding"]),
+    ],
+)
+def test_target_that_matches_nothing_usable_is_an_error_that_lists_what_is_there(
+    targets: Any, said: list[str]
+) -> None:
+    bert = model("bert")
+    with pytest.raises(TargetError) as error:
+        isotune.adapt(bert, HRA(), targets)
+    assert all(words in str(error.value) for words in said), error.value
+
+
+def test_model_without_adaptable_layers_says_so() -> None:
+    with pytest.raises(TargetError, match="It has no layer that can be adapted"):
+        find_targets(nn.Sequential(nn.ReLU()), "attention")
+
+
+def test_modules_trained_in_full_are_no_targets() -> None:
+    found = find_targets(model("bert"), lambda path, module: isinstance(module, nn.Linear), trained=["classifier"])
+    assert "classifier" not in found
+    assert "bert.pooler.dense" in found
+
+
+def count(base: nn.Module, rank: int, targets: str) -> int:
+    isotune.adapt(base, HRA(rank=rank), targets, seed=0)
+    return sum(p.numel() for p in base.parameters() if p.requires_grad)
+
+
+def test_deberta_v3_base_with_hra_of_rank_8_trains_the_papers_0_66_million() -> None:
+    config = transformers.DebertaV2Config(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=128100,
+        relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
+        pos_att_type=["p2c", "c2p"], type_vocab_size=0, position_biased_input=False, max_relative_positions=-1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        base = transformers.DebertaV2Model(config)
+    assert count(base, 8, "all-linear") == 663_552
+
+
+def test_llama2_7b_with_hra_of_rank_32_on_query_and_value_trains_the_papers_8_39_million() -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008, vocab_size=32000
+    )
+    with torch.device("meta"):
+        base = transformers.LlamaForCausalLM(config)
+    assert count(base, 32, "query-value") == 8_388_608
+    rows = isotune.describe(base)
+    assert len(rows) == 64
+    assert sum(row.share for row in rows) == pytest.approx(0.0012, abs=1e-4)
+    assert all(re.search(r"\.(q|v)_proj$", row.site) for row in rows)
