@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 import isotune
 from isotune.checkpoint.load import load_weights
@@ -30,11 +31,13 @@ from isotune.training.trainer import AdapterTrainer, StopOnInterrupt, resume_com
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its metrics (flat keys, as in metrics.json), its folder, and its adapter."""
+    """A finished run: its metrics (flat keys, as in metrics.json), its folder, its adapter and the trained model."""
 
     metrics: dict[str, Any]
     output: Path
     adapter: Path
+    model: Any = None
+    """None where the run had been finished before."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,7 +61,11 @@ class _Run:
 
 
 def train(
-    recipe: Recipe, resume: bool = False, overwrite: bool = False, progress: bool = True
+    recipe: Recipe,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    probe: Probe | None = None,
 ) -> Result:
     """Train an adapter as the recipe says, evaluate it, and leave everything in the recipe's output folder.
 
@@ -68,6 +75,7 @@ def train(
             Of a finished run, return the results.
         overwrite: Replace a run that is in the output folder.
         progress: Whether to show anything on standard error.
+        probe: For `head: probe`, one fitted before on the same rows; by default it is fitted here.
 
     Raises:
         IsotuneError: A mistake in the recipe, the data, the model or the output folder; nothing is written then.
@@ -90,7 +98,7 @@ def train(
         else:
             folder.create(recipe)
     if recipe.task == "classification" and recipe.head == "probe" and checkpoint is None:
-        _start_from_probe(run)
+        _start_from(run, probe or _fit_probe(run))
     trainer = _trainer(run)
     _fit(run, trainer, checkpoint)
     return _finish(run, trainer)
@@ -170,23 +178,32 @@ def _trainable(model: torch.nn.Module) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def _start_from_probe(run: _Run) -> Probe:
-    """Fit the head on the frozen model's features, and start from there."""
-    model, features = run.session.model, {}
+def _fit_probe(run: _Run) -> Probe:
+    """A linear probe on the frozen model's features."""
     names = [name for name in ("train", "validation") if run.examples[name]]
-    with (
-        isotune.disabled(model),
-        run.screen.counting("probe", sum(len(run.examples[name]) for name in names)) as advance,
-    ):
-        for name in names:
-            features[name] = extract_features(model, run.examples[name], run.session.collator, advance=advance)
-    probe = fit_probe(*features["train"], len(run.session.spec.labels), features.get("validation"))
+    with isotune.disabled(run.session.model):
+        features = split_features(run.session, {name: run.examples[name] for name in names}, run.screen)
+    return fit_probe(*features["train"], len(run.session.spec.labels), features.get("validation"))
+
+
+def split_features(
+    session: Session, examples: dict[str, list[Example]], screen: Screen
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The features (n, hidden) and labels (n,) of each split, with a progress bar."""
+    with screen.counting("features", sum(map(len, examples.values()))) as advance:
+        return {
+            name: extract_features(session.model, part, session.collator, advance=advance)
+            for name, part in examples.items()
+        }
+
+
+def _start_from(run: _Run, probe: Probe) -> None:
+    """Let the head start from a probe."""
     with torch.no_grad():
-        model.head.weight.copy_(probe.weight)
-        model.head.bias.copy_(probe.bias)
+        run.session.model.head.weight.copy_(probe.weight)
+        run.session.model.head.bias.copy_(probe.bias)
     shown = f": validation accuracy {probe.validation['accuracy']:.4f}" if probe.validation else ""
     run.screen.say(f"the head starts from a linear probe{shown}")
-    return probe
 
 
 def _trainer(run: _Run) -> AdapterTrainer:
@@ -221,7 +238,7 @@ def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
     metrics |= _costs(run, trainer)
     if is_first_process():
         write_atomically(run.folder.metrics_file, json.dumps(metrics, indent=2) + "\n")
-    return Result(metrics, run.folder.path, run.folder.adapter)
+    return Result(metrics, run.folder.path, run.folder.adapter, run.session.model)
 
 
 def _measured(run: _Run, trainer: AdapterTrainer, name: str) -> dict[str, float]:
