@@ -169,6 +169,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for parent in list(model.modules()):
         if parent is new:
             continue
-        for name, child in list(parent.named_children()):
+        # Not named_children(), which names a layer that is shared within one parent only once.
+        for name, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, name, new)
