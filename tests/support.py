@@ -71,10 +71,12 @@ def move(model: nn.Module, seed: int = 0, size: float = 0.05) -> Any:
     return model.eval()
 
 
-def adapted(model: nn.Module, method: isotune.Settings, targets: Any = "attention", **options: Any) -> Any:
+def adapted(
+    model: nn.Module, method: isotune.Settings, targets: Any = "attention", size: float = 0.05, **options: Any
+) -> Any:
     """The model with an adapter that is off its start."""
     seed = options.setdefault("seed", 0)
-    return move(isotune.adapt(model, method, targets, **options), seed)
+    return move(isotune.adapt(model, method, targets, **options), seed, size)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -30,7 +30,8 @@ def model(name: str) -> nn.Module:
                 transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50)
             )
         if name == "deberta":
-            config = transformers.DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"])
+            positions: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+            config = transformers.DebertaV2Config(**SMALL, **positions, share_att_key=True)
             return transformers.DebertaV2ForSequenceClassification(config)
         if name == "t5":
             config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=50)
@@ -123,7 +124,7 @@ def test_callable_sees_path_and_module_and_exclude_takes_every_form() -> None:
     [
         (
             ["qurey"],
-            ["['qurey'] match no layer", "query, key, value, dense", "Did you mean 'query'?", "Presets: attention"],
+            ["['qurey'] match no layer", "query, key, value, dense", "Did you mean 'query'?", "Presets: att"],
         ),
         ("atention", ["'atention'", "Did you mean 'attention'?"]),
         (r"nothing\..*", ["match no layer", "all-linear"]),
