@@ -68,6 +68,11 @@ class Settings(BaseModel, ABC):
         raise NotInPEFTError(f"PEFT has no method {cls.name!r}")
 
     @classmethod
+    def refused_by_peft(cls, site: Site) -> str | None:
+        """Why PEFT's form of the method computes something else on this site; None where it does not."""
+        return None
+
+    @classmethod
     def from_peft_config(cls, config: dict[str, Any], path: str) -> Settings:
         """The settings of the layer at `path` in a PEFT checkpoint. Raises OptionError for what is not supported."""
         raise OptionError(f"{cls.name!r} cannot be read from a PEFT checkpoint")

@@ -119,9 +119,9 @@ def _config(
     reason = None
     if method is not None:
         try:
-            if refused := {path: why for path, site in sites.items() if (why := refused_by_peft(site))}:
-                path, why = next(iter(refused.items()))
-                raise NotInPEFTError(f"{path} {why}")
+            for path, site in sites.items():
+                if why := refused_by_peft(site) or method.refused_by_peft(site):
+                    raise NotInPEFTError(f"{path} {why}")
             return {"peft_type": method.peft_type, **common, **method.peft_config(settings)}, None
         except NotInPEFTError as error:
             reason = str(error)

@@ -109,6 +109,17 @@ class HRA(Settings):
         return {"r": rank, "apply_GS": strict, "bias": "none", "init_weights": True}
 
     @classmethod
+    def refused_by_peft(cls, site: Site) -> str | None:
+        if site.kind != "conv2d":
+            return None
+        conv: Any = site.layer
+        # PEFT's HRA takes the first number of each pair for both.
+        pairs = (conv.kernel_size, conv.stride, conv.padding)
+        if isinstance(conv.padding, str) or any(first != second for first, second in pairs):
+            return "is a convolution whose kernel, stride or padding is not the same in both directions"
+        return None
+
+    @classmethod
     def from_peft_config(cls, config: dict[str, Any], path: str) -> HRA:
         # PEFT's start is forgotten: the tensors that follow decide where U is.
         return cls(rank=config["r"], strict=config.get("apply_GS", False), start="random")
