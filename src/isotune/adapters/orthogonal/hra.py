@@ -110,6 +110,8 @@ class HRA(Settings):
 
     @classmethod
     def refused_by_peft(cls, site: Site) -> str | None:
+        if site.kind in ("conv1d", "embedding"):
+            return f"is of the kind {site.kind}, which PEFT's HRA does not adapt"
         if site.kind != "conv2d":
             return None
         conv: Any = site.layer
