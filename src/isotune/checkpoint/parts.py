@@ -38,8 +38,11 @@ def _kind_and_weight(stored: StoredAdapter, base: StoredBase | None, p: str) -> 
         weight = base.weight(p)
         if entry is not None:
             return entry["kind"], weight
-        kind = "embedding" if "lora_embedding_A" in stored.state[p] else "conv2d" if weight.dim() == 4 else "linear"
-        return kind, weight
+        if weight.dim() == 4:
+            return "conv2d", weight
+        if "lora_embedding_A" in stored.state[p]:
+            return "embedding", weight
+        return "conv1d" if stored.config.get("fan_in_fan_out") else "linear", weight
     if entry is None:
         raise CheckpointError(f"{stored.path} does not say how large its layers are; name the base model (--base)")
     return entry["kind"], torch.empty(entry["shape"])
