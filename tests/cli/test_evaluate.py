@@ -5,28 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import write_jsonl, write_recipe
 
-from isotune.cli import app
 from isotune.training import build_recipe, train
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run the command as the shell would; returns its exit code."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["isotune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            app.main()
-        return int(stop.value.code or 0)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,6 @@ import pytest
 import yaml
 from tiny import make_bert, sentences, write_jsonl, write_recipe
 
-from isotune.cli import app
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run the command as the shell would; returns its exit code."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["isotune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            app.main()
-        return int(stop.value.code or 0)
-
-    return run
-
 
 def test_flags_alone_train_and_json_keeps_standard_output_clean(
     command: Callable[..., int], bert: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

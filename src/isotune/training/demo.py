@@ -34,6 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {"hra": {"name": "hra", "rank": 8}, "lora":
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 """The learning rates that `compare` tries, the same for both methods."""
 
+QUICK = {"data.max_train_rows": 1200, "data.max_eval_rows": 300}
+"""What `quick` leaves out."""
+
 
 @dataclass(frozen=True)
 class DemoRow:
@@ -179,8 +182,7 @@ def _recipe(output: Path, method: dict[str, Any], quick: bool, rate: float = 3e-
             "data.validation": str(data / "validation.jsonl.gz"),
             "data.test": str(data / "test.jsonl.gz"),
             "data.max_length": 64,
-            "data.max_train_rows": 1200 if quick else None,
-            "data.max_eval_rows": 300 if quick else None,
+            **(QUICK if quick else {}),
             "method": method,
             "targets": "query-value",
             "head": "probe",

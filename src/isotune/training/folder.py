@@ -61,9 +61,7 @@ class RunFolder:
 
     def _foreign(self) -> bool:
         try:
-            return self.path.is_dir() and any(
-                not entry.name.startswith(_TEMPORARY) for entry in self.path.iterdir()
-            )
+            return self.path.is_dir() and any(not entry.name.startswith(_TEMPORARY) for entry in self.path.iterdir())
         except OSError as error:
             raise IsotuneError(f"output {self.path} cannot be read: {error.strerror}") from None
 

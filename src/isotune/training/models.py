@@ -154,9 +154,7 @@ def _config(name: str, path: str) -> Any:
 
 def _load(auto: Any, name: str, path: str, dtype: str, options: dict[str, Any]) -> Any:
     try:
-        model, info = auto.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True, **options
-        )
+        model, info = auto.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True, **options)
     except Exception as error:  # broken weights surface as whatever the reader raises
         raise IsotuneError(f"{name}: the weights cannot be loaded: {_first(error)}") from None
     missing = sorted(info["missing_keys"])

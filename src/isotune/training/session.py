@@ -45,9 +45,7 @@ class TaskSpec:
     def of(cls, recipe: Recipe, labels: list[str]) -> TaskSpec:
         """The part of a recipe that outlives the training."""
         data = recipe.data
-        return cls(
-            recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype
-        )
+        return cls(recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype)
 
     @classmethod
     def read(cls, adapter: Path) -> TaskSpec:

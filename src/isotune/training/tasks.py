@@ -57,9 +57,7 @@ def classification_examples(
     ]
 
 
-def causal_examples(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, separator: str = "\n"
-) -> list[Example]:
+def causal_examples(rows: Sequence[Row], tokenizer: Any, max_length: int, separator: str = "\n") -> list[Example]:
     """Prompt and completion with the prompt masked, or texts packed into blocks of `max_length`.
 
     Raises:
