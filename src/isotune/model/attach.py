@@ -59,12 +59,12 @@ def adapt(
         TargetError: A target or override matches nothing, or a layer that the method cannot adapt.
         OptionError: An option does not fit a layer, or the name is taken. The model is then as it was.
     """
-    train_also = tuple(train_also)
-    layers = find_targets(model, targets, exclude, trained=train_also)
+    trained = find_modules(model, train_also)
+    layers = find_targets(model, targets, exclude, trained)
     chosen = _settings_by_path(model, settings, layers, overrides or {})
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     adapters = build_adapters(layers, chosen, seed)
-    attach(model, adapters, chosen, find_modules(model, train_also), name)
+    attach(model, adapters, chosen, trained, name)
     return use(model, name)
 
 
