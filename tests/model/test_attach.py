@@ -208,6 +208,19 @@ def test_modules_trained_in_full_are_copies_that_remove_takes_away() -> None:
     assert all(torch.equal(t, bits[n]) for n, t in pooler.state_dict().items())
 
 
+def test_layers_inside_a_module_trained_in_full_get_no_adapter_also_where_a_suffix_names_it() -> None:
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=50
+    )
+    model = transformers.BertForSequenceClassification(config)
+    isotune.adapt(model, HRA(rank=2), ["dense"], train_also=["pooler"])
+    assert {row.site for row in isotune.describe(model) if row.method == "hra"} == {
+        f"bert.encoder.layer.0.{layer}" for layer in ("attention.output.dense", "intermediate.dense", "output.dense")
+    }
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "pooler" in name}
+    assert trained == {"bert.pooler.parts.default.dense.weight", "bert.pooler.parts.default.dense.bias"}
+
+
 def test_shared_layer_gets_one_adapter_and_both_places_feel_it() -> None:
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(4, 2))

@@ -144,3 +144,10 @@ def test_gradient_checkpointing_with_a_frozen_base_gives_the_same_gradients(
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         assert_same_output(got[name], gradient, 1e-5)
+
+
+def test_reentrant_checkpointing_of_pixels_without_input_gradients_is_warned_about() -> None:
+    model = adapted(vit(), HRA(rank=4), "all-linear").train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        model(pixel_values=torch.ones(2, 3, 32, 32))
