@@ -6,6 +6,7 @@ the layer kinds; a site with an adapter on it (`AdaptedSite`) is again a site, s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -67,6 +68,15 @@ class Site(ABC):
     @abstractmethod
     def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
         """Run the layer with another dense weight; everything else about it stays."""
+
+    def rows(self, x: Tensor) -> int:
+        """How many rows of the linear map x stands for."""
+        return x.numel() // self.in_features
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The layer without its bias."""
+        y = self(x)
+        return y if self.bias is None else y - self.bias.to(y.dtype)
 
     @abstractmethod
     def project(self, x: Tensor, A: Tensor) -> Tensor:
@@ -153,6 +163,10 @@ class Conv2dSite(Site):
     def layout(self, W: Tensor) -> Tensor:
         return W.reshape(-1, *self.layer.weight.shape[1:])
 
+    def rows(self, x: Tensor) -> int:
+        batch = x.shape[0] if x.dim() == 4 else 1
+        return batch * math.prod(x.shape[-2:]) // math.prod(self.layer.stride)
+
     def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
         return self.layer._conv_forward(x, self.layout(W).to(x.dtype), self.bias)
 
@@ -226,6 +240,9 @@ class AdaptedSite(Site):
 
     def layout(self, W: Tensor) -> Tensor:
         return self.base.layout(W)
+
+    def rows(self, x: Tensor) -> int:
+        return self.base.rows(x)
 
     def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
         return self.base.forward_with(x, W)

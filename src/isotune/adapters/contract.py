@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from isotune.linalg.thin import thin_add
 from isotune.sites import Site
 
 Side = Literal["in", "out"]
@@ -78,11 +79,11 @@ class Rotation(Adapter):
             return site.over_outputs(site(x), self.rotate)
         if self.side == "in" and site.rotates_input:
             # y = x (W R)ᵀ = (x Rᵀ) Wᵀ: note the transpose.
-            return site(self.rotate(x, transpose=True))
+            return site(self.rotate(autocast(x), transpose=True))
         factors = self.factors(site.weight)
         if factors is None:
             return super().forward(x, site)
-        return add_low_rank(site, x, *factors)
+        return add_low_rank(site, x, *factors, site(x))
 
     def weight(self, W: Tensor) -> Tensor:
         return self.rotate(W) if self.side == "in" else self.rotate(W.mT).mT
@@ -106,17 +107,26 @@ class LowRank(Adapter):
     def forward(self, x: Tensor, site: Site) -> Tensor:
         # Indices into an embedding have no features to drop.
         dropped = self.dropout(x) if x.is_floating_point() else x
-        return add_low_rank(site, x, *self.change(), dropped)
+        return add_low_rank(site, dropped, *self.change(), site(x))
 
     def weight(self, W: Tensor) -> Tensor:
         B, A = self.factors(W)
         return W + B @ A
 
 
-def add_low_rank(site: Site, x: Tensor, B: Tensor, A: Tensor, projected: Tensor | None = None) -> Tensor:
-    """`site(x) + (x Aᵀ) Bᵀ` in the dtype of `site(x)`; `projected` stands in for x in the second term."""
-    y = site(x)
-    return y + site.expand(site.project(x if projected is None else projected, A), B).to(y.dtype)
+def add_low_rank(site: Site, x: Tensor, B: Tensor, A: Tensor, y: Tensor) -> Tensor:
+    """`y + (x Aᵀ) Bᵀ`, in the way the site reads x, in y's dtype."""
+    if site.rotates_input:
+        return thin_add(x.to(y.dtype), A.mT.to(y.dtype), B.mT.to(y.dtype), y)
+    return y + site.expand(site.project(x, A), B).to(y.dtype)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that autocast would compute in, where it is on."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

@@ -9,8 +9,12 @@ revisited" (2006). Letters: d the dimension rotated, r the number of reflections
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from isotune.linalg.thin import thin_add
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -20,31 +24,69 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def unit_columns(U: Tensor) -> Tensor:
     """Scale every column of U (d x r) to length one; a zero column stays zero and its gradient stays finite."""
+    return U / _column_norms(U)
+
+
+def _column_norms(U: Tensor) -> Tensor:
+    """The length of every column, 1 for a zero column; shape (r)."""
     # Dividing by the largest entry first keeps the squares of very small or large columns in range.
     # The scale is a constant to autograd: the result does not depend on it.
-    largest = U.detach().abs().amax(dim=0, keepdim=True)
-    U = U / torch.where(largest > 0, largest, 1.0)
-    norm = torch.linalg.vector_norm(U, dim=0, keepdim=True)
-    return U / torch.where(norm > 0, norm, 1.0)
+    largest = U.detach().abs().amax(dim=0)
+    largest = torch.where(largest > 0, largest, 1.0)
+    norms = torch.linalg.vector_norm(U / largest, dim=0)
+    return largest * torch.where(norms > 0, norms, 1.0)
 
 
 def compact_wy(U: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (U, M) with `H_1 ... H_r = I - U M` for unit or zero columns U (d x r); M = S⁻¹ Uᵀ is (r x d).
+    """Return (Û, M) with `H_1 ... H_r = I - Û M` for columns U (d x r) of any length; M = S⁻¹ Ûᵀ is (r x d).
 
-    A zero column stands for no reflection: its row of M is zero. Computed in fp32 or better, whatever
-    the autocast state, because S decides whether H is orthogonal.
+    Û has unit columns. A zero column stands for no reflection: it stays zero, and so does its row of M. Computed in
+    fp32 or better, whatever the autocast state, because S decides whether H is orthogonal. Differentiable twice.
     """
     with torch.autocast(device_type=U.device.type, enabled=False):
-        U = at_least_fp32(U)
-        half = torch.full((U.shape[1],), 0.5, dtype=U.dtype, device=U.device)
-        S = torch.triu(U.mT @ U, diagonal=1) + torch.diag(half)
-        return U, torch.linalg.solve_triangular(S, U.mT, upper=True)
+        unit, M, _ = _CompactWY.apply(at_least_fp32(U))
+    return unit, M
+
+
+class _CompactWY(torch.autograd.Function):
+    """One node for the r x r algebra, in place of some thirty small ones forward and backward.
+
+    The norms are an output, too, so that they can be saved and still be differentiated twice.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        norms = _column_norms(U)
+        unit = U / norms
+        return unit, torch.linalg.solve_triangular(_triangle(unit), unit.mT, upper=True), norms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, g_unit: Tensor, g_M: Tensor, g_norms: Tensor) -> Tensor:
+        unit, M, norms = ctx.saved_tensors
+        # M = S⁻¹ Ûᵀ:  dM = S⁻¹ (dÛᵀ - dS M),  S = striu(ÛᵀÛ, 1) + ½ I
+        Y = torch.linalg.solve_triangular(_triangle(unit).mT, g_M, upper=False)
+        g_gram = torch.triu(Y @ M.mT, diagonal=1)
+        g_unit = g_unit + Y.mT - unit @ (g_gram + g_gram.mT)
+        # Û = U / |U|: what remains is tangential.
+        return (g_unit - unit * (unit * g_unit).sum(dim=0)) / norms + unit * g_norms
+
+
+def _triangle(unit: Tensor) -> Tensor:
+    """S = striu(ÛᵀÛ, 1) + ½ I for unit or zero columns."""
+    half = torch.full((unit.shape[1],), 0.5, dtype=unit.dtype, device=unit.device)
+    return torch.triu(unit.mT @ unit, diagonal=1) + torch.diag(half)
 
 
 def rotate(v: Tensor, U: Tensor, M: Tensor, transpose: bool = False) -> Tensor:
     """Compute `v H`, or `v Hᵀ`, for rows v (..., d) and H = I - U M; the result has v's dtype."""
     left, right = (M.mT, U.mT) if transpose else (U, M)
-    return v - ((v @ left.to(v.dtype)) @ right.to(v.dtype)).to(v.dtype)
+    return thin_add(v, left.to(v.dtype), right.to(v.dtype), scale=-1.0)
 
 
 def orthonormal_basis(V: Tensor) -> Tensor:

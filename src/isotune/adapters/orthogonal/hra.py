@@ -17,14 +17,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Rotation, Side, check_tensors
+from isotune.adapters.contract import Side, check_tensors
 from isotune.adapters.settings import NotInPEFTError, Settings, check_rank
+from isotune.adapters.thin_rotation import ThinRotation
 from isotune.errors import OptionError
 from isotune.linalg.householder import (
     compact_wy,
     orthogonality_penalty,
     orthonormal_basis,
-    rotate,
     unit_columns,
 )
 from isotune.sites import Site
@@ -127,7 +127,7 @@ class HRA(Settings):
         return cls(rank=config["r"], strict=config.get("apply_GS", False), start="random")
 
 
-class HRAAdapter(Rotation):
+class HRAAdapter(ThinRotation):
     """Holds U (d x r), and U_0 (d x r, frozen) when anchored."""
 
     method = "hra"
@@ -149,17 +149,13 @@ class HRAAdapter(Rotation):
         self.strict, self.weight_of_penalty, self.squared = strict, penalty, squared
 
     def columns(self) -> Tensor:
-        """The reflections that make up H, in order (d x r, or d x 2r when anchored): unit or zero columns."""
-        U = orthonormal_basis(self.U) if self.strict else unit_columns(self.U)
+        """The reflections that make up H, in order (d x r, or d x 2r when anchored), of any length."""
+        U = orthonormal_basis(self.U) if self.strict else self.U
         # H(U_0)ᵀ is the product of the same reflections in reverse.
         return U if self.anchor is None else torch.cat([U, self.anchor.flip(1)], dim=1)
 
-    def rotate(self, v: Tensor, transpose: bool = False) -> Tensor:
-        return rotate(v, *compact_wy(self.columns()), transpose)
-
-    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        U, M = (t.to(W.dtype) for t in compact_wy(self.columns()))
-        return (-(W @ U), M) if self.side == "in" else (-M.mT, U.mT @ W)
+    def thin(self) -> tuple[Tensor, Tensor]:
+        return compact_wy(self.columns())
 
     def penalty(self) -> Tensor:
         if not self.weight_of_penalty:
@@ -177,8 +173,8 @@ class HRAAdapter(Rotation):
         d, r = self.U.shape
         if self.anchor is None:
             check_tensors(tensors, {"hra_u": (d, r)})
-            self.U.data.copy_(tensors["hra_u"])
+            self.U.detach().copy_(tensors["hra_u"])
             return
         check_tensors(tensors, {"hra_u": (d, 2 * r), "hra_u_trained": (d, r), "hra_u_anchor": (d, r)})
-        self.U.data.copy_(tensors["hra_u_trained"])
+        self.U.detach().copy_(tensors["hra_u_trained"])
         self.anchor.copy_(tensors["hra_u_anchor"])

@@ -1,0 +1,102 @@
+"""Rotations that differ from the identity by a thin product, `R = I - U M`: each layer runs in its cheapest form."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isotune.adapters.contract import Rotation, add_low_rank, autocast
+from isotune.linalg.forms import Form, cheapest
+from isotune.linalg.householder import rotate
+from isotune.linalg.thin import thin_add
+from isotune.sites import AdaptedSite, Site
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """U and M, and where it was needed (W U)ᵀ, of a frozen adapter on a frozen layer; `of` is what they came from."""
+
+    of: tuple[Tensor, ...]
+    state: tuple[Any, ...]
+    U: Tensor
+    M: Tensor
+    WU: Tensor | None
+
+
+class ThinRotation(Rotation):
+    """`W' = W (I - U M)` (side "in") or `W' = (I - U M)ᵀ W` (side "out"), with U (d x r) and M (r x d)."""
+
+    _kept: _Constants | None = None
+
+    @abstractmethod
+    def thin(self) -> tuple[Tensor, Tensor]:
+        """U (d, r) and M (r, d), in fp32 or better."""
+
+    def rotate(self, v: Tensor, transpose: bool = False) -> Tensor:
+        return rotate(v, *self.thin(), transpose)
+
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        U, M = (t.to(W.dtype) for t in self.thin())
+        return (-(W @ U), M) if self.side == "in" else (-M.mT, U.mT @ W)
+
+    def forward(self, x: Tensor, site: Site) -> Tensor:
+        if self.side == "out":
+            return super().forward(x, site)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(site, AdaptedSite):
+            return self._forward(x, site, *self.thin(), None, training=torch.is_grad_enabled())
+        kept = self._constants(site, x)
+        return self._forward(x, site, kept.U, kept.M, kept.WU, training=False)
+
+    def _forward(self, x: Tensor, site: Site, U: Tensor, M: Tensor, WU: Tensor | None, training: bool) -> Tensor:
+        form = self._form(x, site, M.shape[0], training)
+        if form == "input":
+            # y = x (W R)ᵀ = (x Rᵀ) Wᵀ: note the transpose.
+            return site(rotate(autocast(x), U, M, transpose=True))
+        if form == "weight":
+            W = site.weight
+            return site.forward_with(x, rotate(W, U, M))
+        y = site(x)
+        if WU is None:
+            WU = self._columns_through(site, U, y.dtype)
+        if not site.rotates_input:
+            return add_low_rank(site, x, -WU.mT, M, y)
+        return thin_add(x.to(y.dtype), M.mT.to(y.dtype), WU.to(y.dtype), y, scale=-1.0)
+
+    def _form(self, x: Tensor, site: Site, r: int, training: bool) -> Form:
+        forms: tuple[Form, ...] = ("input", "output") if site.rotates_input else ("output", "weight")
+        sizes = site.rows(x), site.in_features, site.out_features
+        return cheapest(forms, *sizes, r, training, x.requires_grad)
+
+    def _columns_through(self, site: Site, U: Tensor, dtype: torch.dtype) -> Tensor:
+        """(W U)ᵀ, shape (r, out): U's columns run through the layer as rows, which needs no dense W."""
+        if site.rotates_input:
+            return site.linear(U.mT.to(dtype))
+        W = site.weight
+        return (W @ U.to(W.dtype)).mT
+
+    def _constants(self, site: Site, x: Tensor) -> _Constants:
+        """What inference keeps between calls; made anew when the adapter, the layer or the dtype changes."""
+        dtype = autocast(x).dtype
+        of = (*self.parameters(), *self.buffers(), site.layer.weight)
+        state = (dtype, *((t._version, t.dtype, t.device) for t in of))
+        kept = self._kept
+        if kept is None or kept.state != state or any(a is not b for a, b in zip(kept.of, of, strict=True)):
+            U, M = self.thin()
+            needed = self._form(x, site, M.shape[0], training=False) == "output"
+            WU = self._columns_through(site, U, dtype) if needed else None
+            self._kept = kept = _Constants(of, state, U, M, WU)
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle of the model makes its own constants.
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+    def train(self, mode: bool = True) -> ThinRotation:
+        """Set the mode; the constants that inference kept are dropped when training starts."""
+        if mode:
+            self._kept = None
+        return super().train(mode)

@@ -1,0 +1,42 @@
+"""Which of three equal forms of a rotated linear map is the cheapest, by counting flops.
+
+A rotation R = I - U M of rank r changes `y = x Wᵀ` in one of three ways (n rows, W is out x in):
+
+    input    y = (x Rᵀ) Wᵀ                  rotate the rows, then run the layer
+    output   y = x Wᵀ - (x Mᵀ) (W U)ᵀ       run the layer, then add
+    weight   y = x (W R)ᵀ                    rotate the weight; its gradient is as large as the weight
+
+Flops of a training step beyond the frozen layer's own (a product of m x k and k x l counts 2 m k l):
+
+    input    12 n in r,  and 2 n in out if x itself needs no gradient: rotated rows always need one
+    output   6 n r (in + out) + 4 in out r  (4 n r in + ... if x needs no gradient)
+    weight   12 in out r + 2 n in out
+
+At inference U and W are constants: W U is computed once and kept, so that `output` costs 2 n r (in + out),
+`input` 4 n in r, and `weight` 4 in out r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+Form = Literal["input", "output", "weight"]
+
+
+def flops(form: Form, n: int, n_in: int, n_out: int, r: int, training: bool, input_grad: bool) -> int:
+    """Flops that the form costs beyond the frozen layer's own; see the table above."""
+    if form == "input":
+        step = 12 * n * n_in * r if input_grad else 10 * n * n_in * r + 2 * n * n_in * n_out
+        return step if training else 4 * n * n_in * r
+    if form == "output":
+        step = (6 if input_grad else 4) * n * r * n_in + 6 * n * r * n_out + 4 * n_in * n_out * r
+        return step if training else 2 * n * r * (n_in + n_out)
+    return 12 * n_in * n_out * r + 2 * n * n_in * n_out if training else 4 * n_in * n_out * r
+
+
+def cheapest(
+    forms: Iterable[Form], n: int, n_in: int, n_out: int, r: int, training: bool = True, input_grad: bool = True
+) -> Form:
+    """The form with the fewest flops, the first of `forms` where several have equally few."""
+    return min(forms, key=lambda form: flops(form, n, n_in, n_out, r, training, input_grad))
