@@ -135,9 +135,10 @@ def write_adapter(
     """Write config and tensors of an adapter into `folder`; the digest of the tensors is added to the header."""
     # Copies: two tensors of the file must not share memory.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # One key only: safetensors writes several in any order, and the same adapter should give the same bytes.
     metadata = {"format": "pt"}
     if header is not None:
-        metadata["isotune"] = json.dumps({**header, "digest": digest(tensors)}, sort_keys=True)
+        metadata = {"isotune": json.dumps({**header, "digest": digest(tensors)}, sort_keys=True)}
     save_file(tensors, folder / TENSORS, metadata=metadata)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

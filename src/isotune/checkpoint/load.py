@@ -35,6 +35,7 @@ def load(
     Raises:
         CheckpointError: The folder is damaged, holds too much or too little, or is for another base. The model is
             then as it was.
+        OptionError: The model has an adapter of that name already.
     """
     stored = read_stored(path)
     modules = {p: _base(m) for p, m in base_modules(model)}

@@ -112,7 +112,6 @@ class TrainedModule(_Wrapper):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer)
-        self.path = name
 
     @property
     def current(self) -> nn.Module:

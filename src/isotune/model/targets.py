@@ -16,7 +16,7 @@ Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 PRESETS = ("attention", "query-value", "mlp", "all-linear")
 
-_QUERY_OR_VALUE = re.compile(r"(^|_|to_)(q|v|query|value)(_?(proj|lin|layer)\w*)?$", re.IGNORECASE)
+_QUERY_OR_VALUE = re.compile(r"(to_|w|attn_)?(q|v|query|value)(_?(proj|lin|layer)\w*)?", re.IGNORECASE)
 
 
 def find_targets(
@@ -107,7 +107,7 @@ def _preset(layers: dict[str, nn.Module], preset: str, model: nn.Module) -> set[
     if preset == "attention":
         return attention
     if preset == "query-value":
-        return {path for path in attention if _QUERY_OR_VALUE.search(path.rpartition(".")[2])}
+        return {path for path in attention if _QUERY_OR_VALUE.fullmatch(path.rpartition(".")[2])}
     return linear - attention if preset == "mlp" else linear
 
 
