@@ -15,7 +15,7 @@ from isotune.errors import DataError
 from isotune.training.data import Splits, hold_out, load_rows, load_splits
 from isotune.training.recipe import DataSettings
 
-ROWS = [{"text": "007, \"NA\"", "label": "None"}, {"text": "x\ny", "label": "1"}, {"text": "é", "label": "01"}]
+ROWS = [{"text": '007, "NA"', "label": "None"}, {"text": "x\ny", "label": "1"}, {"text": "é", "label": "01"}]
 
 
 def table(separator: str) -> str:

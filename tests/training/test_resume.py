@@ -148,5 +148,3 @@ def test_nothing_to_resume_from_is_said(tmp_path: Path, bert: Path, rows: Path) 
     with pytest.raises(IsotuneError, match="nothing to resume"):
         train(recipe, resume=True, progress=False)
     assert not (tmp_path / "run").exists()
-
-
