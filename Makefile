@@ -1,12 +1,13 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
 # make test   install the development tools too, then lint, type-check and run the whole suite
+# make bench  time isotune and PEFT side by side (about 25 minutes; BENCH=--quick for one) and render benchmarks/
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit clean
+.PHONY: help demo bench test lint types unit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -26,12 +27,17 @@ demo: $(VENV)/.installed-demo,peft
 	@echo "== running the demo"
 	$(BIN)/isotune demo $(DEMO)
 
+bench: $(VENV)/.installed-demo,peft
+	@echo "== running the benchmarks"
+	$(BIN)/python -m benchmarks $(BENCH)
+	$(BIN)/python -m benchmarks.render
+
 test: lint types unit
 
 lint: $(VENV)/.installed-dev
 	@echo "== lint"
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 types: $(VENV)/.installed-dev
 	@echo "== types"

@@ -44,13 +44,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: Options, sections: list[str], output: Path) -> None:
-    """Run the named sections and write a file for each as soon as it is done."""
+    """Run the named sections and write a file for each as soon as it is done; a full one replaces a quick one."""
     torch.set_num_threads(options.threads)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for section in sections:
-            file = output / f"{'cuda' if options.cuda else 'cpu'}{'-quick' if options.quick else ''}-{section}.json"
-            write(file, run_section(section, options, progress))
+            device = "cuda" if options.cuda else "cpu"
+            quick = output / f"{device}-quick-{section}.json"
+            result = run_section(section, options, progress)
+            write(quick if options.quick else output / f"{device}-{section}.json", result)
+            if not options.quick:
+                quick.unlink(missing_ok=True)  # superseded
 
 
 def run_section(section: str, options: Options, progress: Progress | None = None) -> dict[str, Any]:

@@ -52,9 +52,7 @@ def _peft_config(name: str, rank: int, targets: list[str]) -> peft.PeftConfig:
         return peft.HRAConfig(r=rank, target_modules=targets)
     if name == "peft-oft":
         return peft.OFTConfig(oft_block_size=OFT_BLOCK, target_modules=targets)
-    return peft.BOFTConfig(
-        boft_block_size=BOFT_BLOCK, boft_n_butterfly_factor=BOFT_FACTORS, target_modules=targets
-    )
+    return peft.BOFTConfig(boft_block_size=BOFT_BLOCK, boft_n_butterfly_factor=BOFT_FACTORS, target_modules=targets)
 
 
 LONGEST_CALL = 6.0

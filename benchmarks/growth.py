@@ -63,9 +63,7 @@ def measure(case: GrowthCase, options: Options) -> dict[str, Any]:
         base = samples["frozen"].phases["total"]
         extra = {name: paired(samples[name].phases["total"], base) for name in names[1:]}
         points.append({"value": value, "frozen": figures["frozen"]["total"], "extra": extra})
-    exponents = {
-        name: exponent([(p["value"], p["extra"][name]) for p in points[-TAIL:]]) for name in names[1:]
-    }
+    exponents = {name: exponent([(p["value"], p["extra"][name]) for p in points[-TAIL:]]) for name in names[1:]}
     return {"case": asdict(case), "points": points, "exponents": exponents}
 
 

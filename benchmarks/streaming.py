@@ -10,7 +10,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,26 @@ def case(options: Options) -> StreamCase:
 
 
 def measure(case: StreamCase, options: Options) -> dict[str, Any]:
-    """Write the base and the adapter, then read and export them in fresh processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        base, adapter = Path(folder) / "base", Path(folder) / "adapter"
-        write_base(case, base, options.seed)
-        write_adapter(case, adapter, options.seed)
-        arguments = [str(base), str(adapter), str(Path(folder) / "lora"), str(options.threads)]
-        runs = [run_child("benchmarks.streaming", arguments) for _ in range(1 if options.quick else 3)]
+    """Write the base and adapters for all of its layers and for one, then read and export in fresh processes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_base(case, folder / "base", options.seed)
+        write_adapter(case, folder / "adapter", options.seed)
+        write_adapter(replace(case, layers=1), folder / "one", options.seed)
+        runs, single = [], []
+        for _ in range(1 if options.quick else 3):
+            runs.append(_in_process(folder, "adapter", options.threads))
+            single.append(_in_process(folder, "one", options.threads)["export_peak"])
+    figures = {key: spread([float(run[key]) for run in runs]) for key in runs[0]}
     return {
         "case": asdict(case) | {"weight_bytes": case.d**2 * DTYPE.itemsize, "dtype": str(DTYPE).split(".")[1]},
-        "export": {key: spread([float(run[key]) for run in runs]) for key in runs[0]},
+        "export": figures | {"export_peak_of_one_layer": spread(single)},
     }
+
+
+def _in_process(folder: Path, adapter: str, threads: int) -> dict[str, float]:
+    folders = [str(folder / name) for name in ("base", adapter, f"{adapter}-lora")]
+    return run_child("benchmarks.streaming", [*folders, str(threads)])
 
 
 def _paths(case: StreamCase) -> list[tuple[int, str]]:

@@ -70,9 +70,7 @@ def _calls(step: Step, effort: Effort) -> int:
 
 def spread(values: list[float]) -> dict[str, float]:
     """Minimum, quartiles and number of the values."""
-    low, middle, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    )
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"min": min(values), "q1": low, "median": middle, "q3": high, "repetitions": len(values)}
 
 

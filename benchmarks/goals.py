@@ -1,0 +1,105 @@
+"""What isotune promises about its cost, each beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.contenders import REFERENCE
+from benchmarks.store import Results, find, ratio, rows
+
+HRA, LORA = "isotune-hra", "isotune-lora"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One promise: `measured` should be at most, or at least, `target`."""
+
+    text: str
+    target: float
+    measured: float | None
+    at_least: bool = False
+    unit: str = "x"
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Met, missed, or not measured."""
+        if self.measured is None:
+            return "not measured"
+        met = self.measured >= self.target if self.at_least else self.measured <= self.target
+        return "met" if met else "**missed**"
+
+
+def goals(results: Results) -> list[Goal]:
+    """All promises, in the order of the tables below them."""
+    return [*_layer(results), *_models(results), *_lora(results), *_growth(results), *_export(results)]
+
+
+def _layer(results: Results) -> Iterator[Goal]:
+    for d, rank, n, lora, speedup in ((2048, 32, 512, 1.05, 20), (4096, 64, 512, 1.0, 50)):
+        row = find(results, "layer", d=d, rank=rank, rows=n, grad_input=True)
+        where = f"Linear {d} x {d}, {n} rows, r = {rank}: HRA"
+        yield Goal(f"{where} / PEFT's LoRA", lora, row and ratio(row, HRA, REFERENCE))
+        yield Goal(f"{where}, times faster than PEFT's HRA", speedup, row and ratio(row, "peft-hra", HRA), True)
+        yield Goal(f"{where}, bytes saved / PEFT's LoRA", 1.02, row and ratio(row, HRA, REFERENCE, "saved"))
+    for d in (384, 768):
+        row = find(results, "layer", d=d, rank=8, rows=2048, grad_input=True)
+        text = f"Linear {d} x {d}, 2048 rows, r = 8: HRA / PEFT's LoRA"
+        yield Goal(text, 0.6, row and ratio(row, HRA, REFERENCE))
+
+
+def _models(results: Results) -> Iterator[Goal]:
+    for tokens in (64, 24):
+        row = find(results, "model", model="minilm", batch=32, tokens=tokens)
+        text = f"MiniLM, 32 x {tokens} tokens, training step: HRA / PEFT's LoRA"
+        yield Goal(text, 1.0, row and ratio(row, HRA, REFERENCE))
+    row = find(results, "memory", model="minilm", batch=32)
+    text = "MiniLM, 32 x 64 tokens, peak resident memory: HRA / PEFT's LoRA"
+    yield Goal(text, 1.02, row and ratio(row, HRA, REFERENCE, "peak"))
+
+
+def _lora(results: Results) -> Iterator[Goal]:
+    found = [
+        (value, row["case"])
+        for section in ("layer", "conv", "model")
+        for row in rows(results, section)
+        if (value := ratio(row, LORA, REFERENCE)) is not None
+    ]
+    worst, case = max(found, key=lambda pair: pair[0], default=(None, {}))
+    above = sum(value > 1 for value, _ in found)
+    note = f"worst of {len(found)} cases ({describe(case)}); {above} above 1" if found else ""
+    yield Goal("our LoRA / PEFT's LoRA, everywhere", 1.0, worst, note=note)
+
+
+def _growth(results: Results) -> Iterator[Goal]:
+    for row in rows(results, "growth"):
+        slope = row["exponents"][HRA]
+        off = None if slope is None else abs(slope - 1)
+        note = "" if slope is None else f"exponent {slope:.2f}"
+        text = f"HRA's extra cost in {row['case']['axis']}: distance of the exponent from 1"
+        yield Goal(text, 0.1, off, unit="", note=note)
+
+
+def _export(results: Results) -> Iterator[Goal]:
+    row = next((row for row in rows(results, "disk") if "export" in row), None)
+    if row is None:
+        return
+    case, figures = row["case"], {key: value["median"] for key, value in row["export"].items()}
+    where = f"export of a 7B-shaped adapter ({case['layers']} layers of {case['d']} x {case['d']}, q and v)"
+    seconds = figures["export_seconds"] / figures["read_seconds"]
+    yield Goal(f"{where}: time / reading the weights", 2.0, seconds)
+    peak = figures["export_peak"] / figures["export_peak_of_one_layer"]
+    yield Goal(f"{where}: peak memory / that of one layer alone", 1.1, peak)
+
+
+def describe(case: dict[str, Any]) -> str:
+    """A case in a few words."""
+    if "model" in case:
+        return f"{case['model']} {case['batch']} x {case['tokens']}, {case['targets']}, r = {case['rank']}"
+    if "channels" in case:
+        pixels = case["pixels"]
+        return f"{case['channels']} channels, {case['batch']} x {pixels} x {pixels}, r = {case['rank']}"
+    plain = "" if case["grad_input"] else ", plain input"
+    return f"d = {case['d']}, n = {case['rows']}, r = {case['rank']}{plain}"

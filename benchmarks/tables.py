@@ -1,0 +1,124 @@
+"""The sections of the report as Markdown: ratios to PEFT's LoRA first, absolute figures of that one beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.contenders import CONTENDERS, REFERENCE
+from benchmarks.goals import describe, goals
+from benchmarks.store import Result, Results, median, ratio, rows
+
+OTHERS = tuple(name for name in CONTENDERS if name != REFERENCE)
+
+
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are figures."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def goal_table(results: Results) -> str:
+    """Target and measured, one promise a row."""
+    body = []
+    for goal in goals(results):
+        sign = ">=" if goal.at_least else "<="
+        got = "" if goal.measured is None else f"{goal.measured:.2f}{goal.unit}"
+        note = f" ({goal.note})" if goal.note else ""
+        body.append([goal.text + note, f"{sign} {goal.target:g}{goal.unit}", got, goal.verdict])
+    return table(["promise", "target", "measured", ""], body)
+
+
+def ratio_table(result_rows: Sequence[dict[str, Any]], phase: str, unit: str = "ms") -> str:
+    """The reference's median with its quartiles, and everyone else as a ratio to it, one case a row."""
+    names = [name for name in OTHERS if any(median(row, name, phase) is not None for row in result_rows)]
+    body = []
+    for row in result_rows:
+        reference = row["contenders"].get(REFERENCE, {}).get(phase)
+        ratios = [_cell(ratio(row, name, REFERENCE, phase), row, name, phase) for name in names]
+        body.append([describe(row["case"]), _absolute(reference, unit), *ratios])
+    return table(["case", f"{REFERENCE}, {unit}", *names], body)
+
+
+def _cell(value: float | None, row: dict[str, Any], name: str, phase: str) -> str:
+    if value is None:
+        return "-"
+    figure = row["contenders"][name][phase]
+    few = isinstance(figure, dict) and figure["repetitions"] < 5
+    return f"{value:.2f}{'*' if few else ''}"
+
+
+def _absolute(figure: Any, unit: str) -> str:
+    scale = {"ms": 1e3, "MiB": 2**-20}[unit]
+    if figure is None:
+        return "-"
+    if not isinstance(figure, dict):
+        return f"{figure * scale:.2f}"
+    low, middle, high = (f"{figure[key] * scale:.3g}" for key in ("q1", "median", "q3"))
+    return f"{middle} ({low}..{high})"
+
+
+def left_out(result_rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Why contenders are missing, one line for each reason."""
+    lines = [
+        f"- {name}, {describe(row['case'])}: {figure['skipped']}"
+        for row in result_rows
+        for name, figure in row["contenders"].items()
+        if "skipped" in figure
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def disk_tables(results: Results) -> str:
+    """Save, load and export of small adapters, then the large export."""
+    parts = []
+    for row in rows(results, "disk"):
+        if "contenders" in row:
+            actions = ("save", "load", "export")
+            body = [
+                [name, *(_absolute(figure.get(a), "ms") for a in actions)]
+                for name, figure in row["contenders"].items()
+            ]
+            parts.append(table(["MiniLM, attention, r = 8, ms", *actions], body))
+            continue
+        parts.append(_large_export(row["case"], {key: value["median"] for key, value in row["export"].items()}))
+    return "\n\n".join(parts)
+
+
+def _large_export(case: dict[str, Any], export: dict[str, float]) -> str:
+    mib = {key: f"{value / 2**20:.4g} MiB" for key, value in export.items() if "peak" in key}
+    return (
+        f"7B-shaped: {case['layers']} layers of {case['d']} x {case['d']} q and v in {case['dtype']}, "
+        f"r = {case['rank']}, page cache warm. Reading the weights: {export['read_seconds']:.3g} s, peak "
+        f"+{mib['read_peak']}. Export: {export['export_seconds']:.3g} s, peak +{mib['export_peak']}, or "
+        f"+{mib['export_peak_of_one_layer']} for one layer alone; one weight has "
+        f"{case['weight_bytes'] / 2**20:.3g} MiB. Largest residual: {export['residual']:.1e}."
+    )
+
+
+def growth_table(results: Results) -> str:
+    """The fitted exponents."""
+    body = []
+    for row in rows(results, "growth"):
+        case, exponents = row["case"], row["exponents"]
+        fixed = ", ".join(
+            f"{name} = {case[key]}" for name, key in (("d", "d"), ("r", "rank"), ("n", "rows")) if case[key]
+        )
+        tail = ", ".join(str(point["value"]) for point in row["points"][-3:])
+        slopes = ["-" if slope is None else f"{slope:.2f}" for slope in exponents.values()]
+        body.append([f"{case['axis']} ({fixed})", tail, *slopes])
+    names = list(rows(results, "growth")[0]["exponents"])
+    return table(["axis", "fitted to", *names], body)
+
+
+def provenance(result: Result) -> str:
+    """Machine, versions and date of a section, in a line or two."""
+    machine, versions, settings = result["machine"], result["versions"], result["settings"]
+    quick = "**A quick run, only to show that it works: not figures to quote.** " if settings["quick"] else ""
+    gpu = f"{machine['gpu']}; " if "gpu" in machine else ""
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return (
+        f"{quick}{gpu}{machine['cpu']}, {machine['threads']} of {machine['cores']} cores used, "
+        f"{machine['memory_gib']} GiB, {machine['system']}, load at the start {machine['load_at_start']}; "
+        f"{packages}; {result['date']}, {result['seconds']:.0f} s."
+    )
