@@ -1,6 +1,6 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
 # make test   install the development tools too, then lint, type-check and run the whole suite
-# make bench  time isotune and PEFT side by side (about 25 minutes; BENCH=--quick for one) and render benchmarks/
+# make bench  time isotune and PEFT side by side (about 20 minutes; BENCH=--quick: one) and render benchmarks/
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

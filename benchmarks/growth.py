@@ -59,7 +59,7 @@ def measure(case: GrowthCase, options: Options) -> dict[str, Any]:
         layer = nn.Linear(d, d, device=options.device, dtype=dtype)
         x = torch.randn(rows, d, generator=options.generator()).to(options.device, dtype).requires_grad_()
         names = ("frozen", "isotune-lora", "isotune-hra")
-        figures, samples = compare(layer, x, rank, names, options.effort(2.0), options.device)
+        figures, samples = compare(layer, x, rank, names, options.effort(3.0), options.device)
         base = samples["frozen"].phases["total"]
         extra = {name: paired(samples[name].phases["total"], base) for name in names[1:]}
         points.append({"value": value, "frozen": figures["frozen"]["total"], "extra": extra})

@@ -21,8 +21,8 @@ from benchmarks.contenders import attach, contenders
 from benchmarks.model import optimizer_step, target_paths
 from benchmarks.models import ModelCase, batch, build
 from benchmarks.options import Options
+from benchmarks.peak import peak_bytes, reset_peak
 from benchmarks.timing import spread
-from isotune.training.measure import peak_memory_bytes, reset_peak_memory
 
 STEPS = 3
 ROOT = Path(__file__).parents[1]
@@ -74,11 +74,11 @@ def peak_of_steps(name: str, case: ModelCase, device: str, seed: int) -> dict[st
     paths = target_paths(case, model)
     inputs = batch(case, model, device, torch.Generator().manual_seed(seed))
     step = optimizer_step(case, attach(name, model, case.rank, paths), inputs, device)
-    reset_peak_memory()
-    before = peak_memory_bytes()
+    reset_peak(device)
+    before = peak_bytes(device)
     for _ in range(STEPS):
         step()
-    return {"before": before, "peak": peak_memory_bytes()}
+    return {"before": before, "peak": peak_bytes(device)}
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ HERE = Path(__file__).parent
 OPENING = """# What adapters cost
 
 Written by `python -m benchmarks.render` from `results/*.json`; do not edit. `make bench` measures and renders
-(about 25 minutes on two quiet cores; `make bench BENCH=--quick` for a first look, `BENCH="--only layer"` for one
+(about 20 minutes on two quiet cores; `make bench BENCH=--quick` for a first look, `BENCH="--only layer"` for one
 section, `BENCH="--device cuda"` on a GPU).
 
 All contenders run side by side in one process and take turns, repetition by repetition. A figure is the median; a
 ratio is a ratio of medians to PEFT's LoRA of the same rank, so 1 is LoRA's cost and less is better. In brackets:
 quartiles. `*`: fewer than five repetitions. OFT has blocks of 32, BOFT blocks of 8 and two factors, at every rank.
-`frozen` is the layer without an adapter, in a model only its forward pass. "Plain input" wants no gradient."""
+`frozen` is the layer without an adapter, in a model only its forward pass. "Plain input" wants no gradient;
+PEFT's HRA and BOFT are not run on it."""
 
 PROMISES = "Forward + backward unless it says else. Quick runs do not count here."
 

@@ -68,16 +68,16 @@ def compare(
     with torch.no_grad():
         gradient = torch.ones_like(layer(x))
     for name in names:
-        reason = too_costly(name, columns(layer), rank, x.element_size())
-        try:
-            adapted = None if reason else adapted_layer(name, layer, rank)
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            adapted, reason = None, f"refused: {str(error).splitlines()[0]}"
-        if adapted is None:
-            figures[name] = {"skipped": reason}
-            continue
-        figures[name] = saved_bytes(adapted, lambda adapted=adapted: adapted(x))
-        steps[name] = training_step(adapted, x, gradient, device)
+        reason = too_costly(name, columns(layer), rank, x.element_size(), device)
+        if reason is None:
+            try:
+                adapted = adapted_layer(name, layer, rank)
+                figures[name] = saved_bytes(adapted, lambda adapted=adapted: adapted(x))
+                steps[name] = training_step(adapted, x, gradient, device)
+                continue
+            except (ValueError, NotImplementedError, RuntimeError) as error:
+                reason = f"refused: {str(error).splitlines()[0]}"
+        figures[name] = {"skipped": reason}
     samples = alternate(steps, effort)
     for name, sample in samples.items():
         figures[name] |= {phase: spread(values) for phase, values in sample.phases.items()}

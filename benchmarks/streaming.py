@@ -7,6 +7,7 @@ The base is random weights of LLaMA2-7B's q and v in sharded safetensors, one sh
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -22,8 +23,8 @@ from torch import nn
 import isotune
 from benchmarks.memory import run_child
 from benchmarks.options import Options
+from benchmarks.peak import peak_bytes, reset_peak
 from benchmarks.timing import spread
-from isotune.training.measure import peak_memory_bytes, reset_peak_memory
 
 TARGETS = ("q_proj", "v_proj")
 DTYPE = torch.bfloat16
@@ -117,21 +118,34 @@ def read_all(base: Path) -> None:
 
 def timed(work: Any) -> dict[str, float]:
     """Seconds of `work` and the bytes by which it raised the peak of resident memory."""
-    reset_peak_memory()
-    before = peak_memory_bytes()
+    reset_peak()
+    before = peak_bytes()
     start = time.perf_counter()
     work()
-    return {"seconds": time.perf_counter() - start, "peak": peak_memory_bytes() - before}
+    return {"seconds": time.perf_counter() - start, "peak": peak_bytes() - before}
+
+
+def forget(base: Path) -> None:
+    """Ask the system to drop the files from its page cache; some file systems do not."""
+    for file in base.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_and_export(base: Path, adapter: Path, output: Path) -> dict[str, float]:
-    """Warm the page cache, then time reading, then the export, fp32 factors as by default."""
-    read_all(base)
-    reading = timed(lambda: read_all(base))
-    residual = []
-    exporting = timed(lambda: residual.append(isotune.export_lora(adapter, output, base=base).residual))
-    figures = {f"read_{key}": value for key, value in reading.items()}
-    return figures | {f"export_{key}": value for key, value in exporting.items()} | {"residual": residual[0]}
+    """Time reading and the export, fp32 factors as by default, with the page cache cold and then warm."""
+    figures, residual = {}, []
+
+    def export() -> None:
+        residual.append(isotune.export_lora(adapter, output, base=base).residual)
+
+    for cache, prepare in (("cold_", forget), ("", read_all)):
+        for name, work in (("read", lambda: read_all(base)), ("export", export)):
+            prepare(base)
+            figures |= {f"{name}_{cache}{key}": value for key, value in timed(work).items()}
+    return figures | {"residual": max(residual)}
 
 
 if __name__ == "__main__":

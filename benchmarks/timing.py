@@ -20,6 +20,8 @@ class Effort:
     seconds: float
     least: int
     most: int
+    limit: float = 15.0
+    """Past this many seconds two repetitions are enough."""
     sample: float = 0.004
     """A sample is the mean of as many calls as fill this many seconds, so that the clock's grain does not show."""
 
@@ -48,7 +50,8 @@ class Samples:
     def enough(self, effort: Effort) -> bool:
         """Whether this contender has had its share."""
         count = len(self.phases.get("total", ()))
-        return count >= effort.most or (count >= effort.least and self.spent >= effort.seconds)
+        least = effort.least if self.spent < effort.limit else min(effort.least, 2)
+        return count >= effort.most or (count >= least and self.spent >= effort.seconds)
 
 
 def alternate(steps: Mapping[str, Step], effort: Effort) -> dict[str, Samples]:
@@ -63,8 +66,10 @@ def alternate(steps: Mapping[str, Step], effort: Effort) -> dict[str, Samples]:
 
 
 def _calls(step: Step, effort: Effort) -> int:
-    step()  # the first call fills caches and is not counted
+    # The first call fills caches; its time counts only where it is long enough for that not to matter.
     once = step()["total"]
+    if once < 1:
+        once = step()["total"]
     return max(1, min(200, round(effort.sample / max(once, 1e-9))))
 
 
