@@ -6,6 +6,7 @@ the layer kinds; a site with an adapter on it (`AdaptedSite`) is again a site, s
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from isotune.errors import TargetError
 from isotune.linalg.householder import at_least_fp32
+from isotune.packed import dequantized, is_packed
 
 if TYPE_CHECKING:
     from isotune.adapters.contract import Adapter
@@ -28,6 +30,7 @@ class Site(ABC):
     kind: ClassVar[str]
     rotates_input: ClassVar[bool] = False  # rows of x are rows of the linear map, so they can be rotated
     rotates_output: bool = True  # all of y - b comes from one W, so rotating it is rotating W's rows
+    packed: bool = False  # the weight is quantised or packed: the forward pass never asks for it
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
@@ -95,7 +98,7 @@ class Site(ABC):
 
 
 class LinearSite(Site):
-    """`nn.Linear`, also one whose weight is stored packed."""
+    """`nn.Linear`."""
 
     kind = "linear"
     rotates_input = True
@@ -123,6 +126,16 @@ class LinearSite(Site):
 
     def expand(self, z: Tensor, B: Tensor) -> Tensor:
         return F.linear(z, B.to(z.dtype))
+
+
+class PackedLinearSite(LinearSite):
+    """`nn.Linear` whose weight is no dense floating-point tensor; `weight` is dequantised anew each time."""
+
+    packed = True
+
+    @property
+    def weight(self) -> Tensor:
+        return dequantized(self.layer)
 
 
 class Conv1DSite(LinearSite):
@@ -226,6 +239,10 @@ class AdaptedSite(Site):
         return self.base.rotates_output
 
     @property
+    def packed(self) -> bool:  # type: ignore[override]
+        return self.base.packed
+
+    @property
     def weight(self) -> Tensor:
         # At least fp32: this is the dense twin, which fold, export and every test rely on.
         return self.adapter.weight(at_least_fp32(self.base.weight))
@@ -265,7 +282,7 @@ def _is_gpt2_conv1d(layer: nn.Module) -> bool:
 def site_of(layer: nn.Module) -> Site | None:
     """The site of a layer, or None where no kind fits (also for a subclass that computes something else)."""
     if isinstance(layer, nn.Linear):
-        return LinearSite(layer)
+        return PackedLinearSite(layer) if is_packed(layer) else LinearSite(layer)
     if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
         return Conv2dSite(layer)
     if isinstance(layer, nn.Embedding) and type(layer).forward is nn.Embedding.forward and layer.max_norm is None:
@@ -286,4 +303,4 @@ def require_site(layer: nn.Module, name: str) -> Site:
 
 def device_of(layer: nn.Module) -> torch.device:
     """Where the layer's weight lives."""
-    return next(layer.parameters()).device
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device

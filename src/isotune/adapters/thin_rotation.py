@@ -67,6 +67,9 @@ class ThinRotation(Rotation):
         return thin_add(x.to(y.dtype), M.mT.to(y.dtype), WU.to(y.dtype), y, scale=-1.0)
 
     def _form(self, x: Tensor, site: Site, r: int, training: bool) -> Form:
+        if site.packed:
+            # Its forward may round or quantise what passes through: the rows of x only, not U's columns too.
+            return "input"
         forms: tuple[Form, ...] = ("input", "output") if site.rotates_input else ("output", "weight")
         sizes = site.rows(x), site.in_features, site.out_features
         return cheapest(forms, *sizes, r, training, x.requires_grad)
@@ -81,7 +84,7 @@ class ThinRotation(Rotation):
     def _constants(self, site: Site, x: Tensor) -> _Constants:
         """What inference keeps between calls; made anew when the adapter, the layer or the dtype changes."""
         dtype = autocast(x).dtype
-        of = (*self.parameters(), *self.buffers(), site.layer.weight)
+        of = (*self.parameters(), *self.buffers(), *(() if site.packed else (site.layer.weight,)))
         state = (dtype, *((t._version, t.dtype, t.device) for t in of))
         kept = self._kept
         if kept is None or kept.state != state or any(a is not b for a, b in zip(kept.of, of, strict=True)):

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from isotune.errors import CheckpointError
+from isotune.packed import DENSE
 
 
 class StoredBase:
@@ -28,9 +29,15 @@ class StoredBase:
         key = self._key(f"{path}.weight")
         try:
             with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
-                return opened.get_tensor(key)
+                tensor = opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / self.file_of[key]} cannot be read: {error}") from None
+        if tensor.dtype not in DENSE:
+            raise CheckpointError(
+                f"{key!r} of the base in {self.folder} is stored as {tensor.dtype}, quantised; name the "
+                "unquantised base with base=... (--base)"
+            )
+        return tensor
 
     def _key(self, wanted: str) -> str:
         parts = wanted.split(".")

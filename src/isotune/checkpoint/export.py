@@ -19,7 +19,7 @@ from isotune.checkpoint.files import CARD, TENSORS, check_writable, replaced_fol
 from isotune.checkpoint.parts import Part, stored_parts
 from isotune.checkpoint.save import base_model_name, peft_fields, refused_by_peft, trained_tensors
 from isotune.checkpoint.stored import PREFIX, StoredAdapter, read_stored
-from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
+from isotune.errors import CheckpointError, NoLowRankFormError, OptionError, TargetError
 from isotune.linalg.householder import at_least_fp32
 from isotune.model.layers import adapted_layers, trained_modules
 from isotune.sites import AdaptedSite, Site
@@ -79,6 +79,7 @@ def export_lora(
     Raises:
         NoLowRankFormError: A layer has no exact LoRA form, or none in PEFT's layout; the message says which
             and why.
+        TargetError: The weight of a layer is packed and cannot be dequantised.
         CheckpointError: Nothing to export, a base that cannot be read, or a folder that cannot be written.
         OptionError: An unknown dtype, or a rank multiple below 1.
     """
@@ -157,7 +158,10 @@ def _factors(p: str, site: Site, adapters: list[Adapter]) -> tuple[Tensor, Tenso
     """B (out, r) and A (r, in) of a stack of adapters, in fp32 or better: the factors of each, side by side."""
     Bs, As = [], []
     for adapter in adapters:
-        pair = adapter.factors(at_least_fp32(site.weight))
+        try:
+            pair = adapter.factors(at_least_fp32(site.weight))
+        except TargetError as error:
+            raise TargetError(f"{p!r} cannot be exported: {error}") from None
         if pair is None:
             raise NoLowRankFormError(
                 f"{p!r} cannot be exported as a LoRA: {adapter.method} has no exact low-rank form; "

@@ -22,7 +22,7 @@ from isotune.sites import Site
 
 # Fields of a model's config that do not decide its architecture; private ones and token ids are left out too.
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "id2label", "label2id",
-             "problem_type")  # fmt: skip
+             "problem_type", "quantization_config")  # fmt: skip
 
 
 def save(model: nn.Module, path: str | Path, name: str | None = None, base_model: str | None = None) -> Path:

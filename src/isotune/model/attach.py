@@ -162,7 +162,8 @@ def _build(settings: Settings, layer: nn.Module, path: str, seed: int) -> Adapte
     except OptionError as error:
         raise OptionError(f"{settings.name} at {path!r}: {error}") from None
     # Adapters are fp32, so that small steps are not lost; in a double-precision model they are double.
-    dtype = torch.float64 if site.layer.weight.dtype == torch.float64 else torch.float32
+    double = not site.packed and site.layer.weight.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
     return adapter.to(device_of(layer), dtype)
 
 

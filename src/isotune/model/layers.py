@@ -70,9 +70,15 @@ class AdaptedLayer(_Wrapper):
 
     @property
     def weight(self) -> Tensor:
-        """The adapted weight in the layer's own shape and dtype; the base's own parameter where nothing is active."""
-        site, base = self.site, self.base_layer.weight
-        return base if not isinstance(site, AdaptedSite) else site.layout(site.weight).to(base.dtype)
+        """The adapted weight in the layer's own shape and dtype; the base's own parameter where nothing is active.
+
+        Over a packed base it is dense, in fp32. Raises TargetError where the base cannot be dequantised.
+        """
+        site = self.site
+        if not isinstance(site, AdaptedSite):
+            return self.base_layer.weight
+        W = site.layout(site.weight)
+        return W if site.packed else W.to(self.base_layer.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.site(x)

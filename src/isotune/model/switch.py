@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from isotune.errors import IsotuneError, nearest
 from isotune.model.layers import AdaptedLayer, adapted_layers, wrappers
+from isotune.packed import is_packed
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def describe(model: nn.Module) -> list[SiteRow]:
     """One row for each adapter on each layer, and for each module trained in full."""
     extra = {id(p) for _, wrapper in wrappers(model) for p in wrapper.parts.parameters()}
     base = sum(p.numel() for p in model.parameters() if id(p) not in extra)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_packed(module):
+            # Integers that hold several numbers each are counted as the numbers.
+            weight = module._parameters.get("weight")
+            base += module.in_features * module.out_features - (0 if weight is None else weight.numel())
     rows = []
     for path, wrapper in wrappers(model):
         for name, part in wrapper.parts.items():
