@@ -92,7 +92,7 @@ def _export(results: Results) -> Iterator[Goal]:
     cold = figures["export_cold_seconds"] / figures["read_cold_seconds"]
     note = f"page cache warm; cold: {cold:.2f}x"
     yield Goal(f"{where}: time / reading the weights", 2.0, seconds, note=note)
-    peak = figures["export_peak"] / figures["export_peak_of_one_layer"]
+    peak = figures["export_cold_peak"] / figures["export_peak_of_one_layer"]
     yield Goal(f"{where}: peak memory / that of one layer alone", 1.1, peak)
 
 

@@ -59,7 +59,7 @@ def measure(case: StreamCase, options: Options) -> dict[str, Any]:
         runs, single = [], []
         for _ in range(1 if options.quick else 3):
             runs.append(_in_process(folder, "adapter", options.threads))
-            single.append(_in_process(folder, "one", options.threads)["export_peak"])
+            single.append(_in_process(folder, "one", options.threads)["export_cold_peak"])
     figures = {key: spread([float(run[key]) for run in runs]) for key in runs[0]}
     return {
         "case": asdict(case) | {"weight_bytes": case.d**2 * DTYPE.itemsize, "dtype": str(DTYPE).split(".")[1]},
@@ -135,7 +135,10 @@ def forget(base: Path) -> None:
 
 
 def read_and_export(base: Path, adapter: Path, output: Path) -> dict[str, float]:
-    """Time reading and the export, fp32 factors as by default, with the page cache cold and then warm."""
+    """Time reading and the export, fp32 factors as by default, with the page cache cold and then warm.
+
+    The peaks to go by are the cold ones: the second time round, memory that was freed may still be resident.
+    """
     figures, residual = {}, []
 
     def export() -> None:

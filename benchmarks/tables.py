@@ -91,8 +91,8 @@ def _large_export(case: dict[str, Any], export: dict[str, float]) -> str:
         f"7B-shaped: {case['layers']} layers of {case['d']} x {case['d']} q and v in {case['dtype']}, "
         f"r = {case['rank']}. Reading the weights: {export['read_seconds']:.3g} s (page cache cold: "
         f"{export['read_cold_seconds']:.3g} s), peak "
-        f"+{mib['read_peak']}. Export: {export['export_seconds']:.3g} s (cold: "
-        f"{export['export_cold_seconds']:.3g} s), peak +{mib['export_peak']}, or "
+        f"+{mib['read_cold_peak']}. Export: {export['export_seconds']:.3g} s (cold: "
+        f"{export['export_cold_seconds']:.3g} s), peak +{mib['export_cold_peak']}, or "
         f"+{mib['export_peak_of_one_layer']} for one layer alone; one weight has "
         f"{case['weight_bytes'] / 2**20:.3g} MiB. Largest residual: {export['residual']:.1e}."
     )
