@@ -14,6 +14,7 @@ from isotune.checkpoint.save import save
 from isotune.errors import IsotuneError
 from isotune.model.attach import adapt, remove
 from isotune.model.fold import fold, unfold
+from isotune.model.peft import accelerate_peft
 from isotune.model.switch import after_step, describe, disabled, penalty, use
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LowRank",
     "Rotation",
     "Settings",
+    "accelerate_peft",
     "adapt",
     "after_step",
     "describe",
