@@ -71,7 +71,7 @@ def export_card(
 Exported as an exact low-rank form, rank {config["r"]} at every layer (zero-padded), scaling 1, stored as {dtype}.
 {heads}
 
-The residual is `|W + B A - W'| / |W|` in the Frobenius norm, read back from the file, where W' is the adapted weight.
+The residual is `|W + B A - W'| / |W|` in the Frobenius norm for B and A as stored, where W' is the adapted weight.
 
 | layer | rank | residual |
 |---|---|---|

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter
 from isotune.adapters.low_rank.lora import lora_tensors
-from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.base import StoredBase, stored_layer
 from isotune.checkpoint.card import export_card
 from isotune.checkpoint.files import CARD, TENSORS, check_writable, replaced_folder, write_adapter
 from isotune.checkpoint.parts import Part, stored_parts
@@ -21,9 +21,10 @@ from isotune.checkpoint.save import base_model_name, peft_fields, refused_by_pef
 from isotune.checkpoint.stored import PREFIX, StoredAdapter, read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError, TargetError
 from isotune.linalg.householder import at_least_fp32
-from isotune.model.layers import adapted_layers, trained_modules
-from isotune.sites import AdaptedSite, Site
+from isotune.model.layers import adapted_layers, check_one_weight, trained_modules
+from isotune.sites import AdaptedSite, LinearSite, Site, require_site
 
+_PROBES = 16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -37,7 +38,7 @@ class Export:
     ranks: dict[str, int]
     """The rank of each layer's exact form, before zero-padding."""
     residuals: dict[str, float]
-    """`|W + B A - W'| / |W|` of each layer in the Frobenius norm, read back from the file."""
+    """`|W + B A - W'| / |W|` of each layer in the Frobenius norm, for B and A as stored."""
     dtype: str
 
     @property
@@ -66,8 +67,9 @@ def export_lora(
 ) -> Export:
     """Write the active adapters of a model, or the adapter saved in a folder, as one LoRA in PEFT's layout.
 
-    One rank for all layers (zero-padded), `lora_alpha = r`, no bias, no patterns. The folder is read back and
-    compared with the adapted weights. From a folder, one layer of the base at a time is in memory.
+    One rank for all layers (zero-padded), `lora_alpha = r`, no bias, no patterns. The residual of
+    each layer is measured as stored, and the file is read back and compared. From a folder, one layer of the base at
+    a time is in memory.
 
     Args:
         model: A model with active adapters (stacked ones become one LoRA), or an adapter folder.
@@ -92,18 +94,20 @@ def export_lora(
     source = _from_model(model) if isinstance(model, nn.Module) else _from_folder(read_stored(model), base)
     for refused, why in source.refused.items():
         raise NoLowRankFormError(f"{refused!r} {why}; isotune export --to merged works for it")
-    tensors, ranks, rank = _tensors(source, DTYPES[dtype_name], rank_multiple)
-    sites = {p: site for p, site, _ in source.parts()}
+    found = _lora_of(source, DTYPES[dtype_name])
+    rank = math.ceil(max(found.ranks.values()) / rank_multiple) * rank_multiple
+    tensors = {name: _padded(name, tensor, rank) for name, tensor in found.tensors.items()} | source.trained
     config = {
-        "peft_type": "LORA", **peft_fields(sites, source.trained_paths, source.base_model),
+        "peft_type": "LORA", **peft_fields(found.kinds, source.trained_paths, source.base_model),
         "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False,
         "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True,
     }  # fmt: skip
     with replaced_folder(path) as folder:
-        write_adapter(folder, config, tensors | source.trained)
-        residuals = _read_back(folder / TENSORS, source)
-        (folder / CARD).write_text(export_card(config, residuals, ranks, dtype_name, source.trained_paths))
-    return Export(Path(path), rank, ranks, residuals, dtype_name)
+        write_adapter(folder, config, tensors)
+        card = export_card(config, found.residuals, found.ranks, dtype_name, source.trained_paths)
+        (folder / CARD).write_text(card)
+        _read_back(folder / TENSORS, tensors)
+    return Export(Path(path), rank, found.ranks, found.residuals, dtype_name)
 
 
 def _from_model(model: nn.Module) -> _Source:
@@ -112,6 +116,7 @@ def _from_model(model: nn.Module) -> _Source:
         raise CheckpointError("there is nothing to export: no adapter is active on any layer of this model")
     if any(layer.folded for _, layer in adapted_layers(model)):
         raise CheckpointError("the adapters are folded into the weights; call unfold before exporting them")
+    check_one_weight(model, "export")
     trained = {p: module.current for p, module in trained_modules(model) if module.running()}
     refused = {p: why for p, site, _ in parts if (why := refused_by_peft(site))}
     return _Source(lambda: parts, refused, trained_tensors(trained), sorted(trained), base_model_name(model))
@@ -132,36 +137,47 @@ def _from_folder(stored: StoredAdapter, base: str | Path | None) -> _Source:
     return _Source(lambda: stored_parts(stored, weights), refused, trained, sorted(stored.trained), str(name))
 
 
+@dataclass
+class _Lora:
+    """The LoRA of every layer, as it will be stored but for the padding."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    residuals: dict[str, float] = field(default_factory=dict)
+
+
 @torch.no_grad()
-def _tensors(
-    source: _Source, dtype: torch.dtype, rank_multiple: int
-) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    """The LoRA tensors under PEFT's names, the exact rank of each layer, and the one rank that all are padded to."""
-    factors, ranks = {}, {}
+def _lora_of(source: _Source, dtype: torch.dtype) -> _Lora:
+    """One walk over the layers, with one of them in fp32 at a time."""
+    found = _Lora()
     for p, site, adapters in source.parts():
-        B, A = _factors(p, site, adapters)
-        ranks[p] = B.shape[1]
-        factors[p] = B, A
-    rank = math.ceil(max(ranks.values()) / rank_multiple) * rank_multiple
-    tensors: dict[str, Tensor] = {}
-    for p, site, _ in source.parts():
-        B, A = factors.pop(p)
-        pad = rank - B.shape[1]
-        B, A = nn.functional.pad(B, (0, pad)).to(dtype), nn.functional.pad(A, (0, 0, 0, pad)).to(dtype)
+        site_fp32 = _in_fp32(p, site)
+        B, A = (t.to(dtype) for t in _factors(p, site_fp32, adapters))
         if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
             raise CheckpointError(f"the change of {p!r} does not fit into {dtype}; export as bfloat16 or float32")
-        tensors |= {f"{PREFIX}{p}.{key}": tensor for key, tensor in lora_tensors(B, A, site).items()}
-    return tensors, ranks, rank
+        found.tensors |= {f"{PREFIX}{p}.{key}": t.cpu() for key, t in lora_tensors(B, A, site).items()}
+        found.kinds[p], found.ranks[p] = site.kind, B.shape[1]
+        found.residuals[p] = _residual(site_fp32, adapters, B, A)
+    return found
+
+
+def _in_fp32(p: str, site: Site) -> Site:
+    """The same linear map with its weight in fp32 or better."""
+    try:
+        weight = at_least_fp32(site.weight)
+    except TargetError as error:
+        raise TargetError(f"{p!r} cannot be exported: {error}") from None
+    if site.rotates_input:
+        return LinearSite(stored_layer("linear", weight))
+    return require_site(stored_layer(site.kind, site.layout(weight)), p)
 
 
 def _factors(p: str, site: Site, adapters: list[Adapter]) -> tuple[Tensor, Tensor]:
     """B (out, r) and A (r, in) of a stack of adapters, in fp32 or better: the factors of each, side by side."""
     Bs, As = [], []
     for adapter in adapters:
-        try:
-            pair = adapter.factors(at_least_fp32(site.weight))
-        except TargetError as error:
-            raise TargetError(f"{p!r} cannot be exported: {error}") from None
+        pair = adapter.factors(site.weight)
         if pair is None:
             raise NoLowRankFormError(
                 f"{p!r} cannot be exported as a LoRA: {adapter.method} has no exact low-rank form; "
@@ -173,17 +189,35 @@ def _factors(p: str, site: Site, adapters: list[Adapter]) -> tuple[Tensor, Tenso
     return torch.cat(Bs, dim=1), torch.cat(As, dim=0)
 
 
-@torch.no_grad()
-def _read_back(file: Path, source: _Source) -> dict[str, float]:
-    residuals = {}
+def _residual(site: Site, adapters: list[Adapter], B: Tensor, A: Tensor) -> float:
+    """`|W + B A - W'| / |W|`, Frobenius: of a linear layer by random rows v, from `v Wᵀ`, else exactly."""
+    adapted: Site = site
+    for adapter in adapters:
+        adapted = AdaptedSite(adapted, adapter)
+    W, adapted_weight = site.weight, adapted.weight
+    B, A = B.to(W.dtype), A.to(W.dtype)
+    if site.rotates_input:
+        # v is white, so that |v E| / |v W| estimates |E| / |W| without W + B A.
+        v = torch.randn(_PROBES, site.in_features, generator=torch.Generator().manual_seed(0)).to(W)
+        scale = v @ W.mT
+        error = torch.addmm(scale, v @ A.mT, B.mT) - v @ adapted_weight.mT
+    else:
+        scale = W
+        error = torch.addmm(W, B, A) - adapted_weight
+    return float(error.norm() / scale.norm().clamp_min(1e-30))
+
+
+def _padded(name: str, tensor: Tensor, rank: int) -> Tensor:
+    """A LoRA tensor with zeros up to `rank` along its rank: the first dimension of an A, the second of a B."""
+    dim = 0 if "lora_A" in name or name.endswith("_A") else 1
+    shape = list(tensor.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
+def _read_back(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless the file holds these tensors, bit for bit."""
     with safe_open(file, framework="pt") as opened:
-        for p, site, adapters in source.parts():
-            names = list(lora_tensors(torch.empty(1, 1), torch.empty(1, site.in_features, device="meta"), site))
-            A, B = (opened.get_tensor(f"{PREFIX}{p}.{name}").flatten(1).to(torch.float64) for name in names)
-            adapted: Site = site
-            for adapter in adapters:
-                adapted = AdaptedSite(adapted, adapter)
-            W = site.weight.cpu().to(torch.float64)
-            error = torch.addmm(W - adapted.weight.cpu().to(torch.float64), B, A)
-            residuals[p] = float(error.norm() / W.norm().clamp_min(1e-30))
-    return residuals
+        for name, tensor in tensors.items():
+            if not opened.get_tensor(name).equal(tensor.cpu()):
+                raise CheckpointError(f"{name} was not written as it should be; the disk may be failing")

@@ -95,16 +95,16 @@ def _only_adapter(model: nn.Module) -> str:
     )
 
 
-def peft_fields(sites: dict[str, Site], trained: list[str], base_model: str | None) -> dict[str, Any]:
+def peft_fields(kinds: dict[str, str], trained: list[str], base_model: str | None) -> dict[str, Any]:
     """The fields of PEFT's config that every method has."""
     fields: dict[str, Any] = {
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "target_modules": sorted(sites),
+        "target_modules": sorted(kinds),
         "modules_to_save": sorted(trained) or None,
         "task_type": None,
     }
-    if any(site.kind == "conv1d" for site in sites.values()):
+    if "conv1d" in kinds.values():
         fields["fan_in_fan_out"] = True
     return fields
 
@@ -115,7 +115,7 @@ def _config(
     """The adapter's config and, where PEFT cannot load it, why."""
     sites = {path: layer.bare for path, layer in layers.items()}
     method = method_class(next(iter(settings.values())).name) if settings else None
-    common = peft_fields(sites, trained, base_model)
+    common = peft_fields({path: site.kind for path, site in sites.items()}, trained, base_model)
     reason = None
     if method is not None:
         try:

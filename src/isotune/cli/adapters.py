@@ -117,7 +117,7 @@ def export_command(
             f"{found.path}: LoRA of rank {found.rank} at {len(found.ranks)} layers, stored as {found.dtype}",
             ["layer", "rank", "residual"],
             [[p, str(found.ranks[p]), f"{residual:.1e}"] for p, residual in found.residuals.items()],
-            f"residual: |W + B A - W'| / |W|, read back from the file; the largest is {found.residual:.1e}",
+            f"residual: |W + B A - W'| / |W| as stored; the largest is {found.residual:.1e}",
         )
         return
     if to == "merged":
