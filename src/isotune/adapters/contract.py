@@ -7,15 +7,25 @@ so that the same adapter serves a bare layer and a layer that has adapters alrea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from isotune.errors import IsotuneError
 from isotune.linalg.thin import thin_add
 from isotune.sites import Site
 
 Side = Literal["in", "out"]
+
+
+class Thin(NamedTuple):
+    """A change of `(x L) R`, with L (d, r) and R (r, e), to the rows that enter or leave a site."""
+
+    where: Literal["before", "behind", "beside"]
+    """before: `site(x + (x L) R)`; behind: `y + (y L) R` for y without the bias; beside: `site(x) + (x L) R`."""
+    L: Tensor
+    R: Tensor
 
 
 class Adapter(nn.Module, ABC):
@@ -34,6 +44,10 @@ class Adapter(nn.Module, ABC):
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         """B (out, r) and A (r, in) with `weight(W) = W + B A` exactly, or None where the method has no such form."""
+        return None
+
+    def thin_factors(self, site: Site) -> Thin | None:
+        """The forward pass on `site` as one thin change, by which batches mix adapters; None where it is none."""
         return None
 
     def penalty(self) -> Tensor:
@@ -112,6 +126,17 @@ class LowRank(Adapter):
     def weight(self, W: Tensor) -> Tensor:
         B, A = self.factors(W)
         return W + B @ A
+
+    def thin_factors(self, site: Site) -> Thin | None:
+        if type(self).forward is not LowRank.forward:
+            return None
+        if self.training and self.dropout.p:
+            raise IsotuneError(
+                f"{self.method} has dropout, which rows of one batch with different adapters cannot share in "
+                "training; call model.eval(), or train one adapter at a time"
+            )
+        B, A = self.change()
+        return Thin("beside", A.mT, B.mT)
 
 
 def add_low_rank(site: Site, x: Tensor, B: Tensor, A: Tensor, y: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotune.adapters.contract import Rotation, add_low_rank, autocast
+from isotune.adapters.contract import Rotation, Thin, add_low_rank, autocast
 from isotune.linalg.forms import Form, cheapest
-from isotune.linalg.householder import rotate
+from isotune.linalg.householder import at_least_fp32, rotate
 from isotune.linalg.thin import thin_add
 from isotune.sites import AdaptedSite, Site
 
@@ -42,6 +42,17 @@ class ThinRotation(Rotation):
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         U, M = (t.to(W.dtype) for t in self.thin())
         return (-(W @ U), M) if self.side == "in" else (-M.mT, U.mT @ W)
+
+    def thin_factors(self, site: Site) -> Thin | None:
+        if type(self).forward is not ThinRotation.forward:
+            return None
+        U, M = self.thin()
+        if self.side == "in" and site.rotates_input:
+            return Thin("before", -M.mT, U.mT)
+        if self.side == "out" and site.rotates_output:
+            return Thin("behind", -U, M)
+        B, A = self.factors(at_least_fp32(site.weight))
+        return Thin("beside", A.mT, B.mT)
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         if self.side == "out":

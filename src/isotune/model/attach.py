@@ -102,13 +102,16 @@ def attach(
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take an adapter (or, without a name, all of them) off the model; the base is as it was, bit for bit.
 
-    Raises IsotuneError for an unknown name, or where the adapter is folded into the weights (unfold first).
+    Raises IsotuneError for an unknown name, or where the adapter is folded into the weights (unfold
+    first) or used by rows of a batch.
     """
     known = adapter_names(model)
     if name is not None and name not in known:
         raise IsotuneError(f"no adapter {name!r} to remove; the model has: {', '.join(known) or 'none'}")
     if any(layer.folded for _, layer in adapted_layers(model)):
         raise IsotuneError("the model's adapters are folded into its weights; call unfold first")
+    if name is not None and any(w.rows is not None and name in w.active for _, w in wrappers(model)):
+        raise IsotuneError(f"rows of a batch use the adapter {name!r}; choose others first, with isotune.use")
     for _, wrapper in list(wrappers(model)):
         for gone in [name] if name is not None else known:
             if gone in wrapper.parts:

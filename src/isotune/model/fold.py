@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from isotune.errors import IsotuneError
-from isotune.model.layers import AdaptedLayer, adapted_layers, replace_module, wrappers
+from isotune.model.layers import AdaptedLayer, adapted_layers, check_one_weight, replace_module, wrappers
 
 
 def fold(model: nn.Module, keep_base: bool = True) -> nn.Module:
@@ -14,13 +14,15 @@ def fold(model: nn.Module, keep_base: bool = True) -> nn.Module:
     With `keep_base` the base weights are kept, and `unfold` restores them bit for bit. Without it the adapters,
     and any inactive ones with them, are gone afterwards: the result is a plain model of the base's classes, ready
     for `save_pretrained`. Modules trained in full take the place of the originals. Raises IsotuneError where
-    nothing is active, the model is folded already, or a weight is packed; nothing is folded then.
+    nothing is active, the model is folded already, a weight is packed, or rows of a batch use different adapters;
+    nothing is folded then.
     """
     layers = list(adapted_layers(model))
     if any(layer.folded for _, layer in layers):
         raise IsotuneError("the model's adapters are already folded; call unfold first")
     if not any(wrapper.running() for _, wrapper in wrappers(model)):
         raise IsotuneError("no adapter is active, so there is nothing to fold; choose some with isotune.use")
+    check_one_weight(model, "fold")
     if packed := [path for path, layer in layers if layer.running() and layer.bare.packed]:
         raise IsotuneError(
             f"{', '.join(packed[:3])}{', ...' if packed[3:] else ''} cannot be folded: a quantised or packed weight "

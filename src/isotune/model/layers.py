@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter
 from isotune.adapters.settings import Settings
+from isotune.errors import IsotuneError
+from isotune.model.mixed import mixed_forward
 from isotune.sites import AdaptedSite, Site, require_site
 
 
@@ -28,6 +30,8 @@ class _Wrapper(nn.Module):
         self.base_layer = base_layer
         self.parts = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        # Where the rows of a batch use different adapters: for each row, which of `active` (past the end: none).
+        self.rows: Tensor | None = None
         self.enabled = True
         self.train(base_layer.training)
 
@@ -61,7 +65,11 @@ class AdaptedLayer(_Wrapper):
 
     @property
     def site(self) -> Site:
-        """The layer with its running adapters, as a site."""
+        """The layer with its running adapters, as a site. Raises IsotuneError where they differ by row."""
+        if self.rows is not None and self.enabled:
+            raise IsotuneError(
+                "the rows of a batch use different adapters, so that a layer has no one adapted weight"
+            )
         site = self.bare
         if not self.folded:
             for adapter in self.running():
@@ -81,6 +89,8 @@ class AdaptedLayer(_Wrapper):
         return W if site.packed else W.to(self.base_layer.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rows is not None and self.enabled:
+            return mixed_forward(x, self.bare, self.running(), self.rows)
         return self.site(x)
 
     def adapter(self, name: str) -> Adapter:
@@ -167,6 +177,15 @@ def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
         return
     for name, child in model.named_children():
         yield from base_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def check_one_weight(model: nn.Module, what: str) -> None:
+    """Raise IsotuneError where the rows of a batch use different adapters, so that there is not one weight."""
+    if any(layer.rows is not None for _, layer in adapted_layers(model)):
+        raise IsotuneError(
+            f"there is not one weight to {what}: the rows of a batch use different adapters; "
+            "choose one first, with isotune.use(model, name)"
+        )
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from isotune.errors import IsotuneError, nearest
 from isotune.model.layers import AdaptedLayer, adapted_layers, wrappers
+from isotune.model.mixed import thin_of
 from isotune.packed import is_packed
+from isotune.sites import device_of
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,31 @@ def active_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for _, wrapper in wrappers(model) for name in wrapper.active))
 
 
-def use(model: nn.Module, *names: str, train: bool | Iterable[str] = True) -> nn.Module:
+def use(
+    model: nn.Module,
+    *names: str,
+    rows: Sequence[str | None] | None = None,
+    train: bool | Iterable[str] = True,
+) -> nn.Module:
     """Let the named adapters, stacked in the order given, run; all others rest. No name at all: the bare base.
 
-    `train` says which of them learn: all, none, or those named. Raises IsotuneError for an unknown name, or while
-    adapters are folded into the weights.
+    Args:
+        model: A model with adapters, changed in place.
+        names: The adapters to stack.
+        rows: In place of names: the adapter of each row of the batches that follow, None for the bare base, until the
+            next call. The adapters must be of one method; `train` then means those named here.
+        train: Which of them learn: all, none, or those named.
+
+    Returns:
+        The same model.
+
+    Raises:
+        IsotuneError: An unknown name, adapters folded into the weights, or rows that cannot share a batch. The model
+            is then as it was.
     """
+    if rows is not None and names:
+        raise IsotuneError("use takes the names of adapters to stack, or rows=[...], not both")
+    names = names if rows is None else tuple(dict.fromkeys(name for name in rows if name is not None))
     known = adapter_names(model)
     learning = (names if train else ()) if isinstance(train, bool) else tuple(train)
     for name in (*names, *learning):
@@ -56,11 +77,33 @@ def use(model: nn.Module, *names: str, train: bool | Iterable[str] = True) -> nn
             raise IsotuneError(f"no adapter {name!r} on this model.{nearest(name, known)} It has: {there}.")
     if any(layer.folded for _, layer in adapted_layers(model)):
         raise IsotuneError("the active adapters are folded into the weights; call unfold before switching")
+    if rows is not None:
+        _check_rows(model, names)
     for _, wrapper in wrappers(model):
-        wrapper.active = tuple(name for name in names if name in wrapper.parts)
+        wrapper.active = active = tuple(name for name in names if name in wrapper.parts)
+        wrapper.rows = None
+        if rows is not None and active:
+            places = [active.index(name) if name in active else len(active) for name in rows]
+            wrapper.rows = torch.tensor(places, device=device_of(wrapper.base_layer))
         for name, part in wrapper.parts.items():
             part.requires_grad_(name in names and name in learning)
     return model
+
+
+@torch.no_grad()
+def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise IsotuneError unless rows of one batch can use these adapters."""
+    for path, wrapper in wrappers(model):
+        parts = [name for name in names if name in wrapper.parts]
+        if not parts:
+            continue
+        if not isinstance(wrapper, AdaptedLayer):
+            raise IsotuneError(f"{parts[0]!r} trains {path!r} in full, which the rows of a batch must share")
+        adapters = {name: wrapper.adapter(name) for name in parts}
+        layouts = {(a.method, thin_of(a, wrapper.bare).where): name for name, a in adapters.items()}
+        if len(layouts) > 1:
+            found = " and ".join(f"{name!r} ({method}, {where})" for (method, where), name in layouts.items())
+            raise IsotuneError(f"rows of one batch need adapters of one method and side; at {path!r} are {found}")
 
 
 @contextmanager
