@@ -26,7 +26,7 @@ class FastHRALinear(HRALinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output for x (..., in), in x's dtype."""
-        if _is_peft_s_business(self):
+        if _left_to_peft(self):
             return super().forward(x, *args, **kwargs)
         U, M, dtype = _rotation(self)
         W, bias = _base(self, dtype)
@@ -39,7 +39,7 @@ class FastHRAConv2d(HRAConv2d):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output for x (b, channels, h, w), in x's dtype."""
-        if _is_peft_s_business(self):
+        if _left_to_peft(self):
             return super().forward(x, *args, **kwargs)
         U, M, dtype = _rotation(self)
         base = self.base_layer
@@ -66,7 +66,7 @@ def _active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.hra_u]
 
 
-def _is_peft_s_business(layer: Any) -> bool:
+def _left_to_peft(layer: Any) -> bool:
     """Whether no rotation has to be computed (merged, disabled, none active), or PEFT was told not to cast."""
     return layer.disable_adapters or layer.merged or not layer.cast_input_dtype_enabled or not _active(layer)
 
