@@ -31,7 +31,7 @@ from isotune.training.tasks import Example
 METHODS: dict[str, dict[str, Any]] = {"hra": {"name": "hra", "rank": 8}, "lora": {"name": "lora", "rank": 4}}
 """HRA of rank 8 and LoRA of rank 4 train the same number of parameters in a square layer."""
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 """The learning rates that `compare` tries, the same for both methods."""
 
 QUICK = {"data.max_train_rows": 1200, "data.max_eval_rows": 300}
