@@ -1,6 +1,6 @@
 """A frozen layer seen as the linear map `y = x Wᵀ + b`, with W of shape (out, in): a site.
 
-A site is a light view: it holds the layer and computes with it, and has no state of its own. `SITES` lists
+A site is a light view: it holds the layer and computes with it, and has no state of its own. `site_of` knows
 the layer kinds; a site with an adapter on it (`AdaptedSite`) is again a site, so adapters stack.
 """
 

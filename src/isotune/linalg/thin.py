@@ -19,45 +19,40 @@ def thin_add(x: Tensor, L: Tensor, R: Tensor, y: Tensor | None = None, scale: fl
     and under `torch.func` and `torch.compile`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    target = None if y is None else y.reshape(-1, y.shape[-1])
     with torch.autocast(device_type=x.device.type, enabled=False):
-        out, _ = _ThinAdd.apply(rows, L, R, target, scale)
+        if y is None:
+            out, _ = _ThinRotation.apply(rows, L, R, scale)
+        else:
+            out = torch.addmm(y.reshape(-1, y.shape[-1]), rows @ L, R, alpha=scale)
     return out.view(*x.shape[:-1], R.shape[-1])
 
 
-class _ThinAdd(torch.autograd.Function):
-    """Returns the product and Z = x L; Z is an output so that it can be saved and still be differentiated twice."""
+class _ThinRotation(torch.autograd.Function):
+    """`x + a (x L) R` and Z = x L, which is an output so that it can be saved and still be differentiated twice.
+
+    autograd alone would pass over x once more backward, to add the gradient that goes straight through.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, L: Tensor, R: Tensor, y: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, L: Tensor, R: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         Z = x @ L
-        return torch.addmm(x if y is None else y, Z, R, alpha=scale), Z
+        return torch.addmm(x, Z, R, alpha=scale), Z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, L, R, y, ctx.scale = inputs
-        ctx.rotates = y is None
-        ctx.set_materialize_grads(False)
+        x, L, R, ctx.scale = inputs
         ctx.save_for_backward(x, L, R, output[1])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, gZ: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, gZ: Tensor) -> tuple[Tensor | None, ...]:
         x, L, R, Z = ctx.saved_tensors
-        a = ctx.scale
-        if g is not None:
-            inner = g @ R.mT if a == 1 else a * (g @ R.mT)
-            gZ = inner if gZ is None else inner + gZ
-        if gZ is None:
-            return None, None, None, None, None
-        need_x, need_L, need_R, need_y, _ = ctx.needs_input_grad
-        gx = gL = gR = None
-        if need_x:
-            # For a rotation the gradient that passes straight through is added in the same product.
-            gx = torch.addmm(g, gZ, L.mT) if ctx.rotates and g is not None else gZ @ L.mT
-        if need_L:
-            gL = x.mT @ gZ
-        if need_R and g is not None:
-            gR = Z.mT @ g if a == 1 else a * (Z.mT @ g)
-        return gx, gL, gR, g if need_y else None, None
+        need_x, need_L, need_R, _ = ctx.needs_input_grad
+        gZ = torch.addmm(gZ, g, R.mT, alpha=ctx.scale)
+        return (
+            torch.addmm(g, gZ, L.mT) if need_x else None,
+            x.mT @ gZ if need_L else None,
+            ctx.scale * (Z.mT @ g) if need_R else None,
+            None,
+        )
