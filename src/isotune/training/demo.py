@@ -105,23 +105,26 @@ def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> 
         RunFolder(recipe.output).check(resume=False, overwrite=True)
     screen.say("1. a linear probe on the frozen model: a strong baseline, and the start of both heads")
     probe, measured, session, test = _probe(recipes["hra"], screen)
-    results = {}
-    for number, (name, recipe) in enumerate(recipes.items(), start=2):
-        screen.say(f"{number}. {name}, rank {METHODS[name]['rank']}")
-        results[name] = train(recipe, overwrite=True, progress=progress, probe=probe)
+
+    def run(name: str) -> tuple[DemoRow, Tensor]:
+        """Train, and forget the model: it would count as the next run's memory."""
+        screen.say(f"{2 + list(recipes).index(name)}. {name}, rank {METHODS[name]['rank']}")
+        result = train(recipes[name], overwrite=True, progress=progress, probe=probe)
+        return _row(name, result), _predict(result.model, session, test, screen)
+
+    (hra, trained), (lora, _) = run("hra"), run("lora")
     screen.say("4. the HRA adapter and its export as a LoRA, each loaded into a fresh model")
-    adapter, exported = results["hra"].adapter, output / "hra-as-lora"
+    adapter, exported = RunFolder(recipes["hra"].output).adapter, output / "hra-as-lora"
     export = export_lora(adapter, exported, base=base_of(adapter))
     predictions = {
-        "the model that was trained": _predict(results["hra"].model, session, test, screen),
+        "the model that was trained": trained,
         "the saved HRA adapter": _predict(load(_fresh(session), adapter), session, test, screen),
         "the exported LoRA, in isotune": _predict(load(_fresh(session), exported), session, test, screen),
     }
     if importlib.util.find_spec("peft"):
         predictions["the exported LoRA, in PEFT"] = _predict(_in_peft(session, exported), session, test, screen)
-    trained = next(iter(predictions.values()))
     return Demo(
-        rows=[_probe_row(measured), *(_row(name, result) for name, result in results.items())],
+        rows=[_probe_row(measured), hra, lora],
         adapter=adapter,
         exported=exported,
         export_residual=export.residual,

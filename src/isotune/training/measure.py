@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import statistics
 import sys
@@ -42,6 +43,7 @@ class StepTimer(TrainerCallback):
 
 def reset_peak_memory() -> None:
     """Start measuring the peak anew (where the system allows it), so that runs in one process stay apart."""
+    gc.collect()  # an earlier run's model, which only cycles keep alive
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
