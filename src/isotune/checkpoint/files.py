@@ -67,10 +67,10 @@ def replaced_folder(path: str | Path, replaces: str | None = CONFIG) -> Iterator
             _carry_over(path, temporary)
         for file in temporary.iterdir():
             if file.is_file():
-                _sync(file)
-        _sync(temporary)
+                sync(file)
+        sync(temporary)
         _put_in_place(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"could not write {path}: {error}; nothing there was changed. Free some space or choose another folder."
@@ -89,7 +89,8 @@ def _carry_over(old: Path, new: Path) -> None:
                 shutil.copy2(entry, new / entry.name)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

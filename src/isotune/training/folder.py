@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from isotune.checkpoint.files import sync
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.training.recipe import Recipe, build_recipe
 
@@ -118,9 +119,9 @@ def mark_complete(checkpoint: Path) -> None:
     """Flush a checkpoint's files to the disk, then write the marker that makes it valid."""
     for file in checkpoint.rglob("*"):
         if file.is_file():
-            _sync(file)
+            sync(file)
     write_atomically(checkpoint / _COMPLETE, "")
-    _sync(checkpoint)
+    sync(checkpoint)
 
 
 def mark_incomplete(checkpoint: Path) -> None:
@@ -146,19 +147,11 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     try:
         temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _step(checkpoint: Path) -> int:
