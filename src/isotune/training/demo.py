@@ -37,7 +37,7 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 DEMO = {"data.max_train_rows": 4000}
 """What the demonstration takes of the 7320 training rows; `compare` takes them all."""
 
-QUICK = {"data.max_train_rows": 1200, "data.max_eval_rows": 300}
+QUICK = {"data.max_train_rows": 640, "data.max_eval_rows": 200}
 """What either takes with `quick`."""
 
 
