@@ -72,6 +72,10 @@ class Site(ABC):
     def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
         """Run the layer with another dense weight; everything else about it stays."""
 
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """W and b where running the layer on x is `x Wᵀ + b` with these constants and nothing else, or None."""
+        return None
+
     def rows(self, x: Tensor) -> int:
         """How many rows of the linear map x stands for."""
         return x.numel() // self.in_features
@@ -115,6 +119,19 @@ class LinearSite(Site):
     def out_features(self) -> int:
         return self.layer.out_features
 
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        W, b = self.layer.weight, self.layer.bias
+        frozen = type(W) in _TENSORS and not W.requires_grad and (b is None or not b.requires_grad)
+        # Under autocast the layer casts its weight just so; without it, other dtypes are the layer's to refuse.
+        same = W.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        if not (frozen and same and _runs_as_written(self.layer)):
+            return None
+        return self.weight.to(x.dtype), None if b is None else b.to(x.dtype)
+
+    def linear(self, x: Tensor) -> Tensor:
+        plain = self.plain(x)
+        return super().linear(x) if plain is None else F.linear(x, plain[0])
+
     def layout(self, W: Tensor) -> Tensor:
         return W
 
@@ -136,6 +153,9 @@ class PackedLinearSite(LinearSite):
     @property
     def weight(self) -> Tensor:
         return dequantized(self.layer)
+
+    def plain(self, x: Tensor) -> None:
+        return None
 
 
 class Conv1DSite(LinearSite):
@@ -272,6 +292,16 @@ class AdaptedSite(Site):
 
     def over_outputs(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         return self.base.over_outputs(y, change)
+
+
+_TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may compute in its own way
+
+
+def _runs_as_written(layer: nn.Module) -> bool:
+    """Whether calling the linear layer runs its class's own forward: no hooks, nothing put in its place."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    own = type(layer) is nn.Linear or _is_gpt2_conv1d(layer)
+    return own and not hooks and "forward" not in layer.__dict__
 
 
 def _is_gpt2_conv1d(layer: nn.Module) -> bool:

@@ -63,7 +63,7 @@ def test_product_is_orthogonal_to_fp32_for_columns_of_any_length(U: Tensor) -> N
     assert off_orthogonal(product(U)) < 2e-6
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-10, 1.0, 1e10, 1e20])
+@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1.0, 1e9, 1e18])
 def test_extreme_lengths_stay_orthogonal_in_fp32(scale: float) -> None:
     U = torch.randn(32, 8) * scale
     U[:, ::2] /= scale

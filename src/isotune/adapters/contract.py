@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.errors import IsotuneError
-from isotune.linalg.thin import thin_add
+from isotune.linalg.thin import thin_add, thin_linear
 from isotune.sites import Site
 
 Side = Literal["in", "out"]
@@ -97,7 +97,8 @@ class Rotation(Adapter):
         factors = self.factors(site.weight)
         if factors is None:
             return super().forward(x, site)
-        return add_low_rank(site, x, *factors, site(x))
+        B, A = factors
+        return beside(site, x, A.mT, B.mT)
 
     def weight(self, W: Tensor) -> Tensor:
         return self.rotate(W) if self.side == "in" else self.rotate(W.mT).mT
@@ -119,9 +120,11 @@ class LowRank(Adapter):
         return B.to(W.dtype), A.to(W.dtype)
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
+        B, A = self.change()
         # Indices into an embedding have no features to drop.
-        dropped = self.dropout(x) if x.is_floating_point() else x
-        return add_low_rank(site, dropped, *self.change(), site(x))
+        if self.training and self.dropout.p and x.is_floating_point():
+            return beside(site, self.dropout(x), A.mT, B.mT, y=site(x))
+        return beside(site, x, A.mT, B.mT)
 
     def weight(self, W: Tensor) -> Tensor:
         B, A = self.factors(W)
@@ -139,17 +142,35 @@ class LowRank(Adapter):
         return Thin("beside", A.mT, B.mT)
 
 
-def add_low_rank(site: Site, x: Tensor, B: Tensor, A: Tensor, y: Tensor) -> Tensor:
-    """`y + (x Aᵀ) Bᵀ`, in the way the site reads x, in y's dtype."""
+_FEW = 2**17
+
+
+def before(site: Site, x: Tensor, L: Tensor, R: Tensor, scale: float = 1.0) -> Tensor:
+    """`site(x + scale (x L) R)`, for a site that takes rows."""
+    x = autocast(x)
+    L, R = L.to(x.dtype), R.to(x.dtype)
+    plain = site.plain(x)
+    if plain is None:
+        return site(thin_add(x, L, R, scale=scale))
+    return thin_linear("before", x, *plain, L, R, scale)
+
+
+def beside(site: Site, x: Tensor, L: Tensor, R: Tensor, scale: float = 1.0, y: Tensor | None = None) -> Tensor:
+    """`site(x) + scale (x L) R` in the way the site reads x; y is what to add to where it is not `site(x)`."""
+    # On few numbers autograd's own nodes cost less than the memory that one of ours saves.
+    if y is None and x.numel() > _FEW and (plain := site.plain(x := autocast(x))) is not None:
+        return thin_linear("beside", x, *plain, L.to(x.dtype), R.to(x.dtype), scale)
+    if y is None:
+        y = site(x)
     if site.rotates_input:
-        return thin_add(x.to(y.dtype), A.mT.to(y.dtype), B.mT.to(y.dtype), y)
-    return y + site.expand(site.project(x, A), B).to(y.dtype)
+        return thin_add(x.to(y.dtype), L.to(y.dtype), R.to(y.dtype), y, scale)
+    return torch.add(y, site.expand(site.project(x, L.mT), R.mT).to(y.dtype), alpha=scale)
 
 
 def autocast(x: Tensor) -> Tensor:
-    """`x` in the dtype that autocast would compute in, where it is on."""
+    """`x` in the dtype that autocast would compute in, where it is on; indices stay as they are."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotune.adapters.contract import Rotation, Thin, add_low_rank, autocast
+from isotune.adapters.contract import Rotation, Thin, autocast, before, beside
 from isotune.linalg.forms import Form, cheapest
 from isotune.linalg.householder import at_least_fp32, rotate
-from isotune.linalg.thin import thin_add
 from isotune.sites import AdaptedSite, Site
 
 
@@ -66,16 +65,13 @@ class ThinRotation(Rotation):
         form = self._form(x, site, M.shape[0], training)
         if form == "input":
             # y = x (W R)ᵀ = (x Rᵀ) Wᵀ: note the transpose.
-            return site(rotate(autocast(x), U, M, transpose=True))
+            return before(site, x, M.mT, U.mT, scale=-1.0)
         if form == "weight":
             W = site.weight
             return site.forward_with(x, rotate(W, U, M))
-        y = site(x)
         if WU is None:
-            WU = self._columns_through(site, U, y.dtype)
-        if not site.rotates_input:
-            return add_low_rank(site, x, -WU.mT, M, y)
-        return thin_add(x.to(y.dtype), M.mT.to(y.dtype), WU.to(y.dtype), y, scale=-1.0)
+            WU = self._columns_through(site, U, autocast(x).dtype)
+        return beside(site, x, M.mT, WU, scale=-1.0)
 
     def _form(self, x: Tensor, site: Site, r: int, training: bool) -> Form:
         if site.packed:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotune.linalg.thin import thin_add
+from isotune.linalg.node import Node
+from isotune.linalg.thin import thin_add, without_autocast
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -28,13 +29,8 @@ def unit_columns(U: Tensor) -> Tensor:
 
 
 def _column_norms(U: Tensor) -> Tensor:
-    """The length of every column, 1 for a zero column; shape (r)."""
-    # Dividing by the largest entry first keeps the squares of very small or large columns in range.
-    # The scale is a constant to autograd: the result does not depend on it.
-    largest = U.detach().abs().amax(dim=0)
-    largest = torch.where(largest > 0, largest, 1.0)
-    norms = torch.linalg.vector_norm(U / largest, dim=0)
-    return largest * torch.where(norms > 0, norms, 1.0)
+    """The length of every column (r); for a zero column a positive number."""
+    return torch.linalg.vector_norm(U, dim=0).clamp_min(torch.finfo(U.dtype).tiny)
 
 
 def compact_wy(U: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,44 +39,46 @@ def compact_wy(U: Tensor) -> tuple[Tensor, Tensor]:
     Û has unit columns. A zero column stands for no reflection: it stays zero, and so does its row of M. Computed in
     fp32 or better, whatever the autocast state, because S decides whether H is orthogonal. Differentiable twice.
     """
-    with torch.autocast(device_type=U.device.type, enabled=False):
-        unit, M, _ = _CompactWY.apply(at_least_fp32(U))
+    with without_autocast(U):
+        unit, M, _, _ = _CompactWY.run(at_least_fp32(U))
     return unit, M
 
 
-class _CompactWY(torch.autograd.Function):
+class _CompactWY(Node):
     """One node for the r x r algebra, in place of some thirty small ones forward and backward.
 
-    The norms are an output, too, so that they can be saved and still be differentiated twice.
+    The norms and T = S⁻¹ are outputs, too, so that they can be saved and still be differentiated twice.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(U: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         norms = _column_norms(U)
         unit = U / norms
-        return unit, torch.linalg.solve_triangular(_triangle(unit), unit.mT, upper=True), norms
+        # T = S⁻¹, by way of 2 S, which has ones on its diagonal; the solver never reads the other triangle.
+        two = 2 * torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+        T = torch.linalg.solve_triangular(2 * (unit.mT @ unit), two, upper=True, unitriangular=True)
+        return unit, T @ unit.mT, norms, T
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g_unit: Tensor, g_M: Tensor, g_norms: Tensor) -> Tensor:
-        unit, M, norms = ctx.saved_tensors
-        # M = S⁻¹ Ûᵀ:  dM = S⁻¹ (dÛᵀ - dS M),  S = striu(ÛᵀÛ, 1) + ½ I
-        Y = torch.linalg.solve_triangular(_triangle(unit).mT, g_M, upper=False)
-        g_gram = torch.triu(Y @ M.mT, diagonal=1)
-        g_unit = g_unit + Y.mT - unit @ (g_gram + g_gram.mT)
+    def backward(
+        ctx: Any, g_unit: Tensor | None, g_M: Tensor | None, g_norms: Tensor | None, g_T: Tensor | None
+    ) -> Tensor:
+        unit, M, norms, T = ctx.saved_tensors
+        g = torch.zeros_like(unit) if g_unit is None else g_unit
+        g_M = torch.zeros_like(M) if g_M is None else g_M
+        # M = T Ûᵀ:  dM = T (dÛᵀ - dS M),  dT = -T dS T,  S = striu(ÛᵀÛ, 1) + ½ I
+        Y = T.mT @ g_M
+        g_S = Y @ M.mT if g_T is None else Y @ M.mT + T.mT @ g_T @ T.mT
+        g_S = torch.triu(g_S, diagonal=1)
+        g = torch.addmm(g + Y.mT, unit, g_S + g_S.mT, alpha=-1)
         # Û = U / |U|: what remains is tangential.
-        return (g_unit - unit * (unit * g_unit).sum(dim=0)) / norms + unit * g_norms
-
-
-def _triangle(unit: Tensor) -> Tensor:
-    """S = striu(ÛᵀÛ, 1) + ½ I for unit or zero columns."""
-    half = torch.full((unit.shape[1],), 0.5, dtype=unit.dtype, device=unit.device)
-    return torch.triu(unit.mT @ unit, diagonal=1) + torch.diag(half)
+        g = torch.addcmul(g, unit, (unit * g).sum(dim=0), value=-1) / norms
+        return g if g_norms is None else torch.addcmul(g, unit, g_norms)
 
 
 def rotate(v: Tensor, U: Tensor, M: Tensor, transpose: bool = False) -> Tensor:
@@ -94,7 +92,7 @@ def orthonormal_basis(V: Tensor) -> Tensor:
 
     A column that depends on those before it becomes zero. The gradient is finite in that case too.
     """
-    with torch.autocast(device_type=V.device.type, enabled=False):
+    with without_autocast(V):
         V = unit_columns(at_least_fp32(V))
         with torch.no_grad():
             Q, R = torch.linalg.qr(V)
@@ -106,7 +104,7 @@ def orthonormal_basis(V: Tensor) -> Tensor:
 
 def orthogonality_penalty(U: Tensor, squared: bool = True) -> Tensor:
     """`|I - ÛᵀÛ|_F²` (or un-squared) over the normalised columns of U (d x r): 0 iff they are orthonormal."""
-    with torch.autocast(device_type=U.device.type, enabled=False):
+    with without_autocast(U):
         U = unit_columns(at_least_fp32(U))
         error = torch.eye(U.shape[1], dtype=U.dtype, device=U.device) - U.mT @ U
         return error.square().sum() if squared else torch.linalg.vector_norm(error)

@@ -1,15 +1,26 @@
-"""`y + a (x L) R` for thin L (in x r) and R (r x out): the one product that low-rank changes and rotations share.
+"""Thin changes `(x L) R` of linear maps, L (in x r) and R (r x out), which low-rank methods and rotations share.
 
-Cost for n rows: 2 n r (in + out) flops forward, twice that backward. Saved for backward: x, L, R, and x L (n x r);
-nothing of the size of y, and no copy of x.
+    y + a (x L) R                   added to given outputs
+    (x + a (x L) R) Wᵀ + b          before a frozen linear layer
+    x Wᵀ + b + a (x L) R            beside it
+
+Cost for n rows: 2 n r (in + out) flops forward, twice that backward. Saved for backward: x, L, R, x L (n x r), and W,
+which is the layer's own; nothing of the size of y, and no copy of x. Where W is given, the gradient of x is made in
+one array, and so is the output beside W: on a CPU, fresh memory costs as much as the thin products themselves.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from isotune.linalg.node import Node, transformed
+
+Where = Literal["before", "beside"]
 
 
 def thin_add(x: Tensor, L: Tensor, R: Tensor, y: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -18,41 +29,76 @@ def thin_add(x: Tensor, L: Tensor, R: Tensor, y: Tensor | None = None, scale: fl
     x, L, R and y have one dtype, in which everything is computed, whatever the autocast state. Differentiable twice,
     and under `torch.func` and `torch.compile`.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        if y is None:
-            out, _ = _ThinRotation.apply(rows, L, R, scale)
-        else:
-            out = torch.addmm(y.reshape(-1, y.shape[-1]), rows @ L, R, alpha=scale)
-    return out.view(*x.shape[:-1], R.shape[-1])
+    if y is None:
+        return thin_linear("before", x, None, None, L, R, scale)
+    with without_autocast(x):
+        out = torch.addmm(_rows(y), _rows(x) @ L, R, alpha=scale)
+    return out if y.dim() == 2 else out.view(y.shape)
 
 
-class _ThinRotation(torch.autograd.Function):
-    """`x + a (x L) R` and Z = x L, which is an output so that it can be saved and still be differentiated twice.
+def thin_linear(
+    where: Where, x: Tensor, W: Tensor | None, b: Tensor | None, L: Tensor, R: Tensor, scale: float = 1.0
+) -> Tensor:
+    """`(x + scale (x L) R) Wᵀ + b` (before) or `x Wᵀ + b + scale (x L) R` (beside) for rows x (..., in).
 
-    autograd alone would pass over x once more backward, to add the gradient that goes straight through.
+    W (out, in) and b (out) are constants; without them the layer is the identity. Dtypes and derivatives are those
+    of `thin_add`.
     """
+    with without_autocast(x):
+        out, _ = _ThinLinear.run(_rows(x), W, b, L, R, scale, where)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
-    generate_vmap_rule = True
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which everything keeps its own dtype."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(device_type=x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+class _ThinLinear(Node):
+    """The output and Z = x L, which is an output so that it can be saved and still be differentiated twice."""
 
     @staticmethod
-    def forward(x: Tensor, L: Tensor, R: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        x: Tensor, W: Tensor | None, b: Tensor | None, L: Tensor, R: Tensor, scale: float, where: Where
+    ) -> tuple[Tensor, Tensor]:
         Z = x @ L
-        return torch.addmm(x, Z, R, alpha=scale), Z
+        if W is None:
+            return torch.addmm(x, Z, R, alpha=scale), Z
+        if where == "before":
+            return F.linear(torch.addmm(x, Z, R, alpha=scale), W, b), Z
+        return _add_product(F.linear(x, W, b), Z, R, scale), Z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, L, R, ctx.scale = inputs
-        ctx.save_for_backward(x, L, R, output[1])
+        x, W, _, L, R, ctx.scale, where = inputs
+        ctx.before = where == "before"
+        need_W = ctx.before or ctx.needs_input_grad[0]
+        ctx.save_for_backward(x, W if need_W else None, L, R, output[1])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, gZ: Tensor) -> tuple[Tensor | None, ...]:
-        x, L, R, Z = ctx.saved_tensors
-        need_x, need_L, need_R, _ = ctx.needs_input_grad
-        gZ = torch.addmm(gZ, g, R.mT, alpha=ctx.scale)
-        return (
-            torch.addmm(g, gZ, L.mT) if need_x else None,
-            x.mT @ gZ if need_L else None,
-            ctx.scale * (Z.mT @ g) if need_R else None,
-            None,
-        )
+    def backward(ctx: Any, g: Tensor, g_Z: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, L, R, Z = ctx.saved_tensors
+        need_x, need_L, need_R = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        through = g if W is None else g @ W
+        if ctx.before:
+            g = through
+        g_Z = torch.addmm(g_Z, g, R.mT, alpha=ctx.scale)
+        g_R = ctx.scale * (Z.mT @ g) if need_R else None
+        g_L = (g_Z.mT @ x).mT if need_L else None
+        g_x = None
+        if need_x:
+            g_x = torch.addmm(g, g_Z, L.mT) if W is None else _add_product(through, g_Z, L.mT)
+        return g_x, None, None, g_L, g_R, None, None
+
+
+def _add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """`y + scale a b`, in y itself, which is the caller's own, where nothing has to remember y."""
+    if torch.is_grad_enabled() or transformed():
+        return torch.addmm(y, a, b, alpha=scale)
+    return y.addmm_(a, b, alpha=scale)

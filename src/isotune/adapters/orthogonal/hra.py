@@ -84,6 +84,11 @@ class HRA(Settings):
         side = self._side_at(site.kind)
         d = site.in_features if side == "in" else site.out_features
         check_rank(self.rank, d, f"its {side}put side")
+        if self.strict and self.rank == d:
+            raise OptionError(
+                f"hra: strict with rank={d} on a layer whose {side}put side is {d} is H = -I whatever U is, with "
+                f"nothing to learn; use a rank below {d}, or strict=False"
+            )
         pairs = self.resolved_start == "paired"
         U = unit_columns(torch.randn(d, self.rank // 2 if pairs else self.rank, generator=generator))
         if pairs:
