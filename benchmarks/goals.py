@@ -90,8 +90,8 @@ def _export(results: Results) -> Iterator[Goal]:
     where = f"export of a 7B-shaped adapter ({case['layers']} layers of {case['d']} x {case['d']}, q and v)"
     seconds = figures["export_seconds"] / figures["read_seconds"]
     cold = figures["export_cold_seconds"] / figures["read_cold_seconds"]
-    note = f"page cache warm; cold: {cold:.2f}x"
-    yield Goal(f"{where}: time / reading the weights", 2.0, seconds, note=note)
+    yield Goal(f"{where}: time / reading the weights from disk", 2.0, cold)
+    yield Goal(f"{where}: time / reading the weights from the page cache", 2.0, seconds)
     peak = figures["export_cold_peak"] / figures["export_peak_of_one_layer"]
     yield Goal(f"{where}: peak memory / that of one layer alone", 1.1, peak)
 

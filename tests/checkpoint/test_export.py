@@ -138,6 +138,12 @@ def test_base_in_half_precision_exports_exactly_to_fp32(tmp_path: Path) -> None:
     assert isotune.export_lora(model, tmp_path / "lora").residual < 1e-5
 
 
+def test_exporting_a_model_in_training_measures_it_without_dropout_and_leaves_it_so(tmp_path: Path) -> None:
+    model = adapted(minilm(), LoRA(rank=4, dropout=0.5), ["query"]).train()
+    assert isotune.export_lora(model, tmp_path / "lora").residual < 1e-6
+    assert all(module.training for module in model.modules())
+
+
 def test_method_without_an_exact_form_is_refused_and_the_layer_named(tmp_path: Path) -> None:
     with registered(Gain):
         model = adapted(stories(), Gain(), ["v_proj"])

@@ -20,7 +20,6 @@ from isotune.checkpoint.parts import Part, stored_parts
 from isotune.checkpoint.save import base_model_name, peft_fields, refused_by_peft, trained_tensors
 from isotune.checkpoint.stored import PREFIX, StoredAdapter, read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError, TargetError
-from isotune.linalg.householder import at_least_fp32
 from isotune.model.layers import adapted_layers, check_one_weight, trained_modules
 from isotune.sites import AdaptedSite, LinearSite, Site, require_site
 
@@ -150,9 +149,9 @@ class _Lora:
 @torch.no_grad()
 def _lora_of(source: _Source, dtype: torch.dtype) -> _Lora:
     """One walk over the layers, with one of them in fp32 at a time."""
-    found = _Lora()
+    found, buffer = _Lora(), _Buffer()
     for p, site, adapters in source.parts():
-        site_fp32 = _in_fp32(p, site)
+        site_fp32 = _in_fp32(p, site, buffer)
         B, A = (t.to(dtype) for t in _factors(p, site_fp32, adapters))
         if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
             raise CheckpointError(f"the change of {p!r} does not fit into {dtype}; export as bfloat16 or float32")
@@ -162,10 +161,26 @@ def _lora_of(source: _Source, dtype: torch.dtype) -> _Lora:
     return found
 
 
-def _in_fp32(p: str, site: Site) -> Site:
+class _Buffer:
+    """Memory for one weight in fp32, used again and again: getting fresh pages takes longer than filling them."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def at_least_fp32(self, W: Tensor) -> Tensor:
+        """W itself where it is fp32 or better, otherwise its copy in the buffer, until the next call."""
+        if W.dtype in (torch.float32, torch.float64):
+            return W
+        if self.memory.numel() < W.numel() or self.memory.device != W.device:
+            self.memory = torch.empty(0)  # given back before more is asked for
+            self.memory = torch.empty(W.numel(), device=W.device)
+        return self.memory[: W.numel()].view(W.shape).copy_(W)
+
+
+def _in_fp32(p: str, site: Site, buffer: _Buffer) -> Site:
     """The same linear map with its weight in fp32 or better."""
     try:
-        weight = at_least_fp32(site.weight)
+        weight = buffer.at_least_fp32(site.weight)
     except TargetError as error:
         raise TargetError(f"{p!r} cannot be exported: {error}") from None
     if site.rotates_input:
@@ -194,17 +209,29 @@ def _residual(site: Site, adapters: list[Adapter], B: Tensor, A: Tensor) -> floa
     adapted: Site = site
     for adapter in adapters:
         adapted = AdaptedSite(adapted, adapter)
-    W, adapted_weight = site.weight, adapted.weight
+    W = site.weight
     B, A = B.to(W.dtype), A.to(W.dtype)
     if site.rotates_input:
-        # v is white, so that |v E| / |v W| estimates |E| / |W| without W + B A.
+        # v is white, so that |v E| / |v W| estimates |E| / |W| without W + B A, and without W'.
         v = torch.randn(_PROBES, site.in_features, generator=torch.Generator().manual_seed(0)).to(W)
-        scale = v @ W.mT
-        error = torch.addmm(scale, v @ A.mT, B.mT) - v @ adapted_weight.mT
+        scale = site(v)
+        error = torch.addmm(scale, v @ A.mT, B.mT) - _output(adapted, adapters, v)
     else:
         scale = W
-        error = torch.addmm(W, B, A) - adapted_weight
+        error = torch.addmm(W, B, A) - adapted.weight
     return float(error.norm() / scale.norm().clamp_min(1e-30))
+
+
+def _output(site: Site, adapters: list[Adapter], v: Tensor) -> Tensor:
+    """The site's output without dropout, and without what adapters keep of W while gradients are off."""
+    training = [adapter for adapter in adapters if adapter.training]
+    for adapter in training:
+        adapter.eval()
+    with torch.enable_grad():
+        y = site(v).detach()
+    for adapter in training:
+        adapter.train()
+    return y
 
 
 def _padded(name: str, tensor: Tensor, rank: int) -> Tensor:
