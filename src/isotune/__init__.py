@@ -15,7 +15,7 @@ from isotune.errors import IsotuneError
 from isotune.model.attach import adapt, remove
 from isotune.model.fold import fold, unfold
 from isotune.model.peft import accelerate_peft
-from isotune.model.switch import after_step, describe, disabled, penalty, use
+from isotune.model.switch import after_step, describe, disabled, learning_rate_factors, penalty, use
 
 __all__ = [
     "HRA",
@@ -32,6 +32,7 @@ __all__ = [
     "disabled",
     "export_lora",
     "fold",
+    "learning_rate_factors",
     "load",
     "load_weights",
     "method",

@@ -69,8 +69,8 @@ class Site(ABC):
         return tuple(self.layout(torch.empty(self.out_features, self.in_features, device="meta")).shape)
 
     @abstractmethod
-    def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
-        """Run the layer with another dense weight; everything else about it stays."""
+    def forward_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """Run the layer with another dense weight and bias; everything else about it stays."""
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """W and b where running the layer on x is `x Wᵀ + b` with these constants and nothing else, or None."""
@@ -135,8 +135,8 @@ class LinearSite(Site):
     def layout(self, W: Tensor) -> Tensor:
         return W
 
-    def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
-        return F.linear(x, W.to(x.dtype), self.bias)
+    def forward_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(x, W.to(x.dtype), b)
 
     def project(self, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A.to(x.dtype))
@@ -200,8 +200,8 @@ class Conv2dSite(Site):
         batch = x.shape[0] if x.dim() == 4 else 1
         return batch * math.prod(x.shape[-2:]) // math.prod(self.layer.stride)
 
-    def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
-        return self.layer._conv_forward(x, self.layout(W).to(x.dtype), self.bias)
+    def forward_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return self.layer._conv_forward(x, self.layout(W).to(x.dtype), b)
 
     def project(self, x: Tensor, A: Tensor) -> Tensor:
         kernels = self.layout(A).repeat(self.layer.groups, 1, 1, 1)
@@ -226,7 +226,7 @@ class EmbeddingSite(Site):
     def layout(self, W: Tensor) -> Tensor:
         return W.mT.contiguous()
 
-    def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
+    def forward_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return F.embedding(x, W.mT, self.layer.padding_idx)
 
     def project(self, x: Tensor, A: Tensor) -> Tensor:
@@ -281,8 +281,12 @@ class AdaptedSite(Site):
     def rows(self, x: Tensor) -> int:
         return self.base.rows(x)
 
-    def forward_with(self, x: Tensor, W: Tensor) -> Tensor:
-        return self.base.forward_with(x, W)
+    @property
+    def bias(self) -> Tensor | None:
+        return self.adapter.bias(self.base.bias)
+
+    def forward_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return self.base.forward_with(x, W, b)
 
     def project(self, x: Tensor, A: Tensor) -> Tensor:
         return self.base.project(x, A)

@@ -127,7 +127,9 @@ def test_side_out_is_the_transposed_product_before_the_weight(layer: nn.Module, 
     expected = dense_reflections(adapter.U.detach()).mT @ site.weight
     torch.testing.assert_close(adapter.weight(site.weight).detach(), expected, rtol=0, atol=1e-10)
     x = input_for(layer)
-    torch.testing.assert_close(adapter(x, site), site.forward_with(x, expected).detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        adapter(x, site), site.forward_with(x, expected, site.bias).detach(), rtol=0, atol=1e-10
+    )
 
 
 def test_side_in_and_side_out_differ_on_a_square_layer() -> None:

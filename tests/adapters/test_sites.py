@@ -22,7 +22,7 @@ def test_site_is_the_layer_with_its_own_weight(drawn: tuple[str, nn.Module]) -> 
     assert not site.weight.requires_grad
     assert torch.equal(site.layout(site.weight), layer.weight)
     torch.testing.assert_close(site(x), layer(x), rtol=0, atol=0)
-    torch.testing.assert_close(site.forward_with(x, site.weight), layer(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(site.forward_with(x, site.weight, site.bias), layer(x), rtol=0, atol=1e-12)
 
 
 @given(st.sampled_from(KINDS).flatmap(drawn_layer), st.integers(1, 3))
@@ -30,8 +30,8 @@ def test_project_then_expand_is_the_layer_with_the_product_as_its_weight(layer: 
     site, x = require_site(layer, "layer"), input_for(layer)
     B = torch.randn(site.out_features, r, dtype=torch.float64)
     A = torch.randn(r, site.in_features, dtype=torch.float64)
-    bias = site.forward_with(x, torch.zeros_like(site.weight))
-    torch.testing.assert_close(site.expand(site.project(x, A), B), site.forward_with(x, B @ A) - bias)
+    bias = site.forward_with(x, torch.zeros_like(site.weight), site.bias)
+    torch.testing.assert_close(site.expand(site.project(x, A), B), site.forward_with(x, B @ A, site.bias) - bias)
 
 
 class Odd(nn.Conv2d):

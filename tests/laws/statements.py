@@ -27,7 +27,7 @@ def forward_equals_dense_twin(case: Case) -> None:
     site, adapter = site_of_base(model), adapter_of(model)
     inputs = [*([x.requires_grad_()] if x.is_floating_point() else []), *trainable(model)]
     cheap = model(x)
-    dense = site.forward_with(x, adapter.weight(site.weight))
+    dense = site.forward_with(x, adapter.weight(site.weight), adapter.bias(site.bias))
     assert_close(cheap, dense, 1e-10)
     weights = _cotangent(cheap, x, site)
     for got, expected in zip(
@@ -143,7 +143,8 @@ def stack_is_the_product_of_its_parts(case: Case) -> None:
         move(model, case.seed)
         first, second = (adapter_of(model, name) for name in order)
         site, x = site_of_base(model), case.input()
-        dense = site.forward_with(x, second.weight(first.weight(site.weight)))
+        bias = second.bias(first.bias(site.bias))
+        dense = site.forward_with(x, second.weight(first.weight(site.weight)), bias)
         assert_close(model(x), dense, 1e-10)
         assert_close(AdaptedSite(AdaptedSite(site, first), second)(x), dense, 1e-10)
 

@@ -36,11 +36,15 @@ class Adapter(nn.Module, ABC):
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         """The site's output with the change, computed the cheap way; by default the dense way."""
-        return site.forward_with(x, self.weight(site.weight))
+        return site.forward_with(x, self.weight(site.weight), self.bias(site.bias))
 
     @abstractmethod
     def weight(self, W: Tensor) -> Tensor:
         """The changed weight (out, in), exactly, in W's dtype: the dense twin that every law compares with."""
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        """The changed bias (out) of a layer with the bias b, in b's dtype; by default b itself."""
+        return b
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         """B (out, r) and A (r, in) with `weight(W) = W + B A` exactly, or None where the method has no such form."""
@@ -49,6 +53,26 @@ class Adapter(nn.Module, ABC):
     def thin_factors(self, site: Site) -> Thin | None:
         """The forward pass on `site` as one thin change, by which batches mix adapters; None where it is none."""
         return None
+
+    def share(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `Settings.shared` gave, on the adapter's device; non-persistent buffers keep it."""
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """What the adapters of a model share, as it is stored once for all of them."""
+        return {}
+
+    def calibrate(self, site: Site, covariance: Tensor) -> None:
+        """Start from `XᵀX / n` (in x in, fp32) of the rows that reach the site; only where `wants_covariance`."""
+        raise NotImplementedError(self.method)
+
+    @property
+    def wants_covariance(self) -> bool:
+        """Whether `isotune.calibrate` has to measure the inputs of the site for it."""
+        return False
+
+    def learning_rates(self) -> dict[str, float]:
+        """Factors on the learning rate, by the name of a parameter; 1 for those not named."""
+        return {}
 
     def penalty(self) -> Tensor:
         """A scalar to add to the loss."""

@@ -7,10 +7,12 @@ documentation are generated from them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from isotune.adapters.contract import Adapter
 from isotune.errors import OptionError, nearest
@@ -34,6 +36,8 @@ class Settings(BaseModel, ABC):
     """Laws that the method cannot keep, by test name, each with the reason."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name for the method, where PEFT has it."""
+    peft_prefix: ClassVar[str] = ""
+    """What the names of its tensors start with in PEFT's files; by default the method's name."""
     own_tensors: ClassVar[frozenset[str]] = frozenset()
     """Tensors on disk that PEFT does not know, kept so that isotune restores the adapter bit for bit."""
 
@@ -55,6 +59,17 @@ class Settings(BaseModel, ABC):
         Raises OptionError where the options do not fit the site's shape.
         """
 
+    def shell(self, site: Site) -> Adapter:
+        """An adapter of the right shapes, whose tensors are about to be loaded; by default a fresh one.
+
+        A method whose start is costly, such as a decomposition of W, gives any values in its place.
+        """
+        return self.build(site, torch.Generator())
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Frozen tensors that the adapters on all these sites have in common, by their names in PEFT's files."""
+        return {}
+
     @abstractmethod
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         """Trainable parameters at a site of the given kind with W of shape (n_out, n_in)."""
@@ -71,6 +86,11 @@ class Settings(BaseModel, ABC):
     def refused_by_peft(cls, site: Site) -> str | None:
         """Why PEFT's form of the method computes something else on this site; None where it does not."""
         return None
+
+    @classmethod
+    def claims_peft_config(cls, config: dict[str, Any]) -> bool:
+        """Whether a PEFT config of this type is this method's, where several share the type (LORA does)."""
+        return False
 
     @classmethod
     def from_peft_config(cls, config: dict[str, Any], path: str) -> Settings:

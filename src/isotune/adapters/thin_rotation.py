@@ -68,7 +68,7 @@ class ThinRotation(Rotation):
             return before(site, x, M.mT, U.mT, scale=-1.0)
         if form == "weight":
             W = site.weight
-            return site.forward_with(x, rotate(W, U, M))
+            return site.forward_with(x, rotate(W, U, M), site.bias)
         if WU is None:
             WU = self._columns_through(site, U, autocast(x).dtype)
         return beside(site, x, M.mT, WU, scale=-1.0)

@@ -42,7 +42,7 @@ def load(
     _check_base(model, modules, stored, force)
     try:
         layers = {p: modules[p] for p in stored.settings}
-        adapters = build_adapters(layers, stored.settings)
+        adapters = build_adapters(layers, stored.settings, shared=stored.shared)
     except IsotuneError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from None
     for p, adapter in adapters.items():

@@ -25,7 +25,7 @@ def stored_parts(stored: StoredAdapter, base: StoredBase | None) -> Iterator[Par
     for p, settings in stored.settings.items():
         layer = stored_layer(*_kind_and_weight(stored, base, p))
         try:
-            (adapter,) = build_adapters({p: layer}, {p: settings}).values()
+            (adapter,) = build_adapters({p: layer}, {p: settings}, shared=stored.shared).values()
         except IsotuneError as error:
             raise CheckpointError(f"{stored.path} does not fit the base: {error}") from None
         fill(adapter, stored, p, layer)

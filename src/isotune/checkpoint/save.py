@@ -14,7 +14,7 @@ from isotune.adapters.registry import method_class
 from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapter
-from isotune.checkpoint.stored import FULL, PREFIX, own_type
+from isotune.checkpoint.stored import FULL, MODEL, PREFIX, own_type
 from isotune.errors import CheckpointError
 from isotune.model.layers import AdaptedLayer, adapted_layers, trained_modules
 from isotune.model.switch import active_names, adapter_names
@@ -54,6 +54,8 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
         for p, layer in layers.items()
         for key, tensor in layer.adapter(name).peft_state(layer.bare).items()
     }
+    for layer in layers.values():
+        tensors |= {f"{MODEL}{key}": t for key, t in layer.adapter(name).shared_state().items()}
     tensors |= trained_tensors(trained)
     with replaced_folder(path) as folder:
         write_adapter(folder, config, tensors, _header(model, layers, settings, list(trained)))

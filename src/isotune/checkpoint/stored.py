@@ -15,7 +15,8 @@ from isotune.adapters.settings import Settings
 from isotune.checkpoint.files import read_adapter
 from isotune.errors import CheckpointError, OptionError
 
-PREFIX = "base_model.model."
+MODEL = "base_model."  # before what a model's adapters share
+PREFIX = "base_model.model."  # before the path of a module
 FULL = "full"  # the method of an adapter that only trains modules in full
 
 State = dict[str, dict[str, Tensor]]  # by module path, then by the tensor's name there
@@ -35,6 +36,8 @@ class StoredAdapter:
     """The adapters' tensors."""
     trained: State
     """The tensors of the modules trained in full."""
+    shared: dict[str, Tensor]
+    """What the adapters of all layers have in common."""
     base_weights: dict[str, Tensor]
     """Copies of base weights that PEFT stores beside an adapted embedding."""
 
@@ -68,6 +71,7 @@ def _from_isotune(
     sites, trained_paths = header["sites"], header["trained"]
     state: State = defaultdict(dict)
     trained: State = {p: {} for p in trained_paths}
+    shared, tensors = _split_shared(tensors)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         owner = _owner(name, sites) or _owner(name, trained_paths)
@@ -77,7 +81,7 @@ def _from_isotune(
     if missing := sorted(sites.keys() - state.keys()):
         raise CheckpointError(f"{path} is incomplete: it has no tensors for {missing[0]!r}")
     if not sites:
-        return StoredAdapter(path, config, header, {}, {}, trained, {})
+        return StoredAdapter(path, config, header, {}, {}, trained, {}, {})
     method = method_class(header["method"])
     if config["peft_type"] not in (method.peft_type, own_type(method.name)):
         raise CheckpointError(
@@ -85,7 +89,7 @@ def _from_isotune(
             "the folder mixes two adapters"
         )
     settings = {p: method(**site.get("settings", header["settings"])) for p, site in sites.items()}
-    return StoredAdapter(path, config, header, settings, dict(state), trained, {})
+    return StoredAdapter(path, config, header, settings, dict(state), trained, shared, {})
 
 
 def _owner(name: str, paths: Any) -> str | None:
@@ -95,19 +99,21 @@ def _owner(name: str, paths: Any) -> str | None:
 
 
 def _from_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> StoredAdapter:
-    method = _method_of(config["peft_type"], path)
+    method = _method_of(config, path)
+    prefix = method.peft_prefix or f"{method.name}_"
     if config.get("bias", "none") != "none":
         raise OptionError(f"its config has bias={config['bias']!r}; trained biases are not supported")
     state: State = defaultdict(dict)
     trained: State = defaultdict(dict)
     base_weights: dict[str, Tensor] = {}
     in_full = config.get("modules_to_save") or []
+    shared, tensors = _split_shared(tensors)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        layer, mark, tensor_name = name.rpartition(f".{method.name}_")
+        layer, mark, tensor_name = name.rpartition(f".{prefix}")
         module = next((m for full in in_full if (m := re.match(rf"(?:.*?\.)?{re.escape(full)}(?=\.)", name))), None)
         if mark:
-            state[layer][f"{method.name}_{tensor_name}"] = tensor
+            state[layer][f"{prefix}{tensor_name}"] = tensor
         elif name.endswith(".base_layer.weight"):
             base_weights[name.removesuffix(".base_layer.weight")] = tensor
         elif module is not None:
@@ -119,7 +125,15 @@ def _from_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     settings = {p: method.from_peft_config(config, p) for p in state}
     if not settings:
         raise CheckpointError(f"{path} is incomplete: it has no tensors of its type, {config['peft_type']!r}")
-    return StoredAdapter(path, config, None, settings, dict(state), dict(trained), base_weights)
+    return StoredAdapter(path, config, None, settings, dict(state), dict(trained), shared, base_weights)
+
+
+def _split_shared(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the model as a whole, without their prefix, and those of its modules."""
+    shared = {
+        k.removeprefix(MODEL): t for k, t in tensors.items() if k.startswith(MODEL) and not k.startswith(PREFIX)
+    }
+    return shared, {k: t for k, t in tensors.items() if k.removeprefix(MODEL) not in shared}
 
 
 def own_type(method: str) -> str:
@@ -127,9 +141,11 @@ def own_type(method: str) -> str:
     return f"ISOTUNE_{method.upper()}"
 
 
-def _method_of(peft_type: str, path: Path) -> type[Settings]:
-    for name in method_names():
-        if method_class(name).peft_type == peft_type:
-            return method_class(name)
+def _method_of(config: dict[str, Any], path: Path) -> type[Settings]:
+    """The method that claims the config, or the first of its type."""
+    peft_type = config["peft_type"]
+    of_type = [m for name in method_names() if (m := method_class(name)).peft_type == peft_type]
+    if of_type:
+        return next((m for m in of_type if m.claims_peft_config(config)), of_type[0])
     known = ", ".join(t for n in method_names() if (t := method_class(n).peft_type))
     raise CheckpointError(f"{path} is a PEFT adapter of type {peft_type!r}; the types that can be read are: {known}")

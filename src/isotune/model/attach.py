@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter
 from isotune.adapters.settings import Settings
@@ -22,6 +22,7 @@ from isotune.model.layers import (
 )
 from isotune.model.switch import adapter_names, use
 from isotune.model.targets import Targets, find_modules, find_targets, matching
+from isotune.packed import is_packed
 from isotune.sites import device_of, require_site
 
 W = TypeVar("W", AdaptedLayer, TrainedModule)
@@ -69,13 +70,31 @@ def adapt(
 
 
 def build_adapters(
-    layers: Mapping[str, nn.Module], settings: Mapping[str, Settings], seed: int = 0
+    layers: Mapping[str, nn.Module],
+    settings: Mapping[str, Settings],
+    seed: int | None = None,
+    shared: dict[str, Tensor] | None = None,
 ) -> dict[str, Adapter]:
-    """A fresh adapter for each layer, by path, on the layer's device; nothing is attached.
+    """An adapter for each layer, by path, on the layer's device; nothing is attached.
 
-    Raises TargetError or OptionError for a layer that its settings do not fit.
+    Without a seed its values are undefined, and about to be loaded. `shared` is what the adapters have in common,
+    where it is known already. Raises TargetError or OptionError for a layer that its settings do not fit.
     """
-    return {path: _build(settings[path], layer, path, seed) for path, layer in layers.items()}
+    adapters = {path: _build(settings[path], layer, path, seed) for path, layer in layers.items()}
+    if not shared and adapters:
+        first = next(iter(settings.values()))
+        shared = first.shared([require_site(layer, path) for path, layer in layers.items()])
+        if shared and any(other != first for other in settings.values()):
+            raise OptionError(
+                f"{first.name} shares {', '.join(shared)} among all layers, so that overrides cannot give some of them "
+                "other options"
+            )
+    moved: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for path, adapter in adapters.items() if shared else ():
+        where = device_of(layers[path]), _dtype_of(layers[path])
+        moved.setdefault(where, {name: t.to(*where) for name, t in (shared or {}).items()})
+        adapter.share(moved[where])
+    return adapters
 
 
 def attach(
@@ -150,7 +169,7 @@ def _settings_by_path(
     return chosen
 
 
-def _build(settings: Settings, layer: nn.Module, path: str, seed: int) -> Adapter:
+def _build(settings: Settings, layer: nn.Module, path: str, seed: int | None) -> Adapter:
     site = require_site(layer, path)
     if site.kind not in settings.kinds:
         raise TargetError(
@@ -161,13 +180,16 @@ def _build(settings: Settings, layer: nn.Module, path: str, seed: int) -> Adapte
     # Hashed to 32 bits, because torch's CPU generator ignores all but the low 32 bits of its seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
     try:
-        adapter = settings.build(site, generator)
+        adapter = settings.shell(site) if seed is None else settings.build(site, generator)
     except OptionError as error:
         raise OptionError(f"{settings.name} at {path!r}: {error}") from None
-    # Adapters are fp32, so that small steps are not lost; in a double-precision model they are double.
-    double = not site.packed and site.layer.weight.dtype == torch.float64
-    dtype = torch.float64 if double else torch.float32
-    return adapter.to(device_of(layer), dtype)
+    return adapter.to(device_of(layer), _dtype_of(layer))
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype:
+    """Adapters are fp32, so that small steps are not lost; in a double-precision model they are double."""
+    double = not is_packed(layer) and layer.weight.dtype == torch.float64
+    return torch.float64 if double else torch.float32
 
 
 def _check_trained(trained: Mapping[str, nn.Module]) -> None:

@@ -55,8 +55,8 @@ class AdaptedLayer(_Wrapper):
         super().__init__(base_layer)
         self.settings: dict[str, Settings] = {}
         self.folded = False
-        # In a list, so that the weight kept for unfolding is no parameter of the model.
-        self.kept: list[nn.Parameter] = []
+        # Weight and bias kept for unfolding: in a list, so that they are no parameters of the model.
+        self.kept: list[nn.Parameter | None] = []
 
     @property
     def bare(self) -> Site:
@@ -88,6 +88,11 @@ class AdaptedLayer(_Wrapper):
         W = site.layout(site.weight)
         return W if site.packed else W.to(self.base_layer.weight.dtype)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The adapted bias; the base's own parameter where nothing is active."""
+        return self.bare.bias if self.rows is not None else self.site.bias
+
     def forward(self, x: Tensor) -> Tensor:
         if self.rows is not None and self.enabled:
             return mixed_forward(x, self.bare, self.running(), self.rows)
@@ -105,21 +110,26 @@ class AdaptedLayer(_Wrapper):
     def fold(self, keep_base: bool) -> None:
         """Put the adapted weight in the place of the base weight."""
         site, old = self.site, self.base_layer.weight
+        old_bias, bias = self.bare.bias, site.bias
         with torch.no_grad():
             folded = site.layout(site.weight).to(old.dtype).contiguous()
         # A new parameter, so that a weight tied to this one elsewhere in the model keeps its value.
         self.base_layer.weight = nn.Parameter(folded, requires_grad=False)
+        if bias is not old_bias:
+            self.base_layer.bias = None if bias is None else nn.Parameter(bias.detach().to(old.dtype), False)
         if keep_base:
-            self.kept = [old]
+            self.kept = [old, cast(nn.Parameter | None, old_bias)]
         self.folded = True
 
     def unfold(self) -> None:
         """Put the kept base weight back, bit for bit."""
-        kept = self.kept.pop()
-        now = self.base_layer.weight
-        if kept.device != now.device:
-            kept.data = kept.data.to(now.device)
-        self.base_layer.weight = kept
+        device = self.base_layer.weight.device
+        for name, kept in zip(("weight", "bias"), self.kept, strict=True):
+            if kept is not None and kept.device != device:
+                kept.data = kept.data.to(device)
+            if getattr(self.base_layer, name, None) is not kept:
+                setattr(self.base_layer, name, kept)
+        self.kept.clear()
         self.folded = False
 
 

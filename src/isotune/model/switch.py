@@ -145,6 +145,20 @@ def penalty(model: nn.Module) -> Tensor:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
 
 
+def learning_rate_factors(model: nn.Module) -> dict[nn.Parameter, float]:
+    """The factors that the active adapters' methods put on the learning rate of some of their parameters.
+
+    For an optimizer of your own: `{"params": [p], "lr": factor * lr} for p, factor in ...`, besides the others.
+    """
+    return {
+        adapter.get_parameter(name): factor
+        for _, layer in adapted_layers(model)
+        for adapter in layer.running()
+        for name, factor in adapter.learning_rates().items()
+        if factor != 1
+    }
+
+
 def after_step(model: nn.Module) -> None:
     """Let the active adapters do what their method does after each optimizer step."""
     with torch.no_grad():
