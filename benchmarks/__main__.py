@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -38,9 +40,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4, help="layers of the 7B-shaped export (default: 4 of 32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    arguments = sys.argv[1:] if arguments is None else arguments
     given = vars(parser.parse_args(arguments))
-    only, output = given.pop("only") or list(SECTIONS), given.pop("output")
-    run(Options(**given), only, output)
+    only, output = given.pop("only"), given.pop("output")
+    if only is not None:
+        run(Options(**given), only, output)
+        return
+    for section in SECTIONS:
+        # In a process of its own: PEFT's dense products leave gigabytes in a heap that never shrinks.
+        subprocess.run([sys.executable, "-m", "benchmarks", *arguments, "--only", section], check=True)
 
 
 def run(options: Options, sections: list[str], output: Path) -> None:

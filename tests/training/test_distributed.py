@@ -56,3 +56,15 @@ def test_two_processes_train_and_only_the_first_writes_and_prints(
     assert single["rows"] == 15
     assert single["accuracy"] == metrics["test_accuracy"]
     assert single["loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["hra", "lora"])
+def test_a_model_sharded_by_fsdp2_trains_as_a_whole_one(method: str) -> None:
+    script = Path(__file__).with_name("sharded.py")
+    command = [sys.executable, "-m", *LAUNCHERS["torchrun"][:-1], str(script), method]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["moved"] > 1e-3
+    assert found["losses"] < 1e-5
+    assert found["adapter"] < 1e-5

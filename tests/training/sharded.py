@@ -1,0 +1,69 @@
+"""Run by the launcher in several processes: train a sharded (FSDP2) and a whole copy of one adapted model alike.
+
+Prints the largest difference of their losses and of their adapters after a few steps, as JSON, from the first process.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import isotune
+
+STEPS = 3
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, gathered from its shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trained(model: Any, batches: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The losses of a few SGD steps on the same batches, and the adapter's tensors after them."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for batch in batches:
+        loss = model(input_ids=batch, labels=batch).loss + isotune.penalty(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses), {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def main(method: str) -> None:
+    """Compare the two copies."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+    )
+    model = isotune.adapt(LlamaForCausalLM(config), isotune.method(method, rank=4), "all-linear", seed=0)
+    alone: Any = copy.deepcopy(model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert any(isinstance(p, DTensor) for p in model.parameters())
+    # Every process sees the same batches, so that the mean over processes is the gradient of one.
+    batches = torch.randint(0, 32, (STEPS, 2, 12), generator=torch.Generator().manual_seed(1))
+    losses, adapter = trained(model, batches)
+    expected_losses, expected = trained(alone, batches)
+    assert adapter.keys() == expected.keys()
+    worst = max(float((adapter[name] - expected[name]).abs().max()) for name in expected)
+    moved = float(expected_losses[0] - expected_losses[-1])
+    if dist.get_rank() == 0:
+        difference = float((losses - expected_losses).abs().max())
+        print(json.dumps({"losses": difference, "adapter": worst, "moved": moved}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
