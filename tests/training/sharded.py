@@ -1,6 +1,6 @@
 """Run by the launcher in several processes: train a sharded (FSDP2) and a whole copy of one adapted model alike.
 
-Prints the largest difference of their losses and of their adapters after a few steps, as JSON, from the first process.
+The first process prints the largest difference of their losses, and of their adapters after a few steps, as JSON.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def build_adapters(
         shared = first.shared([require_site(layer, path) for path, layer in layers.items()])
         if shared and any(other != first for other in settings.values()):
             raise OptionError(
-                f"{first.name} shares {', '.join(shared)} among all layers, so that overrides cannot give some of them "
-                "other options"
+                f"{first.name} shares {', '.join(shared)} among all layers, so that overrides cannot give some of "
+                "them other options"
             )
     moved: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for path, adapter in adapters.items() if shared else ():
