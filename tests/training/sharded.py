@@ -39,21 +39,24 @@ def trained(model: Any, batches: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
     return torch.stack(losses), {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
 
 
-def main(method: str) -> None:
+def main(method: str, options: str) -> None:
     """Compare the two copies."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
     )
-    model = isotune.adapt(LlamaForCausalLM(config), isotune.method(method, rank=4), "all-linear", seed=0)
+    model = isotune.adapt(
+        LlamaForCausalLM(config), isotune.method(method, **json.loads(options)), "all-linear", seed=0
+    )
     alone: Any = copy.deepcopy(model)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
     assert any(isinstance(p, DTensor) for p in model.parameters())
-    # Every process sees the same batches, so that the mean over processes is the gradient of one.
-    batches = torch.randint(0, 32, (STEPS, 2, 12), generator=torch.Generator().manual_seed(1))
+    # Every process sees the same batch, so that the mean over processes is the gradient of one.
+    batch = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(1))
+    batches = batch.expand(STEPS, -1, -1)
     losses, adapter = trained(model, batches)
     expected_losses, expected = trained(alone, batches)
     assert adapter.keys() == expected.keys()
@@ -66,4 +69,4 @@ def main(method: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

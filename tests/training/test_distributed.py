@@ -58,10 +58,10 @@ def test_two_processes_train_and_only_the_first_writes_and_prints(
     assert single["loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["hra", "lora"])
-def test_a_model_sharded_by_fsdp2_trains_as_a_whole_one(method: str) -> None:
+@pytest.mark.parametrize(("method", "options"), [("hra", {"rank": 4, "penalty": 0.1}), ("lora", {"rank": 4})])
+def test_a_model_sharded_by_fsdp2_trains_as_a_whole_one(method: str, options: dict[str, float]) -> None:
     script = Path(__file__).with_name("sharded.py")
-    command = [sys.executable, "-m", *LAUNCHERS["torchrun"][:-1], str(script), method]
+    command = [sys.executable, "-m", *LAUNCHERS["torchrun"][:-1], str(script), method, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

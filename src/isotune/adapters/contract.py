@@ -76,7 +76,8 @@ class Adapter(nn.Module, ABC):
 
     def penalty(self) -> Tensor:
         """A scalar to add to the loss."""
-        return next(self.parameters()).new_zeros(())
+        parameter = next(self.parameters())
+        return torch.zeros((), dtype=parameter.dtype, device=parameter.device)
 
     def after_step(self) -> None:
         """What the method does after each optimizer step: projection, schedule; by default nothing."""

@@ -48,6 +48,11 @@ class Settings(BaseModel, ABC):
             raise OptionError(_explain(type(self), error)) from None
 
     @property
+    def size_option(self) -> str | None:
+        """The whole-number option that decides how many parameters are trained; None where no option does."""
+        return "rank" if "rank" in type(self).model_fields else None
+
+    @property
     def identity_at_start(self) -> bool:
         """Whether a fresh adapter leaves the layer's output as it was."""
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,10 +32,10 @@ def demo_command(
     seeds: Annotated[int | None, Flag(min=2, max=10, help="Compare HRA and LoRA over this many seeds.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")] = False,
 ) -> None:
-    from isotune.training.demo import compare, run_demo
+    from isotune.training.demo import QUICK, compare, run_demo
 
     if seeds is not None:
-        comparison = compare(output, seeds, quick)
+        comparison = compare(output, seeds, rows=QUICK if quick else None)
         print_json(comparison) if as_json else _show_comparison(comparison)
         return
     demo = run_demo(output, quick)
@@ -70,28 +71,25 @@ def _show_demo(demo: Demo) -> None:
 
 
 def _show_comparison(found: Comparison) -> None:
+    from isotune.training.demo import half_width
+
     rates = list(found.searched["hra"])
     print_table(
         "Learning rates: validation accuracy, seed 0",
         ["method", *(f"{rate:g}" for rate in rates)],
         [[name, *(f"{100 * by[rate]:.1f}" for rate in rates)] for name, by in found.searched.items()],
     )
+    rows = [["linear probe", "-", f"{100 * found.probe_accuracy:.1f}", ""]]
+    for name, rate in found.rate.items():
+        accuracy = [100 * value for value in found.accuracy[name]]
+        mean = f"{statistics.fmean(accuracy):.1f} ± {half_width(accuracy):.1f}"
+        rows.append([name, f"{rate:g}", mean, ", ".join(f"{value:.1f}" for value in accuracy)])
+    difference, interval = found.difference("hra", "lora")
     print_table(
         f"SciCite, test accuracy over seeds {found.seeds[0]} to {found.seeds[-1]} (mean, 95 % t-interval)",
         ["method", "learning rate", "accuracy", "each seed"],
-        [
-            ["linear probe", "-", f"{100 * found.probe_accuracy:.1f}", ""],
-            *(
-                [
-                    name,
-                    f"{found.rate[name]:g}",
-                    f"{100 * found.mean[name]:.1f} ± {100 * found.interval[name]:.1f}",
-                    ", ".join(f"{100 * value:.1f}" for value in found.accuracy[name]),
-                ]
-                for name in found.accuracy
-            ),
-        ],
-        f"HRA minus LoRA, paired: {100 * found.difference:+.1f} ± {100 * found.difference_interval:.1f} points",
+        rows,
+        f"HRA minus LoRA, paired: {100 * difference:+.1f} ± {100 * interval:.1f} points",
     )
 
 

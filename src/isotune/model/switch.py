@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from isotune.adapters.contract import Adapter
 from isotune.errors import IsotuneError, nearest
 from isotune.model.layers import AdaptedLayer, adapted_layers, wrappers
 from isotune.model.mixed import thin_of
@@ -141,8 +143,25 @@ def describe(model: nn.Module) -> list[SiteRow]:
 
 def penalty(model: nn.Module) -> Tensor:
     """The sum of the active adapters' penalties, a scalar to add to the loss."""
-    terms = [adapter.penalty() for _, layer in adapted_layers(model) for adapter in layer.running()]
+    terms = [_penalty(adapter) for _, layer in adapted_layers(model) for adapter in layer.running()]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
+
+
+class _Penalty(nn.Module):
+    """An adapter's penalty as a module's forward, so that it can be computed with other parameters."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self) -> Tensor:
+        return self.adapter.penalty()
+
+
+def _penalty(adapter: Adapter) -> Tensor:
+    """The adapter's penalty, over the whole of its parameters where FSDP has sharded them."""
+    whole = {f"adapter.{n}": p.full_tensor() for n, p in adapter.named_parameters() if hasattr(p, "full_tensor")}
+    return functional_call(_Penalty(adapter), whole, ()) if whole else adapter.penalty()
 
 
 def learning_rate_factors(model: nn.Module) -> dict[nn.Parameter, float]:

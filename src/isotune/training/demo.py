@@ -6,7 +6,7 @@ import importlib.resources
 import importlib.util
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Comparison:
-    """HRA and LoRA at equal parameters, learning rates searched with the same effort; means over seeds."""
+    """Methods whose learning rates were searched with the same effort; means over seeds."""
 
     seeds: list[int]
     searched: dict[str, dict[float, float]]
@@ -77,15 +77,16 @@ class Comparison:
     rate: dict[str, float]
     """The rate chosen for each method."""
     accuracy: dict[str, list[float]]
-    """Test accuracy of each seed, by method."""
-    macro_f1: dict[str, list[float]]
-    mean: dict[str, float]
-    interval: dict[str, float]
-    """Half width of the 95 % t-interval of the mean accuracy."""
-    difference: float
-    """Mean of HRA's accuracy minus LoRA's over the seeds, paired."""
-    difference_interval: float
+    """Test accuracy of each seed at that rate, by method."""
+    runs: dict[str, list[dict[str, Any]]]
+    """All metrics of the same runs."""
     probe_accuracy: float
+
+    def difference(self, name: str, other: str) -> tuple[float, float]:
+        """Mean of the first method's accuracy minus the second's over the seeds, paired, and its `half_width`."""
+        pairs = zip(self.accuracy[name], self.accuracy[other], strict=True)
+        differences = [one - two for one, two in pairs]
+        return statistics.fmean(differences), half_width(differences)
 
 
 def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> Demo:
@@ -133,39 +134,44 @@ def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> 
     )
 
 
-def compare(output: str | Path, seeds: int, quick: bool = False, progress: bool = True) -> Comparison:
-    """HRA and LoRA over several seeds, each at the learning rate that did best on the validation rows.
+def compare(
+    output: str | Path,
+    seeds: int,
+    methods: Mapping[str, Mapping[str, Any]] = METHODS,
+    rates: Sequence[float] | None = None,
+    rows: Mapping[str, int] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Methods over several seeds, each at the learning rate that did best on the validation rows.
 
-    Both methods get the same trials: every rate of `RATES` with seed 0. The seeds that are then compared, 1 to
+    All methods get the same trials: every one of `rates` with seed 0. The seeds that are then compared, 1 to
     `seeds`, took no part in the search, and the test rows none in either. Finished runs in `output` are reused.
+
+    Args:
+        output: Folder for the runs, one folder each.
+        seeds: How many seeds, 2 to 10.
+        methods: By a name of your choice: the method's own name and its options.
+        rates: The learning rates; by default `RATES`.
+        rows: Fields of the recipe that limit the rows, such as `QUICK`; by default all rows are taken.
+        progress: Whether to show anything on standard error.
     """
-    screen, output, rows = _prepare(progress), Path(output), QUICK if quick else {}
+    screen, output, rows = _prepare(progress), Path(output), dict(rows or {})
     probe, measured, _, _ = _probe(_recipe(output / "probe", METHODS["hra"], rows), screen)
 
     def run(name: str, rate: float, seed: int) -> dict[str, Any]:
         folder = output / f"{name}-lr{rate:g}-seed{seed}"
-        recipe = _recipe(folder, METHODS[name], rows, rate, seed)
+        recipe = _recipe(folder, dict(methods[name]), rows, rate, seed)
         screen.say(f"{name}, learning rate {rate:g}, seed {seed}")
         return train(recipe, resume=RunFolder(folder).is_run(), progress=progress, probe=probe).metrics
 
-    searched = {name: {rate: run(name, rate, 0)["validation_accuracy"] for rate in RATES} for name in METHODS}
+    searched = {
+        name: {rate: run(name, rate, 0)["validation_accuracy"] for rate in rates or RATES} for name in methods
+    }
     best = {name: max(found, key=found.__getitem__) for name, found in searched.items()}
     chosen = list(range(1, seeds + 1))
-    runs = {name: [run(name, best[name], seed) for seed in chosen] for name in METHODS}
-    accuracy = {name: [found["test_accuracy"] for found in runs[name]] for name in METHODS}
-    differences = [hra - lora for hra, lora in zip(accuracy["hra"], accuracy["lora"], strict=True)]
-    return Comparison(
-        seeds=chosen,
-        searched=searched,
-        rate=best,
-        accuracy=accuracy,
-        macro_f1={name: [found["test_macro_f1"] for found in runs[name]] for name in METHODS},
-        mean={name: statistics.fmean(found) for name, found in accuracy.items()},
-        interval={name: half_width(found) for name, found in accuracy.items()},
-        difference=statistics.fmean(differences),
-        difference_interval=half_width(differences),
-        probe_accuracy=measured["accuracy"],
-    )
+    runs = {name: [run(name, best[name], seed) for seed in chosen] for name in methods}
+    accuracy = {name: [found["test_accuracy"] for found in runs[name]] for name in methods}
+    return Comparison(chosen, searched, best, accuracy, runs, measured["accuracy"])
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -179,7 +185,9 @@ def _prepare(progress: bool) -> Screen:
     return Screen(progress)
 
 
-def _recipe(output: Path, method: dict[str, Any], rows: dict[str, int], rate: float = 3e-3, seed: int = 0) -> Recipe:
+def _recipe(
+    output: Path, method: dict[str, Any], rows: Mapping[str, int], rate: float = 3e-3, seed: int = 0
+) -> Recipe:
     data = importlib.resources.files("isotune.training") / "scicite"
     return build_recipe(
         flags={
