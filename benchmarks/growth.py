@@ -44,8 +44,8 @@ def cases(options: Options) -> Iterator[GrowthCase]:
         yield GrowthCase("d", (128, 256, 512), 0, 32, 512, dtype)
         return
     # n well above r: the r x r algebra, which does not depend on n, would show as a square otherwise.
-    yield GrowthCase("r", (8, 16, 32, 64, 128, 256), 1024, 0, 4096, dtype)
-    yield GrowthCase("n", (64, 128, 256, 512, 1024, 2048, 4096), 1024, 64, 0, dtype)
+    yield GrowthCase("r", (8, 16, 32, 64, 128, 256, 512), 1024, 0, 8192, dtype)
+    yield GrowthCase("n", (64, 256, 1024, 4096, 8192, 16384), 1024, 64, 0, dtype)
     yield GrowthCase("d", (256, 512, 1024, 2048, 4096), 0, 128, 512, dtype)
 
 

@@ -22,6 +22,10 @@ class CheckpointError(IsotuneError):
     """An adapter folder that cannot be read, written, or applied to this base model."""
 
 
+class DivergedError(IsotuneError):
+    """The training loss is not finite any more."""
+
+
 class NoLowRankFormError(IsotuneError):
     """An adapter without an exact low-rank form was asked for one."""
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from isotune.checkpoint.export import export_lora
 from isotune.checkpoint.load import load
+from isotune.errors import DivergedError
 from isotune.training.data import load_splits
 from isotune.training.export import base_of
 from isotune.training.folder import RunFolder
@@ -164,9 +165,13 @@ def compare(
         screen.say(f"{name}, learning rate {rate:g}, seed {seed}")
         return train(recipe, resume=RunFolder(folder).is_run(), progress=progress, probe=probe).metrics
 
-    searched = {
-        name: {rate: run(name, rate, 0)["validation_accuracy"] for rate in rates or RATES} for name in methods
-    }
+    def validated(name: str, rate: float) -> float:
+        try:
+            return run(name, rate, 0)["validation_accuracy"]
+        except DivergedError:
+            return 0.0
+
+    searched = {name: {rate: validated(name, rate) for rate in rates or RATES} for name in methods}
     best = {name: max(found, key=found.__getitem__) for name, found in searched.items()}
     chosen = list(range(1, seeds + 1))
     runs = {name: [run(name, best[name], seed) for seed in chosen] for name in methods}

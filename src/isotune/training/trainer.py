@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 import isotune
 from isotune.checkpoint.load import load_weights
 from isotune.checkpoint.save import save
-from isotune.errors import CheckpointError, IsotuneError
+from isotune.errors import CheckpointError, DivergedError
 from isotune.training.folder import mark_complete, mark_incomplete
 
 
@@ -103,7 +103,7 @@ class _AdapterSteps(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and not math.isfinite(logs.get("loss", 0.0)):
-            raise IsotuneError(
+            raise DivergedError(
                 f"the training loss is {logs['loss']} at step {state.global_step}: lower training.learning_rate"
             )
 
