@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 import isotune
+from isotune.errors import IsotuneError
 from isotune.sites import AdaptedSite, Site
 from laws.case import Case, adapter_of, move, site_of_base, trainable
 
@@ -149,6 +151,24 @@ def stack_is_the_product_of_its_parts(case: Case) -> None:
         assert_close(AdaptedSite(AdaptedSite(site, first), second)(x), dense, 1e-10)
 
 
+def rows_of_a_batch_use_their_own_adapters(case: Case) -> None:
+    """A batch whose rows use different adapters gives each row what its adapter alone gives; else it is refused."""
+    model = move(case.adapt(case.fresh(name="one"), "two", case.seed + 1), case.seed)
+    x = case.input()
+    x = torch.cat([x, x.flip(-1)])
+    names = [("one", None, "two", "one")[i % 4] for i in range(len(x))]
+    if adapter_of(model, "one").thin_factors(site_of_base(model)) is None:
+        with pytest.raises(IsotuneError, match="different adapters"):
+            isotune.use(model, rows=names)
+        return
+    alone = []
+    for row, name in zip(x, names, strict=True):
+        isotune.use(model, *([name] if name else []))
+        alone.append(model(row[None]))
+    isotune.use(model, rows=names)
+    assert_close(model(x), torch.cat(alone), 1e-10)
+
+
 def assert_close(got: Tensor, expected: Tensor, tolerance: float, scale: float | None = None) -> None:
     """The largest difference is at most `tolerance` times the largest magnitude (at least 1) of what is expected."""
     got, expected = got.detach(), expected.detach()
@@ -169,4 +189,5 @@ LAWS = (
     parameter_count_is_as_declared,
     penalty_is_a_finite_scalar,
     stack_is_the_product_of_its_parts,
+    rows_of_a_batch_use_their_own_adapters,
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 from isotune import LowRank, Settings
+from isotune.adapters.contract import Thin
 from isotune.sites import Site
 from laws.suite import LAWS, check_law
 
@@ -80,6 +81,10 @@ class BrokenAdapter(LowRank):
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         B, A = super().factors(W)
         return (B, 2 * A) if self.breaks == "factors_reproduce_the_change" else (B, A)
+
+    def thin_factors(self, site: Site) -> Thin:
+        wrong = self.breaks == "rows_of_a_batch_use_their_own_adapters"
+        return Thin("beside", self.A.mT, (1.1 if wrong else 1.0) * self.B.mT)
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.B.to(W.dtype) @ self.A.to(W.dtype)
