@@ -14,6 +14,7 @@ BUILT_IN = {
     "hra": "isotune.adapters.orthogonal.hra:HRA",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
     "oft": "isotune.adapters.orthogonal.oft:OFT",
+    "boft": "isotune.adapters.orthogonal.boft:BOFT",
 }
 
 
