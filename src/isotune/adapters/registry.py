@@ -13,6 +13,8 @@ from isotune.errors import OptionError, nearest
 BUILT_IN = {
     "hra": "isotune.adapters.orthogonal.hra:HRA",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
+    "oft": "isotune.adapters.orthogonal.oft:OFT",
+    "boft": "isotune.adapters.orthogonal.boft:BOFT",
 }
 
 

@@ -92,6 +92,10 @@ class Settings(BaseModel, ABC):
         """Why PEFT's form of the method computes something else on this site; None where it does not."""
         return None
 
+    def differs_in_peft(self, site: Site) -> str | None:
+        """Why PEFT, given `peft_config`, would put another adapter on this site; None where it would not."""
+        return None
+
     @classmethod
     def claims_peft_config(cls, config: dict[str, Any]) -> bool:
         """Whether a PEFT config of this type is this method's, where several share the type (LORA does)."""

@@ -122,7 +122,8 @@ def _config(
     if method is not None:
         try:
             for path, site in sites.items():
-                if why := refused_by_peft(site) or method.refused_by_peft(site):
+                own = settings[path]
+                if why := refused_by_peft(site) or own.refused_by_peft(site) or own.differs_in_peft(site):
                     raise NotInPEFTError(f"{path} {why}")
             return {"peft_type": method.peft_type, **common, **method.peft_config(settings)}, None
         except NotInPEFTError as error:

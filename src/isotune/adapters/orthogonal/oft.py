@@ -1,0 +1,196 @@
+"""OFT, orthogonal finetuning: the input turned in blocks of b coordinates, each by its own rotation.
+
+    W' = W Rᵀ,   R = blockdiag(R_1, ..., R_D),   R_k = (I + Q_k)(I - Q_k)⁻¹,   Q_kᵀ = -Q_k  (b x b),   D = in / b
+
+so that rows become `x R`; an embedding's rows are turned as they leave it. With `terms` R_k is the Neumann series of
+the same (OFTv2), cheaper and no longer quite orthogonal. COFT (`eps`) keeps `|Q_k|_F` within a radius by projection
+after each step: eps b² / √D in the authors' code, eps / √D in PEFT's. With `magnitude` also `W' = diag(s) W Rᵀ`; to
+re-fit s after training, as the paper does, train it with Q frozen.
+
+Papers: "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", NeurIPS 2023, arXiv 2306.07280; "Orthogonal
+Finetuning Made Scalable", 2025, arXiv 2506.19847. Parameters: in (b - 1) / 2. Cost for n rows: 2 n in b + O(in b²).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from isotune.adapters.block_rotation import BlockRotation
+from isotune.adapters.contract import Side, check_tensors
+from isotune.adapters.peft_limits import same_for_all, terms_for_peft, terms_from_peft
+from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.errors import OptionError
+from isotune.linalg.butterfly import nearest_divisor, rotate_blocks
+from isotune.linalg.cayley import above_diagonal, rotation
+from isotune.sites import Site
+
+BLOCK = 16
+
+
+class OFT(Settings):
+    """W' = W Rᵀ: the weight times a block-diagonal rotation."""
+
+    name: ClassVar[str] = "oft"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    learning_rate: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "n_in * 15 // 2"
+    exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "it starts from zeros; nothing is drawn"}
+    peft_type: ClassVar[str | None] = "OFT"
+    own_tensors: ClassVar[frozenset[str]] = frozenset({"oft_magnitude"})
+
+    block: int | None = Field(
+        None, gt=1, description="Size of a block, a divisor of the rotated side; by default the one nearest to 16."
+    )
+    blocks: int | None = Field(None, gt=0, description="Number of blocks, in place of their size.")
+    nearest: bool = Field(False, description="Take the nearest divisor where `block` or `blocks` is none.")
+    share: bool = Field(False, description="One rotation for all blocks.")
+    terms: int | None = Field(None, ge=3, description="Terms of a Neumann series; by default R is exact.")
+    eps: float | None = Field(None, gt=0, description="COFT: keep every block's Q within a radius; see `radius`.")
+    radius: Literal["official", "peft"] = Field(
+        "official", description="COFT's radius: eps b² / sqrt(blocks) (the authors' code) or eps / sqrt(blocks)."
+    )
+    magnitude: bool = Field(False, description="Also train a scale for every output.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the blocks that are the identity while training.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> OFT:
+        if self.block and self.blocks:
+            raise OptionError(f"oft: block={self.block} and blocks={self.blocks} were both given; give one of them")
+        return self
+
+    def size(self, d: int) -> int:
+        """The size of a block on a side of d numbers. Raises OptionError where there is none."""
+        asked = self.blocks or self.block
+        fitting = nearest_divisor(d, asked or BLOCK)
+        if asked and fitting != asked and not self.nearest:
+            raise OptionError(
+                f"{'blocks' if self.blocks else 'block'}={asked} does not divide the {d} numbers that are "
+                f"rotated; the nearest that does is {fitting}, which nearest=True takes"
+            )
+        size = d // fitting if self.blocks else fitting
+        if size == 1:
+            raise OptionError(
+                f"blocks of size 1 have nothing to rotate, and nothing else fits the {d} numbers that are "
+                f"rotated so well; choose another size, such as block={d}"
+            )
+        return size
+
+    def build(self, site: Site, generator: torch.Generator) -> OFTAdapter:
+        side: Side = "out" if site.kind == "embedding" else "in"
+        d = site.out_features if side == "out" else site.in_features
+        b = self.size(d)
+        D = 1 if self.share else d // b
+        radius = None
+        if self.eps is not None:
+            radius = self.eps * (b * b if self.radius == "official" else 1) / math.sqrt(D)
+        s = torch.ones(site.out_features) if self.magnitude else None
+        return OFTAdapter(torch.zeros(D, above_diagonal(b)), b, side, s, self.terms, radius, self.dropout)
+
+    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
+        d = n_out if kind == "embedding" else n_in
+        b = self.size(d)
+        return (1 if self.share else d // b) * above_diagonal(b) + (n_out if self.magnitude else 0)
+
+    @classmethod
+    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
+        s: Any = same_for_all(settings)
+        if s.magnitude:
+            raise NotInPEFTError("PEFT's OFT has no magnitudes")
+        eps = s.eps
+        if eps is not None and s.radius == "official":
+            if s.block is None or s.nearest:
+                raise NotInPEFTError(
+                    "PEFT's radius of COFT depends on the size of the blocks, which differs by layer"
+                )
+            eps = eps * s.block**2
+        return {
+            "r": s.blocks or 0,
+            "oft_block_size": 0 if s.blocks else s.block or BLOCK,
+            "block_share": s.share,
+            **terms_for_peft(s.terms),
+            "coft": eps is not None,
+            "eps": 6e-5 if eps is None else eps,
+            "module_dropout": s.dropout,
+            "bias": "none",
+            "init_weights": True,
+        }
+
+    @classmethod
+    def refused_by_peft(cls, site: Site) -> str | None:
+        if site.kind == "conv1d":
+            return "is of the kind conv1d, which PEFT's OFT does not adapt"
+        if site.kind == "conv2d" and site.layer.kernel_size != (1, 1):
+            return "is a convolution with a kernel above 1, whose patches PEFT's OFT sums up before it convolves them"
+        return None
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any], path: str) -> OFT:
+        if "oft_block_size" not in config:
+            raise OptionError("it is from a PEFT before 0.14, whose OFT had other parameters; train it anew")
+        return cls(
+            block=config["oft_block_size"] or None,
+            blocks=config.get("r") or None,
+            nearest=True,
+            share=config.get("block_share", False),
+            terms=terms_from_peft(config, default=True),
+            eps=config.get("eps", 6e-5) if config.get("coft") else None,
+            radius="peft",
+            dropout=config.get("module_dropout", 0.0),
+        )
+
+
+class OFTAdapter(BlockRotation):
+    """Holds Q, the numbers above the diagonals (D x b (b - 1) / 2), or (1 x ...) when shared, and perhaps s (out)."""
+
+    method = "oft"
+
+    def __init__(
+        self,
+        Q: Tensor,
+        b: int,
+        side: Side = "in",
+        s: Tensor | None = None,
+        terms: int | None = None,
+        radius: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(side, s, dropout)
+        self.Q = nn.Parameter(Q)
+        self.b, self.terms, self.radius = b, terms, radius
+
+    def blocks(self) -> Tensor:
+        return rotation(self.Q, self.b, self.terms)
+
+    def turn(self, v: Tensor, blocks: Tensor, transpose: bool) -> Tensor:
+        return rotate_blocks(v, blocks.mT if transpose else blocks)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.radius is None:
+            return
+        norms = math.sqrt(2) * torch.linalg.vector_norm(self.Q, dim=1, keepdim=True)
+        # A projected block may be too large by rounding: it stays as it is, so that projecting twice changes no bit.
+        outside = norms > self.radius * (1 + 1e-6)
+        self.Q.copy_(torch.where(outside, self.Q * (self.radius / norms), self.Q))
+
+    def _peft_name(self) -> str:
+        return "oft_embedding_R.weight" if self.side == "out" else "oft_R.weight"
+
+    def peft_state(self, site: Site) -> dict[str, Tensor]:
+        # PEFT's exact form is (I - Q)(I + Q)⁻¹, though its series is that of the inverse.
+        Q = self.Q.detach() if self.terms else -self.Q.detach()
+        return {self._peft_name(): Q} | ({} if self.s is None else {"oft_magnitude": self.s.detach()})
+
+    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
+        check_tensors(tensors, {name: tuple(t.shape) for name, t in self.peft_state(site).items()})
+        Q = tensors[self._peft_name()]
+        self.Q.detach().copy_(Q if self.terms else -Q)
+        if self.s is not None:
+            self.s.detach().copy_(tensors["oft_magnitude"])
+        # PEFT projects before it uses Q, so that its files hold what the last step left.
+        self.after_step()

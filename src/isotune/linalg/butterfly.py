@@ -1,0 +1,59 @@
+"""Block-diagonal and butterfly products, applied to rows by reshaping; no d x d matrix is formed.
+
+    v blockdiag(R_1, ..., R_D)                          every run of b coordinates is rotated by its own b x b block
+    v B_m ... B_1,   B_i = P_i blockdiag(...) P_iᵀ      factors whose blocks join ever more distant coordinates
+
+P_i parts the coordinates in groups of b 2^(i-1) and those in halves of a block, b / 2 each: a block of B_i takes the
+k-th half and the one 2^(i-1) halves further on. B_1 is block-diagonal; with m = log2(D) + 1 factors the product is
+dense. Source: "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", ICLR 2024.
+Cost for n rows: 2 n d b flops a factor. Letters: d the dimension, b the size of a block, D = d / b, m factors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from isotune.linalg.thin import without_autocast
+
+
+def rotate_blocks(v: Tensor, R: Tensor) -> Tensor:
+    """`v blockdiag(R)` for rows v (..., d) and blocks R (D, b, b), or (1, b, b) for one block that all share."""
+    D, b, _ = R.shape
+    R = R.to(v.dtype)
+    with without_autocast(v):
+        if D == 1:
+            return (v.reshape(-1, b) @ R[0]).view(v.shape)
+        return torch.bmm(v.reshape(-1, D, b).transpose(0, 1), R).transpose(0, 1).reshape(v.shape)
+
+
+def rotate_butterfly(v: Tensor, R: Tensor, transpose: bool = False) -> Tensor:
+    """`v B_m ... B_1`, or `v (B_m ... B_1)ᵀ`, for rows v (..., d) and the blocks R (m, D, b, b) of B_1 to B_m."""
+    order = list(enumerate(R.mT if transpose else R))
+    for level, blocks in order if transpose else reversed(order):
+        v = rotate_blocks(v, blocks) if level == 0 else _rotate_distant(v, blocks, 2**level)
+    return v
+
+
+def _rotate_distant(v: Tensor, R: Tensor, apart: int) -> Tensor:
+    """`v P blockdiag(R) Pᵀ`, where a block takes two halves that stand `apart` halves from each other."""
+    D, b, _ = R.shape
+    split = v.reshape(
+        -1, D // apart, 2, apart, b // 2
+    )  # rows, group, half of a block, block in the group, coordinate
+    rows = split.permute(1, 3, 0, 2, 4).reshape(D, -1, b)
+    with without_autocast(v):
+        turned = torch.bmm(rows, R.to(v.dtype)).view(D // apart, apart, -1, 2, b // 2)
+    return turned.permute(2, 0, 3, 1, 4).reshape(v.shape)
+
+
+def drop_blocks(R: Tensor, share: float) -> Tensor:
+    """R (D, b, b) with `int(share D)` blocks, chosen by torch's global generator, replaced by the identity."""
+    D, b, _ = R.shape
+    dropped = torch.randperm(D, device=R.device) < int(share * D)
+    return torch.where(dropped[:, None, None], torch.eye(b, dtype=R.dtype, device=R.device), R)
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of n that is nearest to `wanted`, the smaller of two."""
+    return min((k for k in range(1, n + 1) if n % k == 0), key=lambda k: (abs(k - wanted), k))
