@@ -12,6 +12,8 @@ from isotune.errors import OptionError, nearest
 
 BUILT_IN = {
     "hra": "isotune.adapters.orthogonal.hra:HRA",
+    "hoft": "isotune.adapters.orthogonal.hoft:HOFT",
+    "shoft": "isotune.adapters.orthogonal.shoft:SHOFT",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
 }
 
