@@ -14,6 +14,7 @@ BUILT_IN = {
     "hra": "isotune.adapters.orthogonal.hra:HRA",
     "hoft": "isotune.adapters.orthogonal.hoft:HOFT",
     "shoft": "isotune.adapters.orthogonal.shoft:SHOFT",
+    "road": "isotune.adapters.orthogonal.road:RoAd",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
 }
 
