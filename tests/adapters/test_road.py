@@ -81,6 +81,20 @@ def test_pairs_within_the_groups_of_a_convolution_are_rotated_and_others_refused
         build(layer, group_size=8)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_output_rotation_on_top_leaves_the_rotated_bias_alone(kind: str) -> None:
+    layer = nn.Linear(6, 8) if kind == "linear" else nn.Conv2d(6, 8, 3)
+    model = nn.Sequential(layer).double()
+    x = torch.randn(2, 6, 6, 6, dtype=torch.float64)
+    adapted(model, isotune.method("road"), ["0"], size=0.5, name="below")
+    adapted(model, isotune.method("hra", rank=2, side="out"), ["0"], size=0.5, name="above")
+    isotune.use(model, "below", "above")
+    below, above = (model[0].adapter(name) for name in ("below", "above"))
+    site = require_site(layer, "")
+    dense = site.forward_with(x, above.weight(below.weight(site.weight)), below.bias(site.bias))
+    torch.testing.assert_close(model(x), dense)
+
+
 def test_outputs_that_form_no_pairs_are_refused() -> None:
     with pytest.raises(OptionError, match=r"group_size=64 does not divide the 96 outputs.*use group_size=2"):
         build(nn.Linear(4, 96), group_size=64)

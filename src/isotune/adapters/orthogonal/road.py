@@ -110,8 +110,7 @@ class RoAdAdapter(Adapter):
         return y * c + swapped * s
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
-        features = -3 if site.kind == "conv2d" else -1
-        return self.rotate(site(x).movedim(features, -1)).movedim(-1, features)
+        return site.over_rows(site(x), self.rotate)
 
     def weight(self, W: Tensor) -> Tensor:
         return self.rotate(W.mT).mT
