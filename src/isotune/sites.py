@@ -93,12 +93,16 @@ class Site(ABC):
     def expand(self, z: Tensor, B: Tensor) -> Tensor:
         """`z Bᵀ` for z from `project` and B (out, r)."""
 
+    def over_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply `change` to the rows (..., out) of y."""
+        return change(y)
+
     def over_outputs(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply `change` to the rows (..., out) of `y - b`, then add b again."""
         if self.bias is None:
-            return change(y)
+            return self.over_rows(y, change)
         bias = self.bias.to(y.dtype)
-        return change(y - bias) + bias
+        return self.over_rows(y, lambda rows: change(rows - bias) + bias)
 
 
 class LinearSite(Site):
@@ -210,8 +214,8 @@ class Conv2dSite(Site):
     def expand(self, z: Tensor, B: Tensor) -> Tensor:
         return F.conv2d(z, B[:, :, None, None].to(z.dtype), groups=self.layer.groups)
 
-    def over_outputs(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        return super().over_outputs(y.movedim(-3, -1), change).movedim(-1, -3)
+    def over_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        return change(y.movedim(-3, -1)).movedim(-1, -3)
 
 
 class EmbeddingSite(Site):
@@ -294,8 +298,8 @@ class AdaptedSite(Site):
     def expand(self, z: Tensor, B: Tensor) -> Tensor:
         return self.base.expand(z, B)
 
-    def over_outputs(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.base.over_outputs(y, change)
+    def over_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.base.over_rows(y, change)
 
 
 _TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may compute in its own way

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isotune.linalg.householder import (
+    block_columns,
     compact_wy,
     dense_reflections,
+    neumann_wy,
     orthogonality_penalty,
     orthonormal_basis,
     rotate,
@@ -228,3 +230,31 @@ def test_nothing_of_size_d_by_d_is_formed() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         rotate(v, *compact_wy(unit_columns(U))).sum().backward()
     assert max(sizes) <= d * 16
+
+
+@given(st.integers(1, 2), st.integers(0, 99))
+def test_two_terms_of_the_inverse_are_exact_for_up_to_two_columns(rank: int, seed: int) -> None:
+    U = torch.randn(7, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    unit, M = neumann_wy(U)
+    torch.testing.assert_close(torch.eye(7, dtype=U.dtype) - unit @ M, dense_reflections(U))
+
+
+def test_two_terms_of_the_inverse_leave_out_the_products_of_three_columns() -> None:
+    U = torch.randn(7, 3, dtype=torch.float64)
+    unit, M = neumann_wy(U)
+    third = 8 * (unit[:, 0] @ unit[:, 1]) * (unit[:, 1] @ unit[:, 2]) * torch.outer(unit[:, 0], unit[:, 2])
+    torch.testing.assert_close(torch.eye(7, dtype=U.dtype) - unit @ M - third, dense_reflections(U))
+
+
+def test_zero_column_is_no_reflection_for_two_terms_either_and_has_a_zero_gradient() -> None:
+    U = torch.randn(7, 2, dtype=torch.float64)
+    padded = torch.nn.functional.pad(U, (0, 1)).requires_grad_()
+    unit, M = neumann_wy(padded)
+    torch.testing.assert_close(torch.eye(7, dtype=U.dtype) - unit @ M, dense_reflections(U))
+    (unit @ M).square().sum().backward()
+    assert not padded.grad[:, 2].any()
+
+
+def test_block_columns_lay_vectors_of_blocks_along_a_diagonal() -> None:
+    u = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    assert torch.equal(block_columns(u), torch.block_diag(*u[:, :, None]))

@@ -81,6 +81,25 @@ class _CompactWY(Node):
         return g if g_norms is None else torch.addcmul(g, unit, g_norms)
 
 
+def neumann_wy(U: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (Û, M) as `compact_wy` does, with S⁻¹ cut off after two terms of its Neumann series.
+
+    For S = D + A, D diagonal and A strictly upper triangular, M = (D⁻¹ - D⁻¹ A D⁻¹) Ûᵀ. It is exact for up to two
+    columns; for more, I - Û M is not orthogonal, and equal pairs of columns no longer cancel.
+    """
+    with without_autocast(U):
+        unit = unit_columns(at_least_fp32(U))
+        two = 2 * torch.eye(U.shape[1], dtype=unit.dtype, device=U.device)
+        M = (two - 4 * torch.triu(unit.mT @ unit, diagonal=1)) @ unit.mT
+    return unit, M
+
+
+def block_columns(u: Tensor) -> Tensor:
+    """Vectors u (k x d/k) of k blocks as the columns of a matrix (d x k), each zero outside its own block."""
+    k, _ = u.shape
+    return (u[:, :, None] * torch.eye(k, dtype=u.dtype, device=u.device)[:, None, :]).reshape(-1, k)
+
+
 def rotate(v: Tensor, U: Tensor, M: Tensor, transpose: bool = False) -> Tensor:
     """Compute `v H`, or `v Hᵀ`, for rows v (..., d) and H = I - U M; the result has v's dtype."""
     left, right = (M.mT, U.mT) if transpose else (U, M)

@@ -1,0 +1,119 @@
+"""RoAd, 2D rotary adaptation: pairs of outputs are rotated and scaled.
+
+    y' = c ⊙ y + s ⊙ ŷ,   c = α cos θ,  s = α sin θ,   ŷ the outputs with the two of each pair swapped, (-y_j, y_i)
+
+for y = W x + b, the bias included. The outputs form groups of g, and i is paired with i + g/2 within its group.
+Variant 1 has one θ and α for a pair (a rotation times a scale), variant 2 one for each output, and variant 4 one for
+c and another for s of each output. θ starts at 0 and α at 1.
+
+Paper: "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability", NeurIPS 2024,
+arXiv 2409.00119. Parameters: out, 2 out or 4 out. Cost for n rows: 3 n out flops. It has no low-rank form.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from isotune.adapters.contract import Adapter
+from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.errors import OptionError
+from isotune.sites import Site
+
+Variant = Literal[1, 2, 4]
+
+
+class RoAd(Settings):
+    """W' = R W, b' = R b: pairs of outputs are rotated by learned angles and scaled."""
+
+    name: ClassVar[str] = "road"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    learning_rate: ClassVar[float] = 3e-3
+    formula: ClassVar[str] = "n_out"
+    peft_type: ClassVar[str | None] = "ROAD"
+    exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "θ = 0 and α = 1 at every start"}
+
+    variant: Variant = Field(
+        1, description="Angles and scales: 1 for each pair, 2 for each output, 4 for each entry."
+    )
+    group_size: int = Field(
+        2,
+        ge=2,
+        multiple_of=2,
+        description="Outputs i and i + group_size / 2 of a group are a pair; must divide the outputs; 64 in PEFT.",
+    )
+
+    def build(self, site: Site, generator: torch.Generator) -> RoAdAdapter:
+        groups = getattr(site.layer, "groups", 1)
+        outputs = site.out_features // groups
+        if outputs % self.group_size:
+            of = f"each of its {groups} groups" if groups > 1 else "the layer"
+            raise OptionError(
+                f"road: group_size={self.group_size} does not divide the {outputs} outputs of {of}; "
+                + (
+                    "use group_size=2, which fits any even number"
+                    if outputs % 2 == 0
+                    else "an odd number has no pairs"
+                )
+            )
+        size = self.parameter_count(site.in_features, site.out_features) // 2
+        return RoAdAdapter(torch.zeros(size), torch.ones(size), self.variant, self.group_size)
+
+    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
+        return self.variant * n_out
+
+    @classmethod
+    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
+        shapes = {(s.variant, s.group_size) for s in settings.values() if isinstance(s, RoAd)}
+        if len(shapes) > 1:
+            raise NotInPEFTError("PEFT's RoAd has one variant and one group size for all layers")
+        variant, group_size = shapes.pop()
+        return {"variant": f"road_{variant}", "group_size": group_size, "init_weights": True}
+
+    @classmethod
+    def refused_by_peft(cls, site: Site) -> str | None:
+        return None if site.kind == "linear" else f"is of the kind {site.kind}, which PEFT's RoAd does not adapt"
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any], path: str) -> RoAd:
+        return cls(variant=int(config["variant"].removeprefix("road_")), group_size=config["group_size"])
+
+
+class RoAdAdapter(Adapter):
+    """Holds θ and α: out / 2, out or 2 out numbers each, group by group."""
+
+    method = "road"
+
+    def __init__(self, theta: Tensor, alpha: Tensor, variant: Variant, group_size: int) -> None:
+        super().__init__()
+        self.theta, self.alpha = nn.Parameter(theta), nn.Parameter(alpha)
+        self.variant, self.group_size = variant, group_size
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """c and s (out), with the sign that the first of each pair has in ŷ moved to s."""
+        half = self.group_size // 2
+        c, s = self.alpha * self.theta.cos(), self.alpha * self.theta.sin()
+        if self.variant == 1:
+            c, s = (t.unflatten(0, (-1, 1, half)).expand(-1, 2, -1).reshape(-1) for t in (c, s))
+        if self.variant == 4:
+            c, s = (t.unflatten(0, (-1, 2, 2 * half))[:, k].reshape(-1) for k, t in enumerate((c, s)))
+        first, second = s.unflatten(0, (-1, 2, half)).unbind(1)
+        return c, torch.stack([-first, second], dim=1).flatten()
+
+    def rotate(self, y: Tensor) -> Tensor:
+        """`R y` for outputs y (..., out), in y's dtype."""
+        c, s = (t.to(y.dtype) for t in self._columns())
+        swapped = y.unflatten(-1, (-1, 2, self.group_size // 2)).flip(-2).flatten(-3)
+        return y * c + swapped * s
+
+    def forward(self, x: Tensor, site: Site) -> Tensor:
+        return site.over_rows(site(x), self.rotate)
+
+    def weight(self, W: Tensor) -> Tensor:
+        return self.rotate(W.mT).mT
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        return None if b is None else self.rotate(b)
