@@ -13,6 +13,10 @@ from isotune.errors import OptionError, nearest
 BUILT_IN = {
     "hra": "isotune.adapters.orthogonal.hra:HRA",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
+    "pissa": "isotune.adapters.spectral.pissa:PiSSA",
+    "olora": "isotune.adapters.spectral.olora:OLoRA",
+    "sorsa": "isotune.adapters.spectral.sorsa:SORSA",
+    "corda": "isotune.adapters.spectral.corda:CorDA",
 }
 
 
