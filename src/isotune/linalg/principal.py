@@ -62,7 +62,8 @@ def context_triplets(
     its diagonal, so that the scale of C does not matter. The damping is doubled until the inverse is one.
     """
     with without_autocast(W):
-        W, C = at_least_fp32(W), at_least_fp32(C).to(W.device)
+        W = at_least_fp32(W)
+        C = C.to(W)
         C = C / C.diagonal().mean()
         eye = torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
         while True:
