@@ -13,6 +13,7 @@ from isotune.checkpoint.load import load, load_weights
 from isotune.checkpoint.save import save
 from isotune.errors import IsotuneError
 from isotune.model.attach import adapt, remove
+from isotune.model.calibrate import calibrate
 from isotune.model.fold import fold, unfold
 from isotune.model.peft import accelerate_peft
 from isotune.model.switch import after_step, describe, disabled, learning_rate_factors, penalty, use
@@ -28,6 +29,7 @@ __all__ = [
     "accelerate_peft",
     "adapt",
     "after_step",
+    "calibrate",
     "describe",
     "disabled",
     "export_lora",

@@ -20,6 +20,10 @@ BUILT_IN = {
     "lora": "isotune.adapters.low_rank.lora:LoRA",
     "oft": "isotune.adapters.orthogonal.oft:OFT",
     "boft": "isotune.adapters.orthogonal.boft:BOFT",
+    "pissa": "isotune.adapters.spectral.pissa:PiSSA",
+    "olora": "isotune.adapters.spectral.olora:OLoRA",
+    "sorsa": "isotune.adapters.spectral.sorsa:SORSA",
+    "corda": "isotune.adapters.spectral.corda:CorDA",
 }
 
 
