@@ -13,6 +13,7 @@ from isotune.errors import OptionError, nearest
 BUILT_IN = {
     "hra": "isotune.adapters.orthogonal.hra:HRA",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
+    "fourierft": "isotune.adapters.spectral.fourierft:FourierFT",
 }
 
 
