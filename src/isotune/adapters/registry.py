@@ -14,6 +14,8 @@ BUILT_IN = {
     "hra": "isotune.adapters.orthogonal.hra:HRA",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
     "fourierft": "isotune.adapters.spectral.fourierft:FourierFT",
+    "loca": "isotune.adapters.spectral.loca:LoCA",
+    "loldu": "isotune.adapters.spectral.loldu:LoLDU",
 }
 
 

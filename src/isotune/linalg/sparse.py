@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from isotune.linalg.node import Node
@@ -26,7 +25,7 @@ def sparse_product(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, m: int
 class _SparseProduct(Node):
     @staticmethod
     def forward(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, m: int) -> Tensor:
-        return x.new_zeros(x.shape[0], m).index_add(1, rows, x[:, cols] * values)
+        return x.new_zeros(x.shape[0], m).index_add(1, rows, x.index_select(1, cols) * values)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -37,5 +36,5 @@ class _SparseProduct(Node):
         x, values, rows, cols = ctx.saved_tensors
         need_x, need_values = ctx.needs_input_grad[:2]
         g_x = sparse_product(g, values, cols, rows, x.shape[1]) if need_x else None
-        g_values = torch.einsum("bk,bk->k", g[:, rows], x[:, cols]) if need_values else None
+        g_values = (g.index_select(1, rows) * x.index_select(1, cols)).sum(0) if need_values else None
         return g_x, g_values, None, None, None
