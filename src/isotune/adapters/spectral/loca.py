@@ -3,9 +3,9 @@
     W' = W + s C_outᵀ S C_in,   S (out x in) zero but S[l_1k, l_2k] = a_k,   C the orthonormal DCT-II matrix
 
 The k-th location is rounded from θ_k in [0, 1]²: l_1 = round(θ_1 (out - 1)), l_2 = round(θ_2 (in - 1)). With
-K = dL/dS, the gradient of l_1 is a finite difference, `clamp(a_k (K[l_1 + 1, l_2] - K[l_1 - 1, l_2]) / 2, -1, 1)`, and
-that of l_2 likewise. The first `location_steps` optimizer steps go in cycles of 30, 10 for the coefficients and 20 for
-the locations, which rest afterwards. What rests gets no gradient. `isotune.after_step` moves the schedule on.
+K = dL/dS, the gradient of l_1 is a finite difference, `clamp(a_k (K[l_1 + 1, l_2] - K[l_1 - 1, l_2]) / 2, -1, 1)`,
+and that of l_2 likewise. The first `location_steps` optimizer steps go in cycles of 30, 10 for the coefficients and
+20 for the locations, which rest afterwards. What rests gets no gradient. `isotune.after_step` moves the schedule on.
 
 Paper: "LoCA: Location-Aware Cosine Adaptation for Parameter-Efficient Fine-Tuning", ICLR 2025, arXiv 2502.06820.
 Parameters: n, and 2 n more while locations are learned. Cost for N rows: two fast transforms and 2 n flops for each

@@ -53,13 +53,14 @@ class LoLDU(Settings):
 
     def build(self, site: Site, generator: torch.Generator) -> LoLDUAdapter:
         self._check(site)
-        PL, D, U = (t.cpu() for t in leading_ldu(at_least_fp32(site.weight), self.rank))
+        factors = leading_ldu(at_least_fp32(site.weight), self.rank)
+        PL, D, U = (t.float().cpu().clone(memory_format=torch.contiguous_format) for t in factors)
         z, mean = D.clone(), float(D.mean())
         if self.start == "uniform":
             z = mean * (torch.rand(self.rank, generator=generator) - 0.5)
         elif self.start != "lu":
             z = torch.full_like(D, {"constant": mean, "ones": 1.0, "zeros": 0.0}[self.start])
-        return LoLDUAdapter(*(t.float() for t in (z, D, PL, U)), sigma=self.alpha / self.rank)
+        return LoLDUAdapter(z, D, PL, U, self.alpha / self.rank)
 
     def shell(self, site: Site) -> LoLDUAdapter:
         self._check(site)

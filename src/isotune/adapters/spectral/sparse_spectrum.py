@@ -6,8 +6,8 @@ n rows and a training step:
     rows     y = x Wᵀ + ((x Xᵀ) Sᵀ) Yᵀ    transforms of n rows, and k products for each
     weight   y = x (W + Y S X)ᵀ            one transform of the weight, and its gradient: 2 n in out flops
 
-Both are bound by memory more than by flops, and priced as in `linalg.forms`: to gather, multiply and add an entry of S
-costs about ten numbers, and an FFT runs at a tenth of a product's speed.
+Both are bound by memory more than by flops, and priced as in `linalg.forms`: to gather, multiply and add an entry of
+S costs about ten numbers, and an FFT runs at a tenth of a product's speed.
 """
 
 from __future__ import annotations
