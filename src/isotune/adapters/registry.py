@@ -16,6 +16,7 @@ BUILT_IN = {
     "fourierft": "isotune.adapters.spectral.fourierft:FourierFT",
     "loca": "isotune.adapters.spectral.loca:LoCA",
     "loldu": "isotune.adapters.spectral.loldu:LoLDU",
+    "tlora": "isotune.adapters.low_rank.tlora:TLoRA",
 }
 
 
