@@ -24,6 +24,10 @@ BUILT_IN = {
     "olora": "isotune.adapters.spectral.olora:OLoRA",
     "sorsa": "isotune.adapters.spectral.sorsa:SORSA",
     "corda": "isotune.adapters.spectral.corda:CorDA",
+    "fourierft": "isotune.adapters.spectral.fourierft:FourierFT",
+    "loca": "isotune.adapters.spectral.loca:LoCA",
+    "loldu": "isotune.adapters.spectral.loldu:LoLDU",
+    "tlora": "isotune.adapters.low_rank.tlora:TLoRA",
 }
 
 
