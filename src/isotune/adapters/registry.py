@@ -13,6 +13,11 @@ from isotune.errors import OptionError, nearest
 BUILT_IN = {
     "hra": "isotune.adapters.orthogonal.hra:HRA",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
+    "loraplus": "isotune.adapters.low_rank.loraplus:LoRAPlus",
+    "dora": "isotune.adapters.low_rank.dora:DoRA",
+    "doran": "isotune.adapters.low_rank.doran:DoRAN",
+    "hydra": "isotune.adapters.low_rank.hydra:Hydra",
+    "delora": "isotune.adapters.low_rank.delora:DeLoRA",
 }
 
 
