@@ -30,6 +30,7 @@ class Site(ABC):
     kind: ClassVar[str]
     rotates_input: ClassVar[bool] = False  # rows of x are rows of the linear map, so they can be rotated
     rotates_output: bool = True  # all of y - b comes from one W, so rotating it is rotating W's rows
+    features: int = -1  # the dimension of y along which its features lie
     packed: bool = False  # the weight is quantised or packed: the forward pass never asks for it
 
     def __init__(self, layer: nn.Module) -> None:
@@ -95,7 +96,7 @@ class Site(ABC):
 
     def over_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply `change` to the rows (..., out) of y."""
-        return change(y)
+        return change(y.movedim(self.features, -1)).movedim(-1, self.features)
 
     def over_outputs(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply `change` to the rows (..., out) of `y - b`, then add b again."""
@@ -187,6 +188,7 @@ class Conv2dSite(Site):
     """`nn.Conv2d`: x (batch, channels, h, w), W (out, in / groups * kh * kw); every group sees the same columns."""
 
     kind = "conv2d"
+    features = -3
 
     @property
     def rotates_output(self) -> bool:  # type: ignore[override]
@@ -213,9 +215,6 @@ class Conv2dSite(Site):
 
     def expand(self, z: Tensor, B: Tensor) -> Tensor:
         return F.conv2d(z, B[:, :, None, None].to(z.dtype), groups=self.layer.groups)
-
-    def over_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        return change(y.movedim(-3, -1)).movedim(-1, -3)
 
 
 class EmbeddingSite(Site):
@@ -263,6 +262,10 @@ class AdaptedSite(Site):
         return self.base.rotates_output
 
     @property
+    def features(self) -> int:  # type: ignore[override]
+        return self.base.features
+
+    @property
     def packed(self) -> bool:  # type: ignore[override]
         return self.base.packed
 
@@ -297,9 +300,6 @@ class AdaptedSite(Site):
 
     def expand(self, z: Tensor, B: Tensor) -> Tensor:
         return self.base.expand(z, B)
-
-    def over_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.base.over_rows(y, change)
 
 
 _TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may compute in its own way

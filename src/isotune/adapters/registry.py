@@ -28,6 +28,11 @@ BUILT_IN = {
     "loca": "isotune.adapters.spectral.loca:LoCA",
     "loldu": "isotune.adapters.spectral.loldu:LoLDU",
     "tlora": "isotune.adapters.low_rank.tlora:TLoRA",
+    "loraplus": "isotune.adapters.low_rank.loraplus:LoRAPlus",
+    "dora": "isotune.adapters.low_rank.dora:DoRA",
+    "doran": "isotune.adapters.low_rank.doran:DoRAN",
+    "hydra": "isotune.adapters.low_rank.hydra:Hydra",
+    "delora": "isotune.adapters.low_rank.delora:DeLoRA",
 }
 
 

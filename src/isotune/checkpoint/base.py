@@ -27,17 +27,28 @@ class StoredBase:
         front; the longest common ending decides, if it is the only one. Raises CheckpointError where none fits.
         """
         key = self._key(f"{path}.weight")
-        try:
-            with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
-                tensor = opened.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / self.file_of[key]} cannot be read: {error}") from None
+        tensor = self._tensor(key)
         if tensor.dtype not in DENSE:
             raise CheckpointError(
                 f"{key!r} of the base in {self.folder} is stored as {tensor.dtype}, quantised; name the "
                 "unquantised base with base=... (--base)"
             )
         return tensor
+
+    def bias(self, path: str) -> Tensor | None:
+        """The bias of the layer at `path`, found beside its weight; None where it has none."""
+        try:
+            key = f"{self._key(f'{path}.weight').removesuffix('weight')}bias"
+        except CheckpointError:
+            return None
+        return self._tensor(key) if key in self.file_of else None
+
+    def _tensor(self, key: str) -> Tensor:
+        try:
+            with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
+                return opened.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / self.file_of[key]} cannot be read: {error}") from None
 
     def _key(self, wanted: str) -> str:
         parts = wanted.split(".")
@@ -80,8 +91,8 @@ def _folder(name: str | Path) -> Path:
         ) from None
 
 
-def stored_layer(kind: str, weight: Tensor) -> nn.Module:
-    """A layer of the given site kind that holds `weight` (in the layer's own shape) and nothing else."""
+def stored_layer(kind: str, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """A layer of the given site kind that holds `weight` (in the layer's own shape), `bias`, and nothing else."""
     layer: nn.Module
     with torch.device("meta"):
         if kind == "embedding":
@@ -96,4 +107,7 @@ def stored_layer(kind: str, weight: Tensor) -> nn.Module:
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
+    if kind != "embedding":
+        # None for a Conv1D, too, which is never made without one.
+        layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return layer

@@ -151,6 +151,7 @@ def _lora_of(source: _Source, dtype: torch.dtype) -> _Lora:
     """One walk over the layers, with one of them in fp32 at a time."""
     found, buffer = _Lora(), _Buffer()
     for p, site, adapters in source.parts():
+        _check_bias(p, site, adapters)
         site_fp32 = _in_fp32(p, site, buffer)
         B, A = (t.to(dtype) for t in _factors(p, site_fp32, adapters))
         if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
@@ -202,6 +203,18 @@ def _factors(p: str, site: Site, adapters: list[Adapter]) -> tuple[Tensor, Tenso
         As.append(pair[1])
         site = AdaptedSite(site, adapter)
     return torch.cat(Bs, dim=1), torch.cat(As, dim=0)
+
+
+def _check_bias(p: str, site: Site, adapters: list[Adapter]) -> None:
+    """Raise NoLowRankFormError where an adapter changes the layer's bias, which is no part of a LoRA."""
+    bias = site.bias
+    for adapter in adapters:
+        changed = adapter.bias(bias)
+        if changed is not bias and not (changed is not None and bias is not None and changed.equal(bias)):
+            raise NoLowRankFormError(
+                f"{p!r} cannot be exported as a LoRA: {adapter.method} changes the layer's bias, too, for which a "
+                "LoRA has no place; isotune export --to merged works for it"
+            )
 
 
 def _residual(site: Site, adapters: list[Adapter], B: Tensor, A: Tensor) -> float:

@@ -23,7 +23,7 @@ def stored_parts(stored: StoredAdapter, base: StoredBase | None) -> Iterator[Par
     Raises CheckpointError where a layer's shape is not that of the base, or is not known without one.
     """
     for p, settings in stored.settings.items():
-        layer = stored_layer(*_kind_and_weight(stored, base, p))
+        layer = stored_layer(*_kind_and_weight(stored, base, p), base.bias(p) if base is not None else None)
         try:
             (adapter,) = build_adapters({p: layer}, {p: settings}, shared=stored.shared).values()
         except IsotuneError as error:

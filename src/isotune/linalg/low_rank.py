@@ -11,3 +11,24 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
     _, left = torch.linalg.qr(B)
     _, right = torch.linalg.qr(A.mT)
     return torch.linalg.svdvals(left @ right.mT)
+
+
+def row_squares(W: Tensor) -> Tensor:
+    """The squared length of every row of W (m x n)."""
+    return torch.linalg.vector_norm(W, dim=1).square()
+
+
+def row_squares_of_sum(W: Tensor, B: Tensor, A: Tensor, squares: Tensor) -> Tensor:
+    """The squared length of every row of `W + B A` (m), for `squares` those of W, with B A never formed.
+
+        |w_i + b_i A|² = |w_i|² + b_i · (2 W Aᵀ + B A Aᵀ)_i
+
+    Cost: 2 m n r flops. Rounding may leave a row that cancels a little below zero; see `safe_norms`.
+    """
+    return squares + (B * (2 * (W @ A.mT) + B @ (A @ A.mT))).sum(dim=1)
+
+
+def safe_norms(squares: Tensor, scale: Tensor) -> Tensor:
+    """The roots of squared row lengths, positive: at least what rounding leaves of rows of squared length `scale`."""
+    limits = torch.finfo(squares.dtype)
+    return torch.maximum(squares, limits.eps * scale + limits.tiny).sqrt()

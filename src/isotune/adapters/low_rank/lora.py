@@ -10,15 +10,14 @@ Cost for n rows: 2 n r (in + out) flops.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import LowRank, check_tensors, uniform
+from isotune.adapters.contract import Adapter, LowRank, check_tensors, uniform
+from isotune.adapters.patterns import common_and_rest, value_at
 from isotune.adapters.settings import NotInPEFTError, Settings, check_rank
 from isotune.errors import OptionError
 from isotune.sites import Site
@@ -43,15 +42,13 @@ class LoRA(Settings):
         """The scaling numerator, with the default filled in."""
         return self.alpha or float(self.rank)
 
-    def build(self, site: Site, generator: torch.Generator) -> LoRAAdapter:
-        check_rank(self.rank, min(site.in_features, site.out_features), "its smaller side")
-        A = uniform((self.rank, site.in_features), 1 / math.sqrt(site.in_features), generator)
-        B = torch.zeros(site.out_features, self.rank)
-        if site.kind == "embedding":
-            # One row of A belongs to each token, so it starts at zero and B carries the randomness (as in PEFT).
-            A, B = torch.zeros_like(A), torch.randn(B.shape, generator=generator)
-        scale = self.resolved_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-        return LoRAAdapter(A, B, scale, self.dropout)
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return self.resolved_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def build(self, site: Site, generator: torch.Generator) -> Adapter:
+        return LoRAAdapter(*fresh_factors(site, self.rank, generator), self.scale, self.dropout)
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         return self.rank * (n_in + n_out)
@@ -62,13 +59,13 @@ class LoRA(Settings):
         if len({(s.rslora, s.dropout) for s in layers.values()}) > 1:
             raise NotInPEFTError("PEFT's LoRA has one kind of scaling and one dropout for all layers")
         first = next(iter(layers.values()))
-        rank = Counter(s.rank for s in layers.values()).most_common(1)[0][0]
-        alpha = Counter(s.resolved_alpha for s in layers.values()).most_common(1)[0][0]
+        rank, rank_pattern = common_and_rest({path: s.rank for path, s in layers.items()})
+        alpha, alpha_pattern = common_and_rest({path: s.resolved_alpha for path, s in layers.items()})
         return {
             "r": rank,
             "lora_alpha": alpha,
-            "rank_pattern": {path: s.rank for path, s in layers.items() if s.rank != rank},
-            "alpha_pattern": {p: s.resolved_alpha for p, s in layers.items() if s.resolved_alpha != alpha},
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
             "use_rslora": first.rslora,
             "lora_dropout": first.dropout,
             "bias": "none",
@@ -85,10 +82,12 @@ class LoRA(Settings):
             # Such a start also changes the base weight, which an adapter folder does not hold.
             asked.append(f"init_lora_weights={config['init_lora_weights']!r}")
         if asked:
-            raise OptionError(f"lora: this PEFT adapter uses {', '.join(asked)}, which plain LoRA cannot express")
+            raise OptionError(
+                f"{cls.name}: this PEFT adapter uses {', '.join(asked)}, which {cls.name} cannot express"
+            )
         return cls(
-            rank=_matching(config.get("rank_pattern") or {}, path, config["r"]),
-            alpha=_matching(config.get("alpha_pattern") or {}, path, config["lora_alpha"]),
+            rank=value_at(config.get("rank_pattern") or {}, path, config["r"]),
+            alpha=value_at(config.get("alpha_pattern") or {}, path, config["lora_alpha"]),
             rslora=config.get("use_rslora", False),
             dropout=config.get("lora_dropout", 0.0),
         )
@@ -117,6 +116,16 @@ class LoRAAdapter(LowRank):
             tensor.copy_(tensors[name])  # views of A and B
 
 
+def fresh_factors(site: Site, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) to start from, with B A = 0. Raises OptionError where the rank is too large."""
+    check_rank(rank, min(site.in_features, site.out_features), "its smaller side")
+    A = uniform((rank, site.in_features), 1 / math.sqrt(site.in_features), generator)
+    if site.kind == "embedding":
+        # One column of A belongs to each token, so it starts at zero and B carries the randomness (as in PEFT).
+        return torch.zeros_like(A), torch.randn(site.out_features, rank, generator=generator)
+    return A, torch.zeros(site.out_features, rank)
+
+
 def lora_tensors(B: Tensor, A: Tensor, site: Site) -> dict[str, Tensor]:
     """B (out, r) and A (r, in) under PEFT's names and in PEFT's shapes for the kind of site; views, not copies."""
     if site.kind == "embedding":
@@ -124,11 +133,3 @@ def lora_tensors(B: Tensor, A: Tensor, site: Site) -> dict[str, Tensor]:
     if site.kind == "conv2d":
         return {"lora_A.weight": site.layout(A), "lora_B.weight": B[:, :, None, None]}
     return {"lora_A.weight": A, "lora_B.weight": B}
-
-
-def _matching(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the path or a suffix of it after a dot."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default

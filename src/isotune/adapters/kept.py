@@ -1,0 +1,32 @@
+"""What an adapter keeps between calls because it depends on tensors that rarely change."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class Kept:
+    """A tensor made from others, made anew when one of them is replaced, changed in place, cast or moved.
+
+    A copy or a pickle starts empty. Writing through `.data` in place goes unseen, as it does by autograd.
+    """
+
+    def __init__(self) -> None:
+        self._of: list[Any] = []
+        self._state: list[Any] = []
+        self._value: Tensor | None = None
+
+    def get(self, of: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+        """The tensor that `make` makes from the tensors `of`."""
+        state = [(t._version, t.dtype, t.device) for t in of]
+        value = self._value
+        if value is None or state != self._state or any(ref() is not t for ref, t in zip(self._of, of, strict=True)):
+            self._of, self._state, self._value = [weakref.ref(t) for t in of], state, (value := make())
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, ()

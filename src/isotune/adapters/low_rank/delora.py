@@ -1,0 +1,91 @@
+"""DeLoRA, decoupled low-rank adaptation: a low-rank change whose size is one learned number, whatever its factors.
+
+    W' = W + (λ / r) Σ_i (b_i / |b_i|) (a_i / |a_i|)ᵀ diag(ν),   ν_j = |column j of W|
+
+with a_i the rows of A (r x in), b_i the columns of B (out x r), lengths below 1e-4 taken as 1e-4, and ν frozen, so
+that the change, its columns measured by those of W, is never larger than λ (Frobenius).
+
+Paper: "Decoupling Angles and Strength in Low-rank Adaptation", ICLR 2025, arXiv 2503.18225. Parameters:
+r (in + out) + 1. Cost for n rows: 2 n r (in + out) flops.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from isotune.adapters.contract import LowRank
+from isotune.adapters.low_rank.lora import fresh_factors
+from isotune.adapters.patterns import common_and_rest, value_at
+from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.linalg.householder import at_least_fp32
+from isotune.sites import Site
+
+_SHORTEST = 1e-4
+
+
+class DeLoRA(Settings):
+    """W' = W + B diag(λ / (r |b_i| |a_i|)) A diag(|W_j|): a low-rank change of a learned size."""
+
+    name: ClassVar[str] = "delora"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    learning_rate: ClassVar[float] = 1e-2
+    formula: ClassVar[str] = "rank * (n_in + n_out) + 1"
+    peft_type: ClassVar[str | None] = "DELORA"
+
+    rank: int = Field(8, gt=0, description="Rank of W' - W.")
+    boundary: float = Field(15.0, gt=0, description="Size of the change to start from; the paper's lambda.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A while training.")
+
+    def build(self, site: Site, generator: torch.Generator) -> DeLoRAAdapter:
+        columns = torch.linalg.vector_norm(at_least_fp32(site.weight), dim=0).cpu()
+        return DeLoRAAdapter(*fresh_factors(site, self.rank, generator), self.boundary, columns, self.dropout)
+
+    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
+        return self.rank * (n_in + n_out) + 1
+
+    @classmethod
+    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
+        layers = {path: s for path, s in settings.items() if isinstance(s, DeLoRA)}
+        dropouts = {s.dropout for s in layers.values()}
+        if len(dropouts) > 1:
+            raise NotInPEFTError("PEFT's DeLoRA has one dropout for all layers")
+        rank, rank_pattern = common_and_rest({path: s.rank for path, s in layers.items()})
+        boundary, lambda_pattern = common_and_rest({path: s.boundary for path, s in layers.items()})
+        return {
+            "r": rank, "delora_lambda": boundary, "rank_pattern": rank_pattern, "lambda_pattern": lambda_pattern,
+            "module_dropout": dropouts.pop(), "bias": "none", "init_weights": True,
+        }  # fmt: skip
+
+    @classmethod
+    def refused_by_peft(cls, site: Site) -> str | None:
+        return None if site.kind == "linear" else f"is of the kind {site.kind}, which PEFT's DeLoRA does not adapt"
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any], path: str) -> DeLoRA:
+        return cls(
+            rank=value_at(config.get("rank_pattern") or {}, path, config["r"]),
+            boundary=value_at(config.get("lambda_pattern") or {}, path, config["delora_lambda"]),
+            dropout=config.get("module_dropout", 0.0),
+        )
+
+
+class DeLoRAAdapter(LowRank):
+    """Holds A (r x in), B (out x r), `lambda` (1), and the lengths of W's columns at the start, `w_norm` (in)."""
+
+    method = "delora"
+    w_norm: Tensor
+
+    def __init__(self, A: Tensor, B: Tensor, boundary: float, w_norm: Tensor, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_parameter("lambda", nn.Parameter(torch.tensor([boundary])))
+        self.register_buffer("w_norm", w_norm)
+
+    def change(self) -> tuple[Tensor, Tensor]:
+        lengths = torch.linalg.vector_norm(self.A, dim=1).clamp_min(_SHORTEST)
+        lengths = lengths * torch.linalg.vector_norm(self.B, dim=0).clamp_min(_SHORTEST)
+        return self.B * (getattr(self, "lambda") / (len(lengths) * lengths)), self.A * self.w_norm

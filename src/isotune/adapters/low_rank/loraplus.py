@@ -1,0 +1,47 @@
+"""LoRA+: LoRA whose B learns faster than its A.
+
+    W' = W + s B A,   A trained at the learning rate, B at λ times it
+
+Paper: "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024, arXiv 2402.12354. Parameters and cost are
+LoRA's. The factor acts through `Adapter.learning_rates`, which isotune's trainer asks; on disk it is a LoRA. At an
+embedding both factors keep the plain rate: A starts at zero there, not B (the authors give these a rate of 1e-6).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from isotune.adapters.contract import Adapter
+from isotune.adapters.low_rank.lora import LoRA, LoRAAdapter, fresh_factors
+from isotune.sites import Site
+
+
+class LoRAPlus(LoRA):
+    """W' = W + s B A with B learning faster than A: LoRA with two learning rates."""
+
+    name: ClassVar[str] = "loraplus"
+    learning_rate: ClassVar[float] = 5e-4
+    peft_prefix: ClassVar[str] = "lora_"
+
+    ratio: float = Field(16.0, gt=0, description="B's learning rate over A's; the paper's lambda.")
+
+    def build(self, site: Site, generator: torch.Generator) -> Adapter:
+        A, B = fresh_factors(site, self.rank, generator)
+        return LoRAPlusAdapter(A, B, self.scale, self.dropout, 1.0 if site.kind == "embedding" else self.ratio)
+
+
+class LoRAPlusAdapter(LoRAAdapter):
+    """Holds A (r x in) and B (out x r)."""
+
+    method = "loraplus"
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float = 1.0, dropout: float = 0.0, ratio: float = 16.0) -> None:
+        super().__init__(A, B, scale, dropout)
+        self.ratio = ratio
+
+    def learning_rates(self) -> dict[str, float]:
+        return {"B": self.ratio}

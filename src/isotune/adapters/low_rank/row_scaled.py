@@ -1,0 +1,67 @@
+"""What DoRA and DoRAN share: a low-rank change, and then every row of the weight brought to a learned length.
+
+    W' = diag(c) (W + s B A),   c_i a function of |w_i + s b_i A|
+
+The row lengths come from `linalg.low_rank.row_squares_of_sum`, without B A; |w_i|² is kept as long as W stays as it
+is, and c as a whole at inference.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from isotune.adapters.contract import Adapter
+from isotune.adapters.kept import Kept
+from isotune.adapters.low_rank.lora import LoRAAdapter
+from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.low_rank import row_squares, row_squares_of_sum, safe_norms
+from isotune.linalg.node import transformed
+from isotune.linalg.thin import without_autocast
+from isotune.sites import AdaptedSite, Site
+
+
+class RowScaledAdapter(Adapter):
+    """Holds the product s B A, and the magnitude m (out) that the rows are scaled to."""
+
+    def __init__(self, product: LoRAAdapter, magnitude: Tensor, detach_norm: bool = True) -> None:
+        super().__init__()
+        self.product = product
+        self.magnitude = nn.Parameter(magnitude)
+        self.detach_norm = detach_norm
+        self._squares, self._scaling = Kept(), Kept()
+
+    @abstractmethod
+    def scaling(self, norms: Tensor) -> Tensor:
+        """c (out), from the lengths (out) of the rows of W + s B A."""
+
+    def forward(self, x: Tensor, site: Site) -> Tensor:
+        # In low precision c rounds to 1 where c - 1 does not round to 0.
+        excess, y = self._scaling_at(site) - 1, self.product(x, site)
+        with without_autocast(y):
+            return site.over_outputs(y, lambda y: torch.addcmul(y, y, excess.to(y.dtype)))
+
+    def weight(self, W: Tensor) -> Tensor:
+        V = self.product.weight(W)
+        rows = at_least_fp32(V.detach() if self.detach_norm else V)
+        norms = safe_norms(row_squares(rows), row_squares(at_least_fp32(W)))
+        return self.scaling(norms)[:, None].to(V.dtype) * V
+
+    def _scaling_at(self, site: Site) -> Tensor:
+        if isinstance(site, AdaptedSite) or transformed():
+            return self._fresh_scaling(site, row_squares(at_least_fp32(site.weight)))
+        frozen = () if site.packed else (site.layer.weight,)
+        squares = self._squares.get(frozen, lambda: row_squares(at_least_fp32(site.weight)))
+        if torch.is_grad_enabled():
+            return self._fresh_scaling(site, squares)
+        return self._scaling.get((*self.parameters(), *frozen), lambda: self._fresh_scaling(site, squares))
+
+    def _fresh_scaling(self, site: Site, squares: Tensor) -> Tensor:
+        W = at_least_fp32(site.weight)
+        tensors = (W, *(t.to(W.dtype) for t in self.product.change()), squares)
+        with without_autocast(W):
+            if self.detach_norm:
+                tensors = tuple(t.detach() for t in tensors)
+            return self.scaling(safe_norms(row_squares_of_sum(*tensors), tensors[-1]))
