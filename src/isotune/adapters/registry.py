@@ -13,7 +13,15 @@ from isotune.errors import OptionError, nearest
 BUILT_IN = {
     "hra": "isotune.adapters.orthogonal.hra:HRA",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
+    "miss": "isotune.adapters.low_rank.miss:MiSS",
+    "bat": "isotune.adapters.low_rank.bat:BAT",
+    "vera": "isotune.adapters.low_rank.vera:VeRA",
+    "randlora": "isotune.adapters.low_rank.randlora:RandLoRA",
+    "ia3": "isotune.adapters.low_rank.ia3:IA3",
 }
+
+OLDER_NAMES = {"bone": "miss"}
+"""Names under which a method was published before."""
 
 
 @cache
@@ -34,6 +42,7 @@ def method_names() -> list[str]:
 def method_class(name: str) -> type[Settings]:
     """The settings class of a method. Raises OptionError for an unknown name."""
     names = method_names()
+    name = OLDER_NAMES.get(name, name)
     if name not in names:
         raise OptionError(f"unknown method {name!r}.{nearest(name, names)} The methods are: {', '.join(names)}.")
     return _load(name)
