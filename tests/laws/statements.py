@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -136,7 +138,8 @@ def parameter_count_is_as_declared(case: Case) -> None:
     assert trained == case.method.parameter_count(site.in_features, site.out_features, site.kind)
     default = method()
     letters = {"rank": getattr(default, "rank", None), "n_in": 48, "n_out": 80}
-    assert eval(method.formula, {"__builtins__": {}}, letters) == default.parameter_count(48, 80)
+    functions = {"__builtins__": {}, "min": min, "max": max, "ceil": math.ceil}
+    assert eval(method.formula, functions, letters) == default.parameter_count(48, 80)
 
 
 def penalty_is_a_finite_scalar(case: Case) -> None:

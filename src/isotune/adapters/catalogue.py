@@ -9,9 +9,10 @@ from torch import nn
 
 from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.adapters.shared import Shared
 from isotune.sites import AdaptedSite, Site, require_site
 
-_IN, _OUT = 24, 16
+_IN, _OUT = 192, 128
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def _probe(kind: type[Settings]) -> MethodInfo:
     settings = kind()
     site = require_site(nn.Linear(_IN, _OUT), "probe")
     adapter = settings.build(site, torch.Generator().manual_seed(0))
+    if shared := settings.shared([site]):
+        adapter.share(Shared(shared))
     x = torch.randn(4, _IN, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         identity = torch.allclose(AdaptedSite(site, adapter)(x), site(x), atol=1e-5)

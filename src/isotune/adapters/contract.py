@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from isotune.adapters.shared import Shared
 from isotune.errors import IsotuneError
 from isotune.linalg.thin import thin_add, thin_linear
 from isotune.sites import Site
@@ -33,6 +34,8 @@ class Adapter(nn.Module, ABC):
 
     method: ClassVar[str]
     """Name of the method; the prefix of its tensors on disk."""
+    shared: Shared
+    """What it has in common with the adapters on other layers, once `share` was called."""
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         """The site's output with the change, computed the cheap way; by default the dense way."""
@@ -54,12 +57,12 @@ class Adapter(nn.Module, ABC):
         """The forward pass on `site` as one thin change, by which batches mix adapters; None where it is none."""
         return None
 
-    def share(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `Settings.shared` gave, on the adapter's device; non-persistent buffers keep it."""
+    def share(self, shared: Shared) -> None:
+        """Take over what `Settings.shared` gave, or a file held, on the adapter's device, as `self.shared`.
 
-    def shared_state(self) -> dict[str, Tensor]:
-        """What the adapters of a model share, as it is stored once for all of them."""
-        return {}
+        Raises KeyError, ValueError or IndexError where it does not fit.
+        """
+        raise KeyError(f"unexpected {', '.join(shared.tensors())}")
 
     def calibrate(self, site: Site, covariance: Tensor) -> None:
         """Start from `XᵀX / n` (in x in, fp32) of the rows that reach the site; only where `wants_covariance`."""
@@ -145,11 +148,15 @@ class LowRank(Adapter):
         return B.to(W.dtype), A.to(W.dtype)
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
-        B, A = self.change()
         # Indices into an embedding have no features to drop.
         if self.training and self.dropout.p and x.is_floating_point():
-            return beside(site, self.dropout(x), A.mT, B.mT, y=site(x))
-        return beside(site, x, A.mT, B.mT)
+            return self.add(site, self.dropout(x), site(x))
+        return self.add(site, x)
+
+    def add(self, site: Site, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """`y + x Aᵀ Bᵀ` in the way the site reads x; y is `site(x)` where it is not given."""
+        B, A = self.change()
+        return beside(site, x, A.mT, B.mT, y=y)
 
     def weight(self, W: Tensor) -> Tensor:
         B, A = self.factors(W)

@@ -33,7 +33,15 @@ BUILT_IN = {
     "doran": "isotune.adapters.low_rank.doran:DoRAN",
     "hydra": "isotune.adapters.low_rank.hydra:Hydra",
     "delora": "isotune.adapters.low_rank.delora:DeLoRA",
+    "miss": "isotune.adapters.low_rank.miss:MiSS",
+    "bat": "isotune.adapters.low_rank.bat:BAT",
+    "vera": "isotune.adapters.low_rank.vera:VeRA",
+    "randlora": "isotune.adapters.low_rank.randlora:RandLoRA",
+    "ia3": "isotune.adapters.low_rank.ia3:IA3",
 }
+
+OLDER_NAMES = {"bone": "miss"}
+"""Names under which a method was published before."""
 
 
 @cache
@@ -54,6 +62,7 @@ def method_names() -> list[str]:
 def method_class(name: str) -> type[Settings]:
     """The settings class of a method. Raises OptionError for an unknown name."""
     names = method_names()
+    name = OLDER_NAMES.get(name, name)
     if name not in names:
         raise OptionError(f"unknown method {name!r}.{nearest(name, names)} The methods are: {', '.join(names)}.")
     return _load(name)

@@ -7,7 +7,7 @@ documentation are generated from them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,8 @@ class Settings(BaseModel, ABC):
     """Laws that the method cannot keep, by test name, each with the reason."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name for the method, where PEFT has it."""
+    peft_aliases: ClassVar[dict[str, str]] = {}
+    """Names that `peft_type` had in older versions of PEFT, each with the prefix of the tensors' names then."""
     peft_prefix: ClassVar[str] = ""
     """What the names of its tensors start with in PEFT's files; by default the method's name."""
     own_tensors: ClassVar[frozenset[str]] = frozenset()
@@ -71,9 +73,17 @@ class Settings(BaseModel, ABC):
         """
         return self.build(site, torch.Generator())
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """Frozen tensors that the adapters on all these sites have in common, by their names in PEFT's files."""
+    def shared(self, sites: Iterable[Site]) -> dict[str, Tensor]:
+        """Frozen tensors that the adapters on all these sites have in common, by their names in PEFT's files.
+
+        They may depend on the settings and the sizes of the sites alone: a site's weight may be on the meta device.
+        """
         return {}
+
+    @property
+    def stores_shared(self) -> bool:
+        """Whether `shared` is saved with the adapter; otherwise loading draws it again."""
+        return False
 
     @abstractmethod
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
@@ -109,6 +119,22 @@ class Settings(BaseModel, ABC):
 
 class NotInPEFTError(Exception):
     """PEFT cannot express these settings; the message says why."""
+
+
+def same_settings(settings: Mapping[str, Settings]) -> Any:
+    """The settings of all layers (by path), for a method of which PEFT has one set of options for all of them.
+
+    Raises NotInPEFTError where they differ.
+    """
+    first, *others = settings.values()
+    if any(other != first for other in others):
+        raise NotInPEFTError(f"PEFT's {first.peft_type} has one set of options for all layers")
+    return first
+
+
+def other_kind(site: Site, *kinds: str) -> str | None:
+    """Why PEFT does not adapt the site, where it adapts these kinds only; None for a site of these kinds."""
+    return None if site.kind in kinds else f"is of the kind {site.kind}, which PEFT does not adapt with this method"
 
 
 def check_rank(rank: int, limit: int, what: str) -> None:

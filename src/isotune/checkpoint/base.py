@@ -35,6 +35,12 @@ class StoredBase:
             )
         return tensor
 
+    def shape(self, path: str) -> list[int]:
+        """The shape of that weight, which is not read. Raises CheckpointError where `weight` finds none."""
+        key = self._key(f"{path}.weight")
+        with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
+            return list(opened.get_slice(key).get_shape())
+
     def bias(self, path: str) -> Tensor | None:
         """The bias of the layer at `path`, found beside its weight; None where it has none."""
         try:

@@ -8,7 +8,7 @@ from isotune.adapters.registry import method_class
 from isotune.adapters.settings import NotInPEFTError
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, replaced_folder, write_adapter
-from isotune.checkpoint.stored import FULL, PREFIX, StoredAdapter, own_type, read_stored
+from isotune.checkpoint.stored import FULL, MODEL, PREFIX, StoredAdapter, own_type, read_stored
 from isotune.errors import CheckpointError
 
 
@@ -29,6 +29,7 @@ def export_peft(adapter: str | Path, path: str | Path) -> Path:
     tensors = {
         f"{PREFIX}{p}.{key}": tensor for p, state in states.items() for key, tensor in state.items() if key not in own
     }
+    tensors |= {f"{MODEL}{key}": tensor for key, tensor in stored.shared.items()}
     with replaced_folder(path) as folder:
         write_adapter(folder, stored.config, tensors)
         (folder / CARD).write_text(adapter_card(stored.config, stored.settings, tensors, None))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter, check_tensors
+from isotune.adapters.shared import Shared
 from isotune.checkpoint.save import base_config_hash
 from isotune.checkpoint.stored import StoredAdapter, read_stored
 from isotune.errors import CheckpointError, IsotuneError
@@ -42,7 +43,7 @@ def load(
     _check_base(model, modules, stored, force)
     try:
         layers = {p: modules[p] for p in stored.settings}
-        adapters = build_adapters(layers, stored.settings, shared=stored.shared)
+        adapters = build_adapters(layers, stored.settings, shared=stored.shared or None)
     except IsotuneError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from None
     for p, adapter in adapters.items():
@@ -70,6 +71,8 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "default") -> N
         raise CheckpointError(f"{path} was not saved from the adapter {name!r} as it is on this model")
     for p, found in stored.trained.items():
         _check_module(wrappers[p].base_layer, found, p, stored.path)
+    if stored.shared:
+        _fill_shared({wrappers[p].parts[name].shared for p in settings}, stored)
     for p in stored.settings:
         fill(wrappers[p].parts[name], stored, p, wrappers[p].base_layer)
     for p, found in stored.trained.items():
@@ -82,6 +85,18 @@ def fill(adapter: Adapter, stored: StoredAdapter, p: str, layer: nn.Module) -> N
         adapter.load_peft_state(stored.state[p], require_site(layer, p))
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{stored.path}, at {p!r}: {error.args[0]}") from None
+
+
+def _fill_shared(copies: set[Shared], stored: StoredAdapter) -> None:
+    """Give what adapters share, a copy for each device, the stored values."""
+    for shared in copies:
+        own = shared.tensors()
+        try:
+            check_tensors(stored.shared, {name: tuple(tensor.shape) for name, tensor in own.items()})
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{stored.path}: {error.args[0]}") from None
+        for name, tensor in own.items():
+            tensor.copy_(stored.shared[name])
 
 
 def _base(module: nn.Module) -> nn.Module:

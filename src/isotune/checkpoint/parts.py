@@ -10,8 +10,8 @@ from isotune.adapters.contract import Adapter
 from isotune.checkpoint.base import StoredBase, stored_layer
 from isotune.checkpoint.load import fill
 from isotune.checkpoint.stored import StoredAdapter
-from isotune.errors import CheckpointError, IsotuneError
-from isotune.model.attach import build_adapters
+from isotune.errors import CheckpointError, IsotuneError, OptionError
+from isotune.model.attach import build_adapters, draw_shared
 from isotune.sites import Site, require_site
 
 Part = tuple[str, Site, list[Adapter]]  # path, bare site, adapters in the order in which they are stacked
@@ -22,27 +22,46 @@ def stored_parts(stored: StoredAdapter, base: StoredBase | None) -> Iterator[Par
 
     Raises CheckpointError where a layer's shape is not that of the base, or is not known without one.
     """
+    shared = stored.shared or _drawn(stored, base)
     for p, settings in stored.settings.items():
-        layer = stored_layer(*_kind_and_weight(stored, base, p), base.bias(p) if base is not None else None)
+        weight = torch.empty(_shape(stored, base, p)) if base is None else base.weight(p)
+        bias = None if base is None else base.bias(p)
+        layer = stored_layer(_kind(stored, p, weight.dim()), weight, bias)
         try:
-            (adapter,) = build_adapters({p: layer}, {p: settings}, shared=stored.shared).values()
+            (adapter,) = build_adapters({p: layer}, {p: settings}, shared=shared).values()
         except IsotuneError as error:
             raise CheckpointError(f"{stored.path} does not fit the base: {error}") from None
         fill(adapter, stored, p, layer)
         yield p, require_site(layer, p), [adapter]
 
 
-def _kind_and_weight(stored: StoredAdapter, base: StoredBase | None, p: str) -> tuple[str, torch.Tensor]:
-    entry = stored.header["sites"][p] if stored.header else None
-    if base is not None:
-        weight = base.weight(p)
-        if entry is not None:
-            return entry["kind"], weight
-        if weight.dim() == 4:
-            return "conv2d", weight
-        if "lora_embedding_A" in stored.state[p]:
-            return "embedding", weight
-        return "conv1d" if stored.config.get("fan_in_fan_out") else "linear", weight
-    if entry is None:
+def _drawn(stored: StoredAdapter, base: StoredBase | None) -> dict[str, torch.Tensor]:
+    """What the adapters share, drawn again for all the layers together: it depends on the largest of them."""
+    try:
+        return draw_shared(stored.settings, (_hollow(stored, base, p) for p in stored.settings))
+    except OptionError as error:
+        raise CheckpointError(f"{stored.path} cannot be used: {error}") from None
+
+
+def _hollow(stored: StoredAdapter, base: StoredBase | None, p: str) -> Site:
+    """The site at p, of which only the shape is known."""
+    shape = _shape(stored, base, p)
+    return require_site(stored_layer(_kind(stored, p, len(shape)), torch.empty(shape, device="meta")), p)
+
+
+def _shape(stored: StoredAdapter, base: StoredBase | None, p: str) -> list[int]:
+    if stored.header is not None:
+        return list(stored.header["sites"][p]["shape"])
+    if base is None:
         raise CheckpointError(f"{stored.path} does not say how large its layers are; name the base model (--base)")
-    return entry["kind"], torch.empty(entry["shape"])
+    return base.shape(p)
+
+
+def _kind(stored: StoredAdapter, p: str, dimensions: int) -> str:
+    if stored.header is not None:
+        return str(stored.header["sites"][p]["kind"])
+    if dimensions == 4:
+        return "conv2d"
+    if "lora_embedding_A" in stored.state[p]:
+        return "embedding"
+    return "conv1d" if stored.config.get("fan_in_fan_out") else "linear"

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import isotune
@@ -54,13 +55,22 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
         for p, layer in layers.items()
         for key, tensor in layer.adapter(name).peft_state(layer.bare).items()
     }
-    for layer in layers.values():
-        tensors |= {f"{MODEL}{key}": t for key, t in layer.adapter(name).shared_state().items()}
+    # All layers have the same; one of them tells.
+    for shared in [layer.adapter(name).shared for p, layer in layers.items() if settings[p].stores_shared][:1]:
+        tensors |= {f"{MODEL}{key}": _compact(tensor) for key, tensor in shared.tensors().items()}
     tensors |= trained_tensors(trained)
     with replaced_folder(path) as folder:
         write_adapter(folder, config, tensors, _header(model, layers, settings, list(trained)))
         (folder / CARD).write_text(adapter_card(config, settings, tensors, reason))
     return Path(path)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor in the smallest dtype that loses nothing: some random matrices are drawn in bfloat16."""
+    for dtype in (torch.bfloat16, torch.float32):
+        if tensor.to(dtype).to(tensor.dtype).equal(tensor):
+            return tensor.to(dtype)
+    return tensor
 
 
 def trained_tensors(trained: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -89,6 +89,7 @@ def _from_isotune(
             "the folder mixes two adapters"
         )
     settings = {p: method(**site.get("settings", header["settings"])) for p, site in sites.items()}
+    _check_shared(path, next(iter(settings.values())), shared)
     return StoredAdapter(path, config, header, settings, dict(state), trained, shared, {})
 
 
@@ -101,6 +102,7 @@ def _owner(name: str, paths: Any) -> str | None:
 def _from_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> StoredAdapter:
     method = _method_of(config, path)
     prefix = method.peft_prefix or f"{method.name}_"
+    prefix_there = method.peft_aliases.get(config["peft_type"], prefix)
     if config.get("bias", "none") != "none":
         raise OptionError(f"its config has bias={config['bias']!r}; trained biases are not supported")
     state: State = defaultdict(dict)
@@ -110,9 +112,13 @@ def _from_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     shared, tensors = _split_shared(tensors)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        layer, mark, tensor_name = name.rpartition(f".{prefix}")
+        layer, mark, tensor_name = name.rpartition(f".{prefix_there}")
         module = next((m for full in in_full if (m := re.match(rf"(?:.*?\.)?{re.escape(full)}(?=\.)", name))), None)
-        if mark:
+        if mark and f"{prefix}{tensor_name}" in shared:
+            # Some versions of PEFT store what the layers share with each layer, too.
+            if not tensor.equal(shared[f"{prefix}{tensor_name}"]):
+                raise CheckpointError(f"{path} holds {key!r}, which differs from what all layers share")
+        elif mark:
             state[layer][f"{prefix}{tensor_name}"] = tensor
         elif name.endswith(".base_layer.weight"):
             base_weights[name.removesuffix(".base_layer.weight")] = tensor
@@ -125,6 +131,7 @@ def _from_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     settings = {p: method.from_peft_config(config, p) for p in state}
     if not settings:
         raise CheckpointError(f"{path} is incomplete: it has no tensors of its type, {config['peft_type']!r}")
+    _check_shared(path, next(iter(settings.values())), shared)
     return StoredAdapter(path, config, None, settings, dict(state), dict(trained), shared, base_weights)
 
 
@@ -136,6 +143,14 @@ def _split_shared(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     return shared, {k: t for k, t in tensors.items() if k.removeprefix(MODEL) not in shared}
 
 
+def _check_shared(path: Path, settings: Settings, shared: dict[str, Tensor]) -> None:
+    if settings.stores_shared and not shared:
+        raise CheckpointError(f"{path} is incomplete: what {settings.name} shares among all layers is missing")
+    if shared and not settings.stores_shared:
+        names = ", ".join(shared)
+        raise CheckpointError(f"{path} holds {names}, which its {settings.name} adapter does not store")
+
+
 def own_type(method: str) -> str:
     """The `peft_type` of an adapter that PEFT cannot load."""
     return f"ISOTUNE_{method.upper()}"
@@ -144,8 +159,11 @@ def own_type(method: str) -> str:
 def _method_of(config: dict[str, Any], path: Path) -> type[Settings]:
     """The method that claims the config, or the first of its type."""
     peft_type = config["peft_type"]
-    of_type = [m for name in method_names() if (m := method_class(name)).peft_type == peft_type]
+    known = [method_class(name) for name in method_names()]
+    of_type = [m for m in known if peft_type == m.peft_type or peft_type in m.peft_aliases]
     if of_type:
         return next((m for m in of_type if m.claims_peft_config(config)), of_type[0])
-    known = ", ".join(t for n in method_names() if (t := method_class(n).peft_type))
-    raise CheckpointError(f"{path} is a PEFT adapter of type {peft_type!r}; the types that can be read are: {known}")
+    types = dict.fromkeys(t for m in known for t in (m.peft_type, *m.peft_aliases) if t)
+    raise CheckpointError(
+        f"{path} is a PEFT adapter of type {peft_type!r}; the types that can be read are: {', '.join(types)}"
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter
 from isotune.adapters.settings import Settings
+from isotune.adapters.shared import Shared
 from isotune.errors import IsotuneError, OptionError, TargetError
 from isotune.model.layers import (
     AdaptedLayer,
@@ -23,7 +24,7 @@ from isotune.model.layers import (
 from isotune.model.switch import adapter_names, use
 from isotune.model.targets import Targets, find_modules, find_targets, matching
 from isotune.packed import is_packed
-from isotune.sites import device_of, require_site
+from isotune.sites import Site, device_of, require_site
 
 W = TypeVar("W", AdaptedLayer, TrainedModule)
 
@@ -77,24 +78,32 @@ def build_adapters(
 ) -> dict[str, Adapter]:
     """An adapter for each layer, by path, on the layer's device; nothing is attached.
 
-    Without a seed its values are undefined, and about to be loaded. `shared` is what the adapters have in common,
-    where it is known already. Raises TargetError or OptionError for a layer that its settings do not fit.
+    Without a seed its values are undefined, and about to be loaded. `shared` is what the adapters have in common; by
+    default it is drawn. Raises TargetError or OptionError for a layer that its settings, or `shared`, do not fit.
     """
     adapters = {path: _build(settings[path], layer, path, seed) for path, layer in layers.items()}
-    if not shared and adapters:
-        first = next(iter(settings.values()))
-        shared = first.shared([require_site(layer, path) for path, layer in layers.items()])
-        if shared and any(other != first for other in settings.values()):
-            raise OptionError(
-                f"{first.name} shares {', '.join(shared)} among all layers, so that overrides cannot give some of "
-                "them other options"
-            )
-    moved: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-    for path, adapter in adapters.items() if shared else ():
-        where = device_of(layers[path]), _dtype_of(layers[path])
-        moved.setdefault(where, {name: t.to(*where) for name, t in (shared or {}).items()})
-        adapter.share(moved[where])
+    if shared is None:
+        shared = draw_shared(settings, (require_site(layer, path) for path, layer in layers.items()))
+    if shared:
+        _share(adapters, layers, shared)
     return adapters
+
+
+def draw_shared(settings: Mapping[str, Settings], sites: Iterable[Site]) -> dict[str, Tensor]:
+    """What adapters with these settings, on all the sites of one model, have in common.
+
+    Raises OptionError where their settings differ.
+    """
+    if not settings:
+        return {}
+    first = next(iter(settings.values()))
+    shared = first.shared(sites)
+    if shared and any(other != first for other in settings.values()):
+        raise OptionError(
+            f"{first.name} shares {', '.join(shared)} among all layers, so that overrides cannot give some of them "
+            "other options"
+        )
+    return shared
 
 
 def attach(
@@ -184,6 +193,19 @@ def _build(settings: Settings, layer: nn.Module, path: str, seed: int | None) ->
     except OptionError as error:
         raise OptionError(f"{settings.name} at {path!r}: {error}") from None
     return adapter.to(device_of(layer), _dtype_of(layer))
+
+
+def _share(adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module], shared: dict[str, Tensor]) -> None:
+    """Give the adapters what they share, one copy for each device and dtype."""
+    copies: dict[tuple[torch.device, torch.dtype], Shared] = {}
+    for path, adapter in adapters.items():
+        where = device_of(layers[path]), _dtype_of(layers[path])
+        try:
+            if where not in copies:
+                copies[where] = Shared({name: tensor.to(*where) for name, tensor in shared.items()})
+            adapter.share(copies[where])
+        except (KeyError, ValueError, IndexError) as error:
+            raise OptionError(f"{adapter.method} at {path!r}, what it shares: {error.args[0]}") from None
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:

@@ -1,0 +1,101 @@
+"""BAT, block affine transformation: every r x r block of W is multiplied and shifted by the matrix of its rows.
+
+    W'_pq = W_pq (I + B_p) + B_p,   B_p (r x r), one for each block of r outputs
+
+The variant of Bone and MiSS that is not low-rank. With fewer rows than r it runs on activations, without W':
+
+    y_p = Σ_q W_pq (I + B_p) x_q + B_p Σ_q x_q
+
+Paper: "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure", 2024, arXiv 2409.15371
+(section "Bat" of the first versions, titled "Bone"). Parameters: r out.
+Cost for n rows: 2 r in out flops for W', or 2 n in out beside the layer's own, whichever is less.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from isotune.adapters.contract import Adapter, autocast, check_tensors
+from isotune.adapters.settings import Settings, other_kind, same_settings
+from isotune.errors import OptionError
+from isotune.linalg.shards import block_affine, block_affine_rows
+from isotune.linalg.thin import without_autocast
+from isotune.sites import Site
+
+
+class BAT(Settings):
+    """W'_pq = W_pq (I + B_p) + B_p: the blocks of W, by rows of blocks, multiplied and shifted."""
+
+    name: ClassVar[str] = "bat"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    learning_rate: ClassVar[float] = 2e-4
+    formula: ClassVar[str] = "rank * n_out"
+    exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "B starts at zero; nothing is drawn"}
+    peft_type: ClassVar[str | None] = "MISS"
+    peft_aliases: ClassVar[dict[str, str]] = {"BONE": "bone_"}
+    peft_prefix: ClassVar[str] = "miss_"
+
+    rank: int = Field(64, gt=0, description="Size of the blocks, which must divide the layer's inputs and outputs.")
+
+    def build(self, site: Site, generator: torch.Generator) -> BATAdapter:
+        common = math.gcd(site.in_features, site.out_features)
+        if common % self.rank:
+            raise OptionError(
+                f"bat: blocks of {self.rank} do not divide the layer's {site.in_features} inputs and "
+                f"{site.out_features} outputs; choose a divisor of {common} as the rank, or the method miss"
+            )
+        return BATAdapter(torch.zeros(site.out_features // self.rank, self.rank, self.rank))
+
+    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
+        return self.rank * n_out
+
+    @classmethod
+    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
+        return {"r": same_settings(settings).rank, "init_weights": "bat", "bias": "none"}
+
+    @classmethod
+    def refused_by_peft(cls, site: Site) -> str | None:
+        return other_kind(site, "linear")
+
+    @classmethod
+    def claims_peft_config(cls, config: dict[str, Any]) -> bool:
+        return config.get("init_weights") == "bat"
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any], path: str) -> BAT:
+        return cls(rank=config["r"])
+
+
+class BATAdapter(Adapter):
+    """Holds the blocks B (out / r x r x r)."""
+
+    method = "bat"
+
+    def __init__(self, block: Tensor) -> None:
+        super().__init__()
+        self.block = nn.Parameter(block)
+
+    def weight(self, W: Tensor) -> Tensor:
+        with without_autocast(W):
+            return block_affine(W, self.block.to(W.dtype))
+
+    def forward(self, x: Tensor, site: Site) -> Tensor:
+        if not site.rotates_input or site.rows(x) >= self.block.shape[-1]:
+            return super().forward(x, site)
+        x = autocast(x)
+        with without_autocast(x):
+            y = block_affine_rows(x.reshape(-1, x.shape[-1]), site.weight.to(x.dtype), self.block.to(x.dtype))
+        y = y.view(*x.shape[:-1], -1)
+        return y if site.bias is None else y + site.bias.to(y.dtype)
+
+    def peft_state(self, site: Site) -> dict[str, Tensor]:
+        return {"miss_block": self.block.detach()}
+
+    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
+        check_tensors(tensors, {"miss_block": tuple(self.block.shape)})
+        self.block.detach().copy_(tensors["miss_block"])

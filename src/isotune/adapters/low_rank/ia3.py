@@ -1,0 +1,116 @@
+"""(IA)³, infused adapter by inhibiting and amplifying inner activations: every output, or input, scaled.
+
+    y = l ∘ (W x + b),   W' = diag(l) W,  b' = l ∘ b        l (out), for keys and values
+    y = W (l ∘ x) + b,   W' = W diag(l)                     l (in), for the second layer of a feed-forward block
+
+l starts at one. A convolution's inputs are scaled by channel.
+
+Paper: "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", NeurIPS 2022,
+arXiv 2205.05638. Parameters: out, or in. Cost for n rows: 2 n out, or 2 n in, flops.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from isotune.adapters.contract import Adapter, Side, check_tensors
+from isotune.adapters.settings import NotInPEFTError, Settings, other_kind
+from isotune.errors import OptionError
+from isotune.sites import Site
+
+
+class IA3(Settings):
+    """W' = diag(l) W, or W diag(l): every output, or input, scaled by a learned number."""
+
+    name: ClassVar[str] = "ia3"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    learning_rate: ClassVar[float] = 3e-3
+    formula: ClassVar[str] = "n_out"
+    exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "l starts at one; nothing is drawn"}
+    peft_type: ClassVar[str | None] = "IA3"
+
+    side: Side = Field(
+        "out",
+        description="Scale the layer's outputs, or its inputs, as the paper does in feed-forward blocks; an "
+        "embedding's output always.",
+    )
+
+    def _side_at(self, kind: str) -> Side:
+        return "out" if kind == "embedding" else self.side
+
+    def build(self, site: Site, generator: torch.Generator) -> IA3Adapter:
+        side = self._side_at(site.kind)
+        if side == "in" and site.kind == "conv2d" and (site.layer.groups, *site.layer.kernel_size) != (1, 1, 1):
+            raise OptionError(
+                f"ia3: the inputs of this convolution, with kernel {tuple(site.layer.kernel_size)} and groups="
+                f"{site.layer.groups}, cannot be scaled; that works with kernel (1, 1) and groups=1. Use side='out'"
+            )
+        return IA3Adapter(torch.ones(site.in_features if side == "in" else site.out_features), side)
+
+    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
+        return n_in if self._side_at(kind) == "in" else n_out
+
+    @classmethod
+    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
+        inputs = sorted(path for path, s in settings.items() if isinstance(s, IA3) and s.side == "in")
+        config = {"feedforward_modules": inputs, "init_ia3_weights": True}
+        if any(_is_feedforward(config, path) != (path in inputs) for path in settings):
+            raise NotInPEFTError("PEFT would scale inputs of a layer whose path ends in the path of such a one")
+        return config
+
+    @classmethod
+    def refused_by_peft(cls, site: Site) -> str | None:
+        return other_kind(site, "linear", "conv1d", "conv2d")
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any], path: str) -> IA3:
+        return cls(side="in" if _is_feedforward(config, path) else "out")
+
+
+class IA3Adapter(Adapter):
+    """Holds l (out, or in)."""
+
+    method = "ia3"
+
+    def __init__(self, l: Tensor, side: Side) -> None:  # noqa: E741
+        super().__init__()
+        self.l = nn.Parameter(l)
+        self.side = side
+
+    def forward(self, x: Tensor, site: Site) -> Tensor:
+        if self.side == "in":
+            return site(self._scaled(x, site))
+        return self._scaled(site(x), site)
+
+    def _scaled(self, v: Tensor, site: Site) -> Tensor:
+        """`l ∘ v`, in v's dtype, for the features of v."""
+        # As v + (l - 1) v: half precision has no numbers close enough to one to hold l itself.
+        change = (self.l - 1).to(v.dtype)
+        return torch.addcmul(v, v, change[:, None, None] if site.kind == "conv2d" else change)
+
+    def weight(self, W: Tensor) -> Tensor:
+        return (W * (self.l if self.side == "in" else self.l[:, None])).to(W.dtype)
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        return b if b is None or self.side == "in" else (b * self.l).to(b.dtype)
+
+    def peft_state(self, site: Site) -> dict[str, Tensor]:
+        column = site.kind != "conv2d" and self.side == "out"
+        shape = (-1, 1) if column else (1, -1, 1, 1) if site.kind == "conv2d" else (1, -1)
+        return {"ia3_l": self.l.detach().view(shape)}
+
+    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
+        own = self.peft_state(site)["ia3_l"]
+        check_tensors(tensors, {"ia3_l": tuple(own.shape)})
+        own.copy_(tensors["ia3_l"])  # a view of l
+
+
+def _is_feedforward(config: dict[str, Any], path: str) -> bool:
+    """PEFT's rule: a regular expression for the whole path, or endings of it."""
+    modules = config["feedforward_modules"] or []
+    return bool(re.fullmatch(modules, path)) if isinstance(modules, str) else path.endswith(tuple(modules))

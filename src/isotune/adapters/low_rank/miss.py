@@ -1,0 +1,102 @@
+"""MiSS, matrix shard sharing: all shards of r inputs share one matrix. Published before as Bone and as DiSHA.
+
+    y = W x + Dᵀ Σ_j x_[j],   D (r x out), x_[j] the j-th shard of r inputs (zeros fill the last)
+    W' = W + Dᵀ [I_r I_r ... ]                     a LoRA of rank r whose A is known and not trained
+
+With `mini` D is a narrower matrix (r x mini), repeated along the outputs.
+
+Paper: "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure", 2024, arXiv 2409.15371
+(first versions: "Bone", "DiSHA"). Parameters: r out, or r mini.
+Cost for n rows: n in additions and 2 n r out flops, half of LoRA's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from isotune.adapters.contract import LowRank
+from isotune.adapters.settings import Settings, check_rank, other_kind, same_settings
+from isotune.errors import OptionError
+from isotune.linalg.shards import shard_columns, shard_sum
+from isotune.sites import Site
+
+
+class MiSS(Settings):
+    """W' = W + Dᵀ [I I ... I]: one matrix D, shared by all shards of the inputs."""
+
+    name: ClassVar[str] = "miss"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    learning_rate: ClassVar[float] = 2e-4
+    formula: ClassVar[str] = "rank * n_out"
+    exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "D starts at zero; nothing is drawn"}
+    peft_type: ClassVar[str | None] = "MISS"
+    peft_aliases: ClassVar[dict[str, str]] = {"BONE": "bone_"}
+
+    rank: int = Field(64, gt=0, description="Width of a shard of inputs; the rank of W' - W.")
+    mini: int | None = Field(
+        None, gt=0, description="Width of D, repeated along the outputs; by default all of them."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the inputs of D while training.")
+
+    def build(self, site: Site, generator: torch.Generator) -> MiSSAdapter:
+        check_rank(self.rank, site.in_features, "its input side")
+        width = self.mini or site.out_features
+        if site.out_features % width:
+            raise OptionError(
+                f"miss: mini={width} does not divide the layer's {site.out_features} outputs; choose a divisor of "
+                "them, or leave mini out"
+            )
+        return MiSSAdapter(torch.zeros(self.rank, width), site.in_features, site.out_features, self.dropout)
+
+    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
+        return self.rank * (self.mini or n_out)
+
+    @classmethod
+    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
+        own = same_settings(settings)
+        return {
+            "r": own.rank,
+            "miss_dropout": own.dropout,
+            "mini_r": own.mini or 1,
+            "init_weights": "mini" if own.mini else True,
+            "bias": "none",
+        }
+
+    @classmethod
+    def refused_by_peft(cls, site: Site) -> str | None:
+        return other_kind(site, "linear")
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any], path: str) -> MiSS:
+        return cls(
+            rank=config["r"],
+            mini=config["mini_r"] if config.get("init_weights") == "mini" else None,
+            dropout=config.get("miss_dropout", 0.0),
+        )
+
+
+class MiSSAdapter(LowRank):
+    """Holds the block D (r x out, or r x mini)."""
+
+    method = "miss"
+
+    def __init__(self, block: Tensor, n_in: int, n_out: int, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.block = nn.Parameter(block)
+        self.n_in, self.n_out = n_in, n_out
+
+    def change(self) -> tuple[Tensor, Tensor]:
+        r, width = self.block.shape
+        return self.block.repeat(1, self.n_out // width).mT, shard_columns(r, self.n_in, self.block)
+
+    def add(self, site: Site, x: Tensor, y: Tensor | None = None) -> Tensor:
+        if not site.rotates_input:
+            return super().add(site, x, y)
+        r, width = self.block.shape
+        y = site(x) if y is None else y
+        z = site.expand(shard_sum(x.to(y.dtype), r), self.block.mT)
+        return (y.unflatten(-1, (-1, width)) + z[..., None, :].to(y.dtype)).flatten(-2)
