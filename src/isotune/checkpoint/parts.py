@@ -35,6 +35,8 @@ def stored_parts(stored: StoredAdapter, base: StoredBase | None) -> Iterator[Par
 def _kind_and_weight(stored: StoredAdapter, base: StoredBase | None, p: str) -> tuple[str, torch.Tensor]:
     entry = stored.header["sites"][p] if stored.header else None
     if base is not None:
+        if entry is not None and "matrix" in entry:
+            return "linear", base.matrix(p, **entry["matrix"])
         weight = base.weight(p)
         if entry is not None:
             return entry["kind"], weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Adapter
 from isotune.adapters.settings import Settings
 from isotune.errors import IsotuneError, OptionError, TargetError
+from isotune.matrix import Matrix
 from isotune.model.layers import (
     AdaptedLayer,
     TrainedModule,
@@ -20,6 +21,7 @@ from isotune.model.layers import (
     replace_module,
     wrappers,
 )
+from isotune.model.parametrized import check_matrix, with_matrices, wrap
 from isotune.model.switch import adapter_names, use
 from isotune.model.targets import Targets, find_modules, find_targets, matching
 from isotune.packed import is_packed
@@ -46,7 +48,8 @@ def adapt(
         settings: The method, such as `HRA(rank=8)`.
         targets: "attention", "query-value", "mlp" or "all-linear" (found by the model's structure, the output head
             and embeddings left out), a list of name suffixes, a regular expression for the whole path, or a callable
-            `(path, module) -> bool`.
+            `(path, module) -> bool`. A parameter that its module computes with itself is named as well, or its module
+            (`"in_proj_weight"`, `"lstm"`, `"experts.down_proj"`): one adapter for each matrix in it.
         exclude: Layers to leave out, said in the same way.
         overrides: Other options for some of the targets, such as `{"query": {"rank": 16}}`.
         name: The adapter's name; several adapters can be on one model.
@@ -86,14 +89,18 @@ def build_adapters(
         shared = first.shared([require_site(layer, path) for path, layer in layers.items()])
         if shared and any(other != first for other in settings.values()):
             raise OptionError(
-                f"{first.name} shares {', '.join(shared)} among all layers, so that overrides cannot give some of them "
-                "other options"
+                f"{first.name} shares {', '.join(shared)} among all layers, so that overrides cannot give some of "
+                "them other options"
             )
     moved: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for path, adapter in adapters.items() if shared else ():
         where = device_of(layers[path]), _dtype_of(layers[path])
         moved.setdefault(where, {name: t.to(*where) for name, t in (shared or {}).items()})
         adapter.share(moved[where])
+    for path, adapter in adapters.items():
+        layer = layers[path]
+        if seed is not None and isinstance(layer, Matrix):
+            check_matrix(adapter, layer, path)
     return adapters
 
 
@@ -109,7 +116,7 @@ def attach(
     Raises OptionError where the name is taken; the model is then as it was.
     """
     _check_name(model, name)
-    modules = dict(base_modules(model))
+    modules = with_matrices(dict(base_modules(model)), adapters)
     _check_trained(trained)
     model.requires_grad_(False)
     for path, adapter in adapters.items():
@@ -139,7 +146,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
                     del wrapper.settings[gone]
         wrapper.active = tuple(n for n in wrapper.active if n in wrapper.parts)
         if not wrapper.parts:
-            replace_module(model, wrapper, wrapper.base_layer)
+            wrapper.leave(model)
     return model
 
 
@@ -204,6 +211,8 @@ def _wrapper_at(model: nn.Module, module: nn.Module, path: str, kind: type[W]) -
     """The wrapper of `module`, put in its place if need be."""
     if isinstance(module, kind):
         return module
+    if isinstance(module, Matrix):
+        return cast(W, wrap(module, path))
     wrapper = kind(module, path)
     replace_module(model, module, wrapper)
     return wrapper
