@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import isotune
+from isotune.adapters.registry import method_names
 from isotune.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +62,8 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "my-lora" / "adapter_config.json").is_file()
 
 
-def test_the_table_of_methods_is_complete() -> None:
+def test_the_table_of_methods_names_methods_and_leads_to_all_of_them() -> None:
     (table,) = re.findall(r"^## Methods$(.*?)^HRA options", README, re.MULTILINE | re.DOTALL)
-    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [entry.name for entry in isotune.methods()]
+    named = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+    assert {"hra", "lora"} <= set(named) <= set(method_names())
+    assert "](docs/methods.md)" in table

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from isotune.errors import TargetError
 from isotune.linalg.householder import at_least_fp32
+from isotune.matrix import Matrix
 from isotune.packed import dequantized, is_packed
 
 if TYPE_CHECKING:
@@ -321,6 +322,8 @@ def site_of(layer: nn.Module) -> Site | None:
     """The site of a layer, or None where no kind fits (also for a subclass that computes something else)."""
     if isinstance(layer, nn.Linear):
         return PackedLinearSite(layer) if is_packed(layer) else LinearSite(layer)
+    if isinstance(layer, Matrix):
+        return LinearSite(layer)
     if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
         return Conv2dSite(layer)
     if isinstance(layer, nn.Embedding) and type(layer).forward is nn.Embedding.forward and layer.max_norm is None:
@@ -341,4 +344,6 @@ def require_site(layer: nn.Module, name: str) -> Site:
 
 def device_of(layer: nn.Module) -> torch.device:
     """Where the layer's weight lives."""
+    if isinstance(layer, Matrix):
+        return layer.weight.device
     return next(itertools.chain(layer.parameters(), layer.buffers())).device

@@ -1,4 +1,4 @@
-"""`isotune methods`, `inspect` and `export`, on adapters made in Python and by `isotune train`."""
+"""`isotune inspect` and `export`, on adapters made in Python and by `isotune train`."""
 
 from __future__ import annotations
 
@@ -38,18 +38,6 @@ def adapter(llama: Path, tmp_path: Path) -> Callable[..., tuple[Path, torch.Tens
         return isotune.save(model, tmp_path / "adapter"), logits(model)
 
     return make
-
-
-def test_methods_lists_what_probing_shows(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("methods", "--json") == 0
-    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
-    assert found.keys() >= {"hra", "lora"}
-    assert found["hra"]["parameters"] == "rank * n_in"
-    assert found["hra"]["lora_rank"] == "rank"
-    assert found["hra"]["identity_at_start"]
-    assert found["lora"]["peft"]
-    assert command("methods") == 0
-    assert "penalty" in capsys.readouterr().out
 
 
 def test_inspect_measures_the_rotation_and_the_change(

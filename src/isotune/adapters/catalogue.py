@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from isotune.adapters.contract import Adapter
 from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.adapters.shared import Shared
-from isotune.sites import AdaptedSite, Site, require_site
+from isotune.errors import IsotuneError, OptionError
+from isotune.sites import AdaptedSite, LinearSite, Site, require_site
 
-_IN, _OUT = 192, 128
+_SIZES = ((64, 96), (64, 64), (256, 256), (1024, 1024))
+"""(in, out) of the layers to probe on; the first that a method's default options fit is used."""
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One method with its default options."""
+    """One method with its default options; what could not be probed is None."""
 
     name: str
     equation: str
     """First line of the settings' docstring."""
     parameters: str
     """Trainable parameters at a layer with W of shape (n_out, n_in)."""
+    trainable: int | None
+    """Trainable parameters on all the layers asked for; None where none were, or where the method fits not all."""
+    misfit: str | None
+    """Why it does not fit the layers asked for."""
     kinds: list[str]
     """The kinds of layer that it adapts."""
-    identity_at_start: bool
+    identity_at_start: bool | None
     """Whether a fresh adapter leaves the output as it was (to 1e-5)."""
+    foldable: bool | None
+    """Whether a changed adapter is all in the weight and the bias that it gives the layer."""
     lora_rank: str | None
     """The rank of its exact LoRA form, None where it has none."""
     peft: bool
@@ -38,56 +49,156 @@ class MethodInfo:
     """What each option means."""
 
 
-def methods() -> list[MethodInfo]:
-    """The catalogue: every method that is installed, with what probing it shows."""
-    return [_probe(method_class(name)) for name in method_names()]
+def methods(sites: Mapping[str, Site] | None = None) -> list[MethodInfo]:
+    """The catalogue: every method that is installed, with what probing it shows.
+
+    With `sites`, layers by path, it also counts what each method would train on all of them.
+    """
+    return [probe(method_class(name), sites) for name in method_names()]
 
 
-def _probe(kind: type[Settings]) -> MethodInfo:
+def linear_site(n_in: int, n_out: int) -> Site:
+    """A linear layer of that size, without values. Raises OptionError for a size below 1."""
+    if min(n_in, n_out) < 1:
+        raise OptionError(f"a layer of {n_in} inputs and {n_out} outputs is not usable; both must be at least 1")
+    return LinearSite(nn.Linear(n_in, n_out, device="meta"))
+
+
+def probe(kind: type[Settings], sites: Mapping[str, Site] | None = None) -> MethodInfo:
+    """What one method is, by building it at its default options and looking."""
     settings = kind()
-    site = require_site(nn.Linear(_IN, _OUT), "probe")
-    adapter = settings.build(site, torch.Generator().manual_seed(0))
-    if shared := settings.shared([site]):
-        adapter.share(Shared(shared))
-    x = torch.randn(4, _IN, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        identity = torch.allclose(AdaptedSite(site, adapter)(x), site(x), atol=1e-5)
-        factors = adapter.factors(site.weight)
+    fitting = {name: pair for name in _layers() if (pair := _fitting(settings, name)) is not None}
+    pair = next(iter(fitting.values()), None)
+    trainable, misfit = _counted(settings, sites or {})
     return MethodInfo(
         name=kind.name,
         equation=(kind.__doc__ or "").strip().splitlines()[0],
         parameters=kind.formula,
-        kinds=[name for name, layer in _layers().items() if _builds(settings, require_site(layer, name))],
-        identity_at_start=identity,
-        lora_rank=_rank_in_words(factors[0].shape[1], settings) if factors else None,
-        peft=_in_peft(settings),
+        trainable=trainable,
+        misfit=misfit,
+        kinds=list(fitting),
+        identity_at_start=_is_identity(*pair) if pair else None,
+        foldable=_is_foldable(*pair) if pair else None,
+        lora_rank=_lora_rank(*pair, settings) if pair else None,
+        peft=pair is not None and _in_peft(settings, pair[0]),
         learning_rate=kind.learning_rate,
         options={name: field.description or "" for name, field in kind.model_fields.items()},
     )
 
 
-def _layers() -> dict[str, nn.Module]:
-    from transformers.pytorch_utils import Conv1D
-
-    return {
-        "linear": nn.Linear(_IN, _OUT),
-        "conv1d": Conv1D(_OUT, _IN),
-        "conv2d": nn.Conv2d(_IN, _OUT, 3),
-        "embedding": nn.Embedding(_IN, _OUT),
-    }
+def _layers() -> list[str]:
+    return ["linear", "conv1d", "conv2d", "embedding"]
 
 
-def _builds(settings: Settings, site: Site) -> bool:
-    return site.kind in settings.kinds and settings.build(site, torch.Generator()) is not None
+def _layer(kind: str, n_in: int, n_out: int) -> nn.Module:
+    if kind == "conv1d":
+        from transformers.pytorch_utils import Conv1D
+
+        return Conv1D(n_out, n_in)
+    if kind == "conv2d":
+        return nn.Conv2d(n_in, n_out, 3, padding=1)
+    return nn.Linear(n_in, n_out) if kind == "linear" else nn.Embedding(n_in, n_out)
 
 
-def _in_peft(settings: Settings) -> bool:
+def _fitting(settings: Settings, kind: str) -> tuple[Site, Adapter] | None:
+    """A layer of the kind and a fresh adapter on it, where the default options fit one of the sizes."""
+    if kind not in settings.kinds:
+        return None
+    for size in _SIZES:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            site = require_site(_layer(kind, *size), "probe")
+        try:
+            adapter = settings.build(site, torch.Generator().manual_seed(0))
+            if shared := settings.shared([site]):
+                adapter.share(Shared(shared))
+        except IsotuneError:
+            continue
+        return site, adapter.eval()
+    return None
+
+
+def _rows(site: Site) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if site.kind == "embedding":
+        return torch.randint(site.in_features, (4, 5), generator=generator)
+    if site.kind == "conv2d":
+        return torch.randn(2, site.layer.in_channels, 5, 5, generator=generator)
+    return torch.randn(4, site.in_features, generator=generator)
+
+
+@torch.no_grad()
+def _is_identity(site: Site, adapter: Adapter) -> bool:
+    x = _rows(site)
+    return torch.allclose(AdaptedSite(site, adapter)(x), site(x), atol=1e-5)
+
+
+@torch.no_grad()
+def _is_foldable(site: Site, adapter: Adapter) -> bool:
+    """Whether a changed adapter's forward is that of its weight and bias; leaves the adapter changed."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in adapter.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    x = _rows(site)
     try:
-        return bool(settings.peft_config({"probe": settings}))
+        dense = site.forward_with(x, adapter.weight(site.weight), adapter.bias(site.bias))
+    except (IsotuneError, NotImplementedError):
+        return False
+    return torch.allclose(AdaptedSite(site, adapter)(x), dense, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def _lora_rank(site: Site, adapter: Adapter, settings: Settings) -> str | None:
+    """The rank of W' - W in words, where B and A reproduce it and the bias is as it was."""
+    try:
+        factors, W = adapter.factors(site.weight), adapter.weight(site.weight)
+    except (IsotuneError, NotImplementedError):
+        return None
+    if factors is None or adapter.bias(site.bias) is not site.bias:
+        return None
+    B, A = factors
+    if not torch.allclose(site.weight + B @ A, W, rtol=1e-3, atol=1e-3):
+        return None
+    return _rank_in_words(B.shape[1], settings, site)
+
+
+def _rank_in_words(rank: int, settings: Settings, site: Site) -> str:
+    own = getattr(settings, "rank", None)
+    if own and rank % own == 0 and rank // own <= 4:
+        return f"{rank // own} rank" if rank != own else "rank"
+    sides = {"n_in": site.in_features, "n_out": site.out_features}
+    return next((name for name, size in sides.items() if size == rank), str(rank))
+
+
+def _in_peft(settings: Settings, site: Site) -> bool:
+    try:
+        return bool(settings.peft_config({"probe": settings})) and settings.refused_by_peft(site) is None
     except NotInPEFTError:
         return False
 
 
-def _rank_in_words(rank: int, settings: Settings) -> str:
-    own = getattr(settings, "rank", None)
-    return f"{rank // own} rank" if own and rank % own == 0 and rank != own else "rank" if rank == own else str(rank)
+def _counted(settings: Settings, sites: Mapping[str, Site]) -> tuple[int | None, str | None]:
+    """Trainable parameters on the sites, or why the method does not fit them; layers alike are built once."""
+    if not sites:
+        return None, None
+    first = {(site.kind, site.shape): (path, site) for path, site in reversed(list(sites.items()))}
+    total = 0
+    for alike, number in Counter((site.kind, site.shape) for site in sites.values()).items():
+        path, site = first[alike]
+        if site.kind not in settings.kinds:
+            return None, f"it does not adapt {path}, of the kind {site.kind}"
+        try:
+            total += number * sum(_trained(settings, site))
+        except IsotuneError as error:
+            return None, f"at {path}: {error}"
+    return total, None
+
+
+def _trained(settings: Settings, site: Site) -> Iterator[int]:
+    try:
+        adapter = settings.shell(site)
+    except (NotImplementedError, RuntimeError):
+        # A start that is computed from values, which a layer on the meta device does not have.
+        yield settings.parameter_count(site.in_features, site.out_features, site.kind)
+        return
+    yield from (parameter.numel() for parameter in adapter.parameters())

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from isotune.errors import CheckpointError
+from isotune.matrix import as_matrix
 from isotune.packed import DENSE
 
 
@@ -26,7 +27,14 @@ class StoredBase:
         A module around the stored model (or a prefix in the stored names) may make the two paths differ at the
         front; the longest common ending decides, if it is the only one. Raises CheckpointError where none fits.
         """
-        key = self._key(f"{path}.weight")
+        return self._dense(self._key(f"{path}.weight"))
+
+    def matrix(self, path: str, index: int | None, transposed: bool) -> Tensor:
+        """The matrix (out, in) at `path`, of a parameter that is no layer's. Raises CheckpointError as `weight`."""
+        parameter = path if index is None else path.removesuffix(f".{index}")
+        return as_matrix(self._dense(self._key(parameter)), index, transposed)
+
+    def _dense(self, key: str) -> Tensor:
         tensor = self._tensor(key)
         if tensor.dtype not in DENSE:
             raise CheckpointError(

@@ -14,6 +14,7 @@ from isotune.checkpoint.stored import StoredAdapter, read_stored
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.attach import attach, build_adapters
 from isotune.model.layers import AdaptedLayer, TrainedModule, base_modules
+from isotune.model.parametrized import with_matrices
 from isotune.model.switch import use
 from isotune.sites import require_site
 
@@ -39,7 +40,7 @@ def load(
         OptionError: The model has an adapter of that name already.
     """
     stored = read_stored(path)
-    modules = {p: _base(m) for p, m in base_modules(model)}
+    modules = with_matrices({p: _base(m) for p, m in base_modules(model)}, stored.settings)
     _check_base(model, modules, stored, force)
     try:
         layers = {p: modules[p] for p in stored.settings}

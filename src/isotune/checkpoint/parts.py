@@ -24,7 +24,7 @@ def stored_parts(stored: StoredAdapter, base: StoredBase | None) -> Iterator[Par
     """
     shared = stored.shared or _drawn(stored, base)
     for p, settings in stored.settings.items():
-        weight = torch.empty(_shape(stored, base, p)) if base is None else base.weight(p)
+        weight = _weight(stored, base, p)
         bias = None if base is None else base.bias(p)
         layer = stored_layer(_kind(stored, p, weight.dim()), weight, bias)
         try:
@@ -33,6 +33,13 @@ def stored_parts(stored: StoredAdapter, base: StoredBase | None) -> Iterator[Par
             raise CheckpointError(f"{stored.path} does not fit the base: {error}") from None
         fill(adapter, stored, p, layer)
         yield p, require_site(layer, p), [adapter]
+
+
+def _weight(stored: StoredAdapter, base: StoredBase | None, p: str) -> torch.Tensor:
+    if base is None:
+        return torch.empty(_shape(stored, base, p))
+    entry = stored.header["sites"][p] if stored.header else {}
+    return base.matrix(p, **entry["matrix"]) if "matrix" in entry else base.weight(p)
 
 
 def _drawn(stored: StoredAdapter, base: StoredBase | None) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapter
 from isotune.checkpoint.stored import FULL, MODEL, PREFIX, own_type
 from isotune.errors import CheckpointError
+from isotune.matrix import Matrix
 from isotune.model.layers import AdaptedLayer, adapted_layers, trained_modules
 from isotune.model.switch import active_names, adapter_names
 from isotune.sites import Site
@@ -146,6 +147,8 @@ def _config(
 
 def refused_by_peft(site: Site) -> str | None:
     """Why PEFT's adapters would refuse this layer or compute something else on it; None where they would not."""
+    if isinstance(site.layer, Matrix):
+        return "is a parameter and no layer, which PEFT does not adapt in this form"
     if site.kind != "conv2d":
         return None
     conv: Any = site.layer
@@ -167,6 +170,8 @@ def _header(
         sites[path] = {"kind": site.kind, "shape": list(site.shape)}
         if options[path] != common:
             sites[path]["settings"] = options[path]
+        if isinstance(site.layer, Matrix):
+            sites[path]["matrix"] = {"index": site.layer.index, "transposed": site.layer.transposed}
         if why := refused_by_peft(site):
             sites[path]["refused"] = why
     return {

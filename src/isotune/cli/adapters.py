@@ -1,4 +1,4 @@
-"""`isotune methods`, `isotune inspect` and `isotune export`."""
+"""`isotune inspect` and `isotune export`."""
 
 from __future__ import annotations
 
@@ -27,32 +27,6 @@ Examples:
 
   isotune export ./adapter --to merged --base ./llama --output llama-merged
 """
-
-
-def methods_command(as_json: AsJson = False) -> None:
-    """List the methods: equation, parameters, what each supports. All of it is probed, not typed in."""
-    from isotune.adapters.catalogue import methods
-
-    found = methods()
-    if as_json:
-        print_json(found)
-        return
-    yes_no = {True: "yes", False: "no"}
-    print_table(
-        "Methods",
-        ["method", "parameters a layer", "identity at start", "exact LoRA of", "PEFT", "conv", "embedding"],
-        [
-            [
-                m.name, m.parameters, yes_no[m.identity_at_start], m.lora_rank or "no", yes_no[m.peft],
-                yes_no["conv2d" in m.kinds], yes_no["embedding" in m.kinds],
-            ]
-            for m in found
-        ],
-        "default options, by probing; W is (n_out, n_in); all adapt linear layers, fold and unfold",
-    )  # fmt: skip
-    for m in found:
-        options = [[name, text] for name, text in m.options.items()]
-        print_table(f"{m.name}: {m.equation}", ["option", "meaning"], options, f"learning rate: {m.learning_rate:g}")
 
 
 def inspect_command(
@@ -132,7 +106,6 @@ def export_command(
 
 
 def register(app: typer.Typer) -> None:
-    """Add the three commands to the application."""
-    app.command("methods")(methods_command)
+    """Add the two commands to the application."""
     app.command("inspect")(inspect_command)
     app.command("export", help=_EXPORT_HELP)(export_command)

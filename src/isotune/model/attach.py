@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from isotune.adapters.contract import Adapter
 from isotune.adapters.settings import Settings
 from isotune.adapters.shared import Shared
 from isotune.errors import IsotuneError, OptionError, TargetError
+from isotune.matrix import Matrix
 from isotune.model.layers import (
     AdaptedLayer,
     TrainedModule,
@@ -21,6 +22,7 @@ from isotune.model.layers import (
     replace_module,
     wrappers,
 )
+from isotune.model.parametrized import check_matrix, with_matrices, wrap
 from isotune.model.switch import adapter_names, use
 from isotune.model.targets import Targets, find_modules, find_targets, matching
 from isotune.packed import is_packed
@@ -47,7 +49,8 @@ def adapt(
         settings: The method, such as `HRA(rank=8)`.
         targets: "attention", "query-value", "mlp" or "all-linear" (found by the model's structure, the output head
             and embeddings left out), a list of name suffixes, a regular expression for the whole path, or a callable
-            `(path, module) -> bool`.
+            `(path, module) -> bool`. A parameter that its module computes with itself is named as well, or its module
+            (`"in_proj_weight"`, `"lstm"`, `"experts.down_proj"`): one adapter for each matrix in it.
         exclude: Layers to leave out, said in the same way.
         overrides: Other options for some of the targets, such as `{"query": {"rank": 16}}`.
         name: The adapter's name; several adapters can be on one model.
@@ -86,6 +89,10 @@ def build_adapters(
         shared = draw_shared(settings, (require_site(layer, path) for path, layer in layers.items()))
     if shared:
         _share(adapters, layers, shared)
+    for path, adapter in adapters.items():
+        layer = layers[path]
+        if seed is not None and isinstance(layer, Matrix):
+            check_matrix(adapter, layer, path)
     return adapters
 
 
@@ -118,7 +125,7 @@ def attach(
     Raises OptionError where the name is taken; the model is then as it was.
     """
     _check_name(model, name)
-    modules = dict(base_modules(model))
+    modules = with_matrices(dict(base_modules(model)), adapters)
     _check_trained(trained)
     model.requires_grad_(False)
     for path, adapter in adapters.items():
@@ -148,7 +155,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
                     del wrapper.settings[gone]
         wrapper.active = tuple(n for n in wrapper.active if n in wrapper.parts)
         if not wrapper.parts:
-            replace_module(model, wrapper, wrapper.base_layer)
+            wrapper.leave(model)
     return model
 
 
@@ -226,6 +233,8 @@ def _wrapper_at(model: nn.Module, module: nn.Module, path: str, kind: type[W]) -
     """The wrapper of `module`, put in its place if need be."""
     if isinstance(module, kind):
         return module
+    if isinstance(module, Matrix):
+        return cast(W, wrap(module, path))
     wrapper = kind(module, path)
     replace_module(model, module, wrapper)
     return wrapper

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from isotune.errors import IsotuneError
-from isotune.model.layers import AdaptedLayer, adapted_layers, check_one_weight, replace_module, wrappers
+from isotune.model.layers import AdaptedLayer, adapted_layers, check_one_weight, wrappers
 
 
 def fold(model: nn.Module, keep_base: bool = True) -> nn.Module:
@@ -33,8 +33,7 @@ def fold(model: nn.Module, keep_base: bool = True) -> nn.Module:
             layer.fold(keep_base)
     if not keep_base:
         for _, wrapper in list(wrappers(model)):
-            plain = wrapper.base_layer if isinstance(wrapper, AdaptedLayer) else wrapper.current
-            replace_module(model, wrapper, plain)
+            wrapper.leave(model, None if isinstance(wrapper, AdaptedLayer) else wrapper.current)
     return model
 
 

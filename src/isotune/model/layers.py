@@ -46,6 +46,10 @@ class _Wrapper(nn.Module):
         """The parts that take part in the forward pass, in order."""
         return [self.parts[name] for name in self.active] if self.enabled else []
 
+    def leave(self, model: nn.Module, successor: nn.Module | None = None) -> None:
+        """Give the place in the model to `successor`, by default back to the layer."""
+        replace_module(model, self, self.base_layer if successor is None else successor)
+
 
 class AdaptedLayer(_Wrapper):
     """A frozen layer and its adapters (`parts`), stacked in the order of `active`."""
@@ -159,6 +163,17 @@ class TrainedModule(_Wrapper):
         self.parts[name] = copy.deepcopy(self.base_layer)
 
 
+class Parametrized(nn.Module):
+    """Stands among the parametrizations of a parameter; `matrices` has the wrapper of each adapted matrix in it.
+
+    The key is the index of an expert's matrix, and otherwise no number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.ModuleDict()
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """The adapted layers of a model with their paths in the base model."""
     for path, module in base_modules(model):
@@ -185,8 +200,24 @@ def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
     yield prefix, model
     if isinstance(model, _Wrapper):
         return
-    for name, child in model.named_children():
+    for name, child in _base_children(model):
         yield from base_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _base_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children by name; the wrappers of a parameter's matrices as if they were children of that name."""
+    for name, child in module.named_children():
+        chains = list(child.children()) if name == "parametrizations" else []
+        if not any(isinstance(next(chain.children(), None), Parametrized) for chain in chains):
+            yield name, child
+            continue
+        for key, chain in child.named_children():
+            first = next(chain.children(), None)
+            if not isinstance(first, Parametrized):
+                yield f"{name}.{key}", chain
+                continue
+            for index, wrapper in first.matrices.items():
+                yield f"{key}.{index}" if index.isdigit() else key, wrapper
 
 
 def check_one_weight(model: nn.Module, what: str) -> None:

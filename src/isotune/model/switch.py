@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from isotune.adapters.contract import Adapter
 from isotune.errors import IsotuneError, nearest
+from isotune.matrix import Matrix
 from isotune.model.layers import AdaptedLayer, adapted_layers, wrappers
 from isotune.model.mixed import thin_of
 from isotune.packed import is_packed
@@ -101,6 +102,8 @@ def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
             continue
         if not isinstance(wrapper, AdaptedLayer):
             raise IsotuneError(f"{parts[0]!r} trains {path!r} in full, which the rows of a batch must share")
+        if isinstance(wrapper.base_layer, Matrix):
+            raise IsotuneError(f"{parts[0]!r} changes {path!r}, a parameter, which the rows of a batch must share")
         adapters = {name: wrapper.adapter(name) for name in parts}
         layouts = {(a.method, thin_of(a, wrapper.bare).where): name for name, a in adapters.items()}
         if len(layouts) > 1:

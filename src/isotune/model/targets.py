@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from isotune.errors import TargetError, nearest
+from isotune.matrix import Matrix
 from isotune.model.layers import AdaptedLayer, base_modules
+from isotune.model.parametrized import matrices_by_path
 from isotune.sites import site_of
 
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -27,33 +29,47 @@ def find_targets(
     Raises TargetError where nothing matches (it lists what was there) or a match is no layer that can be adapted.
     """
     layers = _layers(model)
+    # What a preset finds is layers only.
+    matrices = {} if isinstance(targets, str) and targets in PRESETS else matrices_by_path(layers)
     matches = _matcher(layers, targets, model)
     excluded = _matcher(layers, exclude, model) if exclude is not None else lambda path, module: False
     trained = tuple(trained)
     found = {
         path: module
-        for path, module in layers.items()
+        for path, module in {**layers, **matrices}.items()
         if path
-        and matches(path, module)
-        and not excluded(path, module)
+        and _named(path, module, matches)
+        and not _named(path, module, excluded)
         and not any(path == name or path.startswith(f"{name}.") for name in trained)
     }
     if not found:
         raise TargetError(f"targets {targets!r} match no layer of the model. {_what_is_there(layers, targets)}")
+    owners = {id(matrix.owner) for matrix in matrices.values()}
+    found = {path: module for path, module in found.items() if id(module) not in owners}
     unusable = {path: module for path, module in found.items() if site_of(module) is None}
     if unusable:
         path, module = next(iter(unusable.items()))
         raise TargetError(
             f"targets {targets!r} match {path!r}, a {type(module).__name__}, which cannot be adapted; what can be "
-            "is Linear, GPT-2's Conv1D, Conv2d and Embedding (plain ones, whose forward is the usual one)"
+            "is Linear, GPT-2's Conv1D, Conv2d and Embedding (plain ones, whose forward is the usual one), and the "
+            "matrices that other modules hold as their own parameters"
         )
     return found
+
+
+def _named(path: str, module: nn.Module, matches: Callable[[str, nn.Module], bool]) -> bool:
+    """Whether a target names the layer; of a matrix also the whole parameter, or the module that owns it."""
+    if not isinstance(module, Matrix):
+        return matches(path, module)
+    parameter = path if module.index is None else path.rpartition(".")[0]
+    owner = parameter.rpartition(".")[0]
+    return matches(path, module) or matches(parameter, module) or (bool(owner) and matches(owner, module.owner))
 
 
 def matching(layers: dict[str, nn.Module], targets: Targets, model: nn.Module) -> list[str]:
     """The paths among `layers` that `targets` names. Raises TargetError where it names none."""
     matches = _matcher(layers, targets, model)
-    paths = [path for path, module in layers.items() if matches(path, module)]
+    paths = [path for path, module in layers.items() if _named(path, module, matches)]
     if not paths:
         raise TargetError(f"override {targets!r} matches none of the target layers: {_some(layers)}")
     return paths
@@ -76,7 +92,11 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by path; one that stands in several places has its first path only."""
     first: dict[int, str] = {}
     modules = {path: _unwrapped(module) for path, module in base_modules(model)}
-    return {path: module for path, module in modules.items() if first.setdefault(id(module), path) == path}
+    return {
+        path: module
+        for path, module in modules.items()
+        if first.setdefault(id(module), path) == path and not isinstance(module, Matrix)
+    }
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -150,15 +170,20 @@ def _in_attention(path: str, layers: dict[str, nn.Module]) -> bool:
 
 def _what_is_there(layers: dict[str, nn.Module], targets: Targets) -> str:
     adaptable = [path for path, module in layers.items() if site_of(module) is not None]
-    if not adaptable:
-        return "It has no layer that can be adapted (Linear, GPT-2's Conv1D, Conv2d, Embedding)."
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in adaptable))
+    matrices = matrices_by_path(layers).values()
+    parameters = list(dict.fromkeys(matrix.name for matrix in matrices if isinstance(matrix, Matrix)))
+    if not names and not parameters:
+        return "It has no layer that can be adapted (Linear, GPT-2's Conv1D, Conv2d, Embedding)."
     asked = [targets] if isinstance(targets, str) else [] if callable(targets) else list(targets)
-    hint = next((found for word in asked if (found := nearest(word, [*PRESETS, *names]))), "")
-    return (
-        f"Adaptable layers end in: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}.{hint} "
-        f"Presets: {', '.join(PRESETS)}."
-    )
+    known = [*PRESETS, *names, *parameters]
+    hint = next((found for word in asked if (found := nearest(word, known))), "")
+    held = f" Parameters that can be adapted: {_listed(parameters)}." if parameters else ""
+    return f"Adaptable layers end in: {_listed(names)}.{held}{hint} Presets: {', '.join(PRESETS)}."
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}" or "none"
 
 
 def _some(paths: Iterable[str]) -> str:

@@ -123,6 +123,18 @@ def load_causal(name: str, dtype: str = "float32") -> Any:
     return _load(transformers.AutoModelForCausalLM, name, path, dtype, {})
 
 
+def load_empty(name: str) -> Any:
+    """The model in the class that its config names, without weights (on the meta device).
+
+    Raises:
+        IsotuneError: There is no such model.
+    """
+    config = _config(name, locate(name))
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        return transformers.AutoModel.from_config(config) if kind is None else kind(config)
+
+
 def locate(name: str) -> str:
     """Where a model is: the packaged MiniLM, a checked local folder, or the hub id itself.
 

@@ -1,0 +1,131 @@
+"""`isotune methods`: the table of methods on the screen, as JSON, or as a Markdown file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isotune.cli.output import print_json, print_table
+from isotune.errors import IsotuneError, OptionError
+
+if TYPE_CHECKING:
+    from isotune.adapters.catalogue import MethodInfo
+    from isotune.sites import Site
+
+Flag = typer.Option
+
+CAPTION = "default options, by probing; W is (n_out, n_in)"
+COLUMNS = ["method", "parameters a layer", "identity at start", "folds", "exact LoRA of", "PEFT", "layers"]
+
+_OPENING = """# Methods
+
+Written by `isotune methods --write docs/methods.md`; do not edit. Each method was built at its default options and
+probed; W is (n_out, n_in).
+
+*Identity at start*: a fresh adapter leaves the output as it was. *Folds*: all of it can be put into the weight and
+the bias. *Exact LoRA of*: the rank of W' - W where it is given as B A, which `isotune export --to lora` writes.
+*PEFT*: a saved adapter loads there. *Learning rate*: what a recipe without one gets."""
+
+_HELP = """List the methods: equation, parameters, what each supports. All of it is probed, not typed in.
+
+Examples:
+
+  isotune methods --layer 4096 4096
+
+  isotune methods --model ./llama --targets all-linear --json
+"""
+
+
+def methods_command(
+    layer: Annotated[tuple[int, int] | None, Flag(help="Count parameters at a layer of IN and OUT.")] = None,
+    model: Annotated[str | None, Flag(help="Count parameters on a model: folder or hub id; minilm.")] = None,
+    targets: Annotated[str, Flag(help="With --model: which layers, as in a recipe.")] = "attention",
+    write: Annotated[Path | None, Flag(help="Write isotune's own methods as Markdown to this file.")] = None,
+    as_json: Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")] = False,
+) -> None:
+    from isotune.adapters.catalogue import methods
+    from isotune.adapters.registry import BUILT_IN
+
+    found = methods(_sites(layer, model, targets))
+    if write is not None:
+        _write(write, markdown([m for m in found if m.name in BUILT_IN]))
+    if as_json:
+        print_json(found)
+    elif write is not None:
+        print(f"{write}: written, {len(found)} methods")
+    else:
+        _show(found, "layer" if layer else f"{model}, {targets}" if model else None)
+
+
+def _sites(layer: tuple[int, int] | None, model: str | None, targets: str) -> dict[str, Site]:
+    """The layers that were asked for, without values."""
+    from isotune.adapters.catalogue import linear_site
+
+    if layer is not None and model is not None:
+        raise OptionError("methods takes --layer or --model, not both")
+    if layer is not None:
+        return {f"a layer of {layer[0]} to {layer[1]}": linear_site(*layer)}
+    if model is None:
+        return {}
+    from isotune.model.targets import find_targets
+    from isotune.sites import require_site
+    from isotune.training.models import load_empty
+
+    layers = find_targets(load_empty(model), targets)
+    return {path: require_site(module, path) for path, module in layers.items()}
+
+
+def _show(found: list[MethodInfo], counted: str | None) -> None:
+    header = [*COLUMNS[:2], *([counted] if counted else []), *COLUMNS[2:]]
+    rows = [[m.name, m.parameters, *([_count(m)] if counted else []), *_properties(m)] for m in found]
+    print_table("Methods", header, rows, CAPTION)
+    for m in found:
+        if m.misfit:
+            print(f"{m.name} does not fit: {m.misfit}")
+    for m in found:
+        options = [[name, text] for name, text in m.options.items()]
+        print_table(f"{m.name}: {m.equation}", ["option", "meaning"], options, f"learning rate: {m.learning_rate:g}")
+
+
+def _count(m: MethodInfo) -> str:
+    return "-" if m.trainable is None else f"{m.trainable:,}"
+
+
+def _properties(m: MethodInfo) -> list[str]:
+    return [_said(m.identity_at_start), _said(m.foldable), m.lora_rank or "no", _said(m.peft), ", ".join(m.kinds)]
+
+
+def _said(answer: bool | None) -> str:
+    return "-" if answer is None else "yes" if answer else "no"
+
+
+def markdown(found: list[MethodInfo]) -> str:
+    """The table, and every method's equation and options."""
+    header = [*COLUMNS, "learning rate"]
+    lines = [header, ["---"] * len(header)]
+    for m in found:
+        lines.append([f"[`{m.name}`](#{m.name})", f"`{m.parameters}`", *_properties(m), f"{m.learning_rate:g}"])
+    parts = [_OPENING, "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)]
+    for m in found:
+        options = "\n".join(f"- `{name}`: {text}" for name, text in m.options.items())
+        parts += [f"## {m.name}", m.equation, *([options] if options else [])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise IsotuneError(f"{path} cannot be written: {error}") from None
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("methods", help=_HELP)(methods_command)
