@@ -16,6 +16,7 @@ BUILT_IN = {
     "shoft": "isotune.adapters.orthogonal.shoft:SHOFT",
     "ether": "isotune.adapters.orthogonal.ether:ETHER",
     "ether_plus": "isotune.adapters.orthogonal.ether_plus:ETHERPlus",
+    "goft": "isotune.adapters.orthogonal.goft:GOFT",
     "road": "isotune.adapters.orthogonal.road:RoAd",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
 }
