@@ -7,8 +7,8 @@ qGOFT (`relaxed=True`) trains any 2 x 2 matrix (α_i, β_i) in place of each rot
 adds `penalty` Σ ⟨α_i, β_i⟩² to the loss: its columns stay nearly orthogonal, their lengths are free.
 
 Paper: "Parameter Efficient Quasi-Orthogonal Fine-Tuning via Givens Rotation", ICML 2024, arXiv 2404.04316.
-Parameters: in - 1, or 4 (in - 1) relaxed. Cost for n rows: 6 n in flops, in 2 K passes over ever fewer axes, and
-about 6 n in numbers kept for the backward pass. It has no low-rank form.
+Parameters: in - 1, or 4 (in - 1) relaxed. Cost for n rows: 6 n in flops, in K passes over ever fewer axes, and
+less than 2 n in numbers kept for the backward pass beside x. It has no low-rank form.
 
 The authors' second code pairs neighbouring axes at every stage in place of axes 2^(k-1) apart, so that its stages
 after the first are not rotations, and uses π tanh g for the angle; neither is followed here.
