@@ -12,10 +12,12 @@ from isotune.errors import OptionError, nearest
 
 BUILT_IN = {
     "hra": "isotune.adapters.orthogonal.hra:HRA",
+    "lora": "isotune.adapters.low_rank.lora:LoRA",
     "hoft": "isotune.adapters.orthogonal.hoft:HOFT",
     "shoft": "isotune.adapters.orthogonal.shoft:SHOFT",
     "ether": "isotune.adapters.orthogonal.ether:ETHER",
     "ether_plus": "isotune.adapters.orthogonal.ether_plus:ETHERPlus",
+    "goft": "isotune.adapters.orthogonal.goft:GOFT",
     "road": "isotune.adapters.orthogonal.road:RoAd",
     "lora": "isotune.adapters.low_rank.lora:LoRA",
     "oft": "isotune.adapters.orthogonal.oft:OFT",

@@ -25,7 +25,13 @@ class OutputScale(Adapter):
         self.m = nn.Parameter(m)
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
-        return site.over_outputs(site(x), lambda y: y * self.m.to(y.dtype))
+        y = site(x)
+        m = self.m.to(y.dtype)
+        if site.bias is None:
+            return site.over_rows(y, lambda rows: rows * m)
+        # m (y - b) + b in one pass
+        rest = ((1 - self.m) * site.bias).to(y.dtype)
+        return site.over_rows(y, lambda rows: torch.addcmul(rest, rows, m))
 
     def weight(self, W: Tensor) -> Tensor:
         return self.m.to(W.dtype)[:, None] * W
