@@ -19,7 +19,7 @@ from isotune.adapters.spectral.pissa import PiSSA
 from isotune.errors import OptionError
 from isotune.sites import require_site
 from spectral import build, linear, peft_adapt, peft_load, peft_save, started
-from support import adapted, assert_same_output, minilm, move, output, stories
+from support import STORIES, adapted, assert_same_output, minilm, move, output, stories
 
 ATTENTION = ["q_proj", "o_proj", "down_proj"]
 STARTS = {
@@ -145,6 +145,14 @@ def test_isotune_loads_what_peft_saves(
     assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) == theirs.get_nb_trainable_parameters()[0]
     isotune.save(loaded, folder / "again")
     assert_same_output(output(peft_load(stories(), folder / "again")), output(theirs))
+
+
+def test_pefts_folder_exports_as_a_lora_over_the_untouched_base(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=ATTENTION)
+    theirs = peft_adapt(stories(), config)
+    folder = peft_save(theirs, tmp_path / "theirs")
+    assert isotune.export_lora(folder, tmp_path / "lora", base=STORIES).residual < 1e-6
+    assert_same_output(output(peft_load(stories(), tmp_path / "lora")), output(theirs))
 
 
 def where(targets: set[str]) -> str:

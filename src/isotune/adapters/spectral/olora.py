@@ -27,7 +27,7 @@ class OLoRA(PrincipalSettings):
     name: ClassVar[str] = "olora"
 
     def shell(self, site: Site) -> OLoRAAdapter:
-        return OLoRAAdapter(*self.common(site))
+        return OLoRAAdapter(self.sizes(site))
 
     @classmethod
     def claims_peft_config(cls, config: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -24,6 +24,16 @@ from isotune.adapters.contract import LowRank, check_tensors
 from isotune.adapters.low_rank.lora import LoRA, lora_tensors
 from isotune.adapters.settings import Settings, check_rank
 from isotune.sites import Site
+
+
+class Sizes(NamedTuple):
+    """What every one of these adapters is told."""
+
+    n_out: int
+    n_in: int
+    rank: int
+    scale: float
+    dropout: float
 
 
 class PrincipalSettings(Settings):
@@ -53,10 +63,10 @@ class PrincipalSettings(Settings):
     def shell(self, site: Site) -> Principal:
         """The adapter before the decomposition, all zeros."""
 
-    def common(self, site: Site) -> tuple[int, int, int, float, float]:
-        """The first arguments of every adapter: out, in, r, s, dropout. Raises OptionError for too large a rank."""
+    def sizes(self, site: Site) -> Sizes:
+        """Those at a site. Raises OptionError where the rank is larger than the layer."""
         check_rank(self.rank, min(site.in_features, site.out_features), "its smaller side")
-        return site.out_features, site.in_features, self.rank, self.scale, self.dropout
+        return Sizes(site.out_features, site.in_features, self.rank, self.scale, self.dropout)
 
     def build(self, site: Site, generator: torch.Generator) -> Principal:
         adapter = self.shell(site)
@@ -91,12 +101,13 @@ class Principal(LowRank):
     A0: Tensor
     B0: Tensor
 
-    def __init__(self, n_out: int, n_in: int, rank: int, scale: float, dropout: float) -> None:
-        super().__init__(dropout)
-        self.A, self.B = nn.Parameter(torch.zeros(rank, n_in)), nn.Parameter(torch.zeros(n_out, rank))
-        self.register_buffer("A0", torch.zeros(rank, n_in))
-        self.register_buffer("B0", torch.zeros(n_out, rank))
-        self.scale = scale
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes.dropout)
+        A, B = torch.zeros(sizes.rank, sizes.n_in), torch.zeros(sizes.n_out, sizes.rank)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_buffer("A0", A.clone())
+        self.register_buffer("B0", B.clone())
+        self.scale = sizes.scale
 
     @abstractmethod
     def start_from(self, W: Tensor, generator: torch.Generator | None = None) -> None:
