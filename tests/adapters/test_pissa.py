@@ -18,7 +18,7 @@ import isotune
 from isotune.adapters.spectral.pissa import PiSSA
 from isotune.errors import OptionError
 from isotune.sites import require_site
-from spectral import build, linear, peft_adapt, peft_load, peft_save, started
+from spectral import build, gpt2, linear, peft_adapt, peft_load, peft_save, started
 from support import STORIES, adapted, assert_same_output, minilm, move, output, stories
 
 ATTENTION = ["q_proj", "o_proj", "down_proj"]
@@ -166,6 +166,35 @@ def test_isotune_loads_what_peft_saves_of_minilm(tmp_path: Path) -> None:
     theirs = peft_adapt(minilm(), config)
     loaded = isotune.load(minilm(), peft_save(theirs, tmp_path)).eval()
     assert_same_output(output(loaded), output(theirs))
+
+
+def test_gpt2s_transposed_layers_go_both_ways(tmp_path: Path) -> None:
+    targets = ["c_attn", "c_proj"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=targets, fan_in_fan_out=True
+    )
+    theirs = peft_adapt(gpt2(), config)
+    loaded = isotune.load(gpt2(), peft_save(theirs, tmp_path / "theirs")).eval()
+    assert_same_output(output(loaded), output(theirs))
+    model = adapted(gpt2(), PiSSA(rank=4, alpha=6), targets)
+    isotune.save(model, tmp_path / "ours")
+    assert_same_output(output(peft_load(gpt2(), tmp_path / "ours")), output(model))
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora", "sorsa", "corda"])
+def test_convolutions_and_embeddings_are_plain_loras_to_peft(method: str, tmp_path: Path) -> None:
+    def convolution() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+
+    x = torch.randn(2, 3, 9, 9)
+    model = adapted(convolution(), isotune.method(method, rank=2), ["0", "2"])
+    isotune.save(model, tmp_path / "convolution")
+    assert_same_output(peft_load(convolution(), tmp_path / "convolution")(x), model(x))
+    if method != "corda":
+        model = adapted(minilm(), isotune.method(method, rank=2), ["position_embeddings"], size=0.01)
+        isotune.save(model, tmp_path / "embedding")
+        assert_same_output(output(peft_load(minilm(), tmp_path / "embedding")), output(model))
 
 
 def test_peft_does_not_repeat_its_own_randomised_start_and_isotune_comes_no_less_near(tmp_path: Path) -> None:

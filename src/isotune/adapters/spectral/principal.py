@@ -40,7 +40,7 @@ class PrincipalSettings(Settings):
     """The options that these methods have in common."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 5e-4
     formula: ClassVar[str] = "rank * (n_in + n_out)"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "the start is a decomposition of W, which is the same for every seed"

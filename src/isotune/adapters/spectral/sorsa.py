@@ -29,6 +29,7 @@ class SORSA(PrincipalSettings):
     """W' = W + s (B diag(σ) A - B0 diag(σ0) A0): the largest singular triplets, trained and kept orthonormal."""
 
     name: ClassVar[str] = "sorsa"
+    learning_rate: ClassVar[float] = 2e-4
     formula: ClassVar[str] = "rank * (n_in + n_out + 1)"
     own_tensors: ClassVar[frozenset[str]] = frozenset({"lora_B_trained", "lora_sigma"})
 
