@@ -37,8 +37,9 @@ class CorDA(PrincipalSettings):
     # An embedding's inputs are one-hot rows, whose covariance is as large as the vocabulary is wide, squared.
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
 
-    mode: Mode = Field("ipm", description="Train the largest components of task data (ipm), or the smallest of "
-                       "data to be remembered (kpm).")  # fmt: skip
+    mode: Mode = Field(
+        "ipm", description="Train the largest components of task data (ipm), or the smallest of data to keep (kpm)."
+    )
     sigma_fuse: Fuse = Field("UV", description="Where the singular values go: half to each side, all to B (U), or A.")
     damping: float = Field(0.01, gt=0, le=1, description="Multiple of its mean variance added to the covariance.")
 

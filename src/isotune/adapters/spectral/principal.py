@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from isotune.adapters.contract import LowRank, check_tensors
 from isotune.adapters.low_rank.lora import LoRA, lora_tensors
 from isotune.adapters.settings import Settings, check_rank
+from isotune.errors import OptionError
 from isotune.sites import Site
 
 
@@ -69,8 +70,10 @@ class PrincipalSettings(Settings):
         return Sizes(site.out_features, site.in_features, self.rank, self.scale, self.dropout)
 
     def build(self, site: Site, generator: torch.Generator) -> Principal:
-        adapter = self.shell(site)
-        adapter.start_from(site.weight, generator)
+        adapter, W = self.shell(site), site.weight
+        if not W.isfinite().all():
+            raise OptionError(f"{self.name} decomposes the weight, and this one holds values that are not finite")
+        adapter.start_from(W, generator)
         return adapter
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
@@ -92,7 +95,7 @@ class PrincipalSettings(Settings):
     def from_peft_config(cls, config: dict[str, Any], path: str) -> PrincipalSettings:
         # Everything but the start is as in plain LoRA.
         plain = LoRA.from_peft_config({**config, "init_lora_weights": True}, path)
-        return cls(**plain.model_dump())
+        return cls(rank=plain.rank, alpha=plain.alpha, rslora=plain.rslora, dropout=plain.dropout)
 
 
 class Principal(LowRank):
