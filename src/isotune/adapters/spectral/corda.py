@@ -24,7 +24,7 @@ from torch import Tensor
 
 from isotune.adapters.spectral.principal import Principal, PrincipalSettings, Sizes
 from isotune.errors import IsotuneError, OptionError
-from isotune.linalg.principal import Fuse, context_triplets, fused, singular_triplets
+from isotune.linalg.triplets import Fuse, context_triplets, fused, singular_triplets
 from isotune.sites import Site
 
 Mode = Literal["ipm", "kpm"]

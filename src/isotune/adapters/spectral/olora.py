@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isotune.adapters.spectral.principal import PrincipalOfPEFT, PrincipalSettings
-from isotune.linalg.principal import leading_qr
+from isotune.linalg.triplets import leading_qr
 from isotune.sites import Site
 
 

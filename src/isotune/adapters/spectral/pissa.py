@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from isotune.adapters.spectral.principal import PrincipalOfPEFT, PrincipalSettings, Sizes
-from isotune.linalg.principal import fused, random_triplets, singular_triplets
+from isotune.linalg.triplets import fused, random_triplets, singular_triplets
 from isotune.sites import Site
 
 

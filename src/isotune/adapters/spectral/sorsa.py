@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import check_tensors
 from isotune.adapters.spectral.principal import Principal, PrincipalSettings, Sizes
-from isotune.linalg.principal import orthonormality_error, singular_triplets
+from isotune.linalg.triplets import orthonormality_error, singular_triplets
 from isotune.sites import Site
 
 
