@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from torch import Tensor, nn
 
 from isotune import Settings
@@ -29,6 +30,13 @@ def linear(n_in: int = 12, n_out: int = 9) -> nn.Linear:
 def started(adapter: Any) -> Tensor:
     """The part of W that is trained, s B0 A0."""
     return adapter.scale * adapter.B0 @ adapter.A0
+
+
+def gpt2() -> Any:
+    """A tiny GPT-2, whose layers keep their weights transposed."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)
+    return transformers.GPT2LMHeadModel(config).eval()
 
 
 def peft_adapt(model: nn.Module, config: peft.PeftConfig, size: float = 0.02) -> Any:

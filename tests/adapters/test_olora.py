@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
@@ -18,7 +16,7 @@ from torch import nn
 import isotune
 from isotune.adapters.spectral.olora import OLoRA
 from laws.layers import drawn_layer
-from spectral import build, linear, peft_adapt, peft_save, started
+from spectral import build, gpt2, linear, peft_adapt, peft_save, started
 from support import assert_same_output, minilm, output, stories
 
 
@@ -56,12 +54,6 @@ def test_isotune_loads_what_peft_saves(
         loaded = isotune.load(base(), folder).eval()
         assert_same_output(output(loaded), output(theirs))
         assert isotune.describe(loaded)[0].method == "olora"
-
-
-def gpt2() -> Any:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)
-    return transformers.GPT2LMHeadModel(config).eval()
 
 
 def test_peft_starts_gpt2_from_another_model_and_isotune_does_not_but_follows_its_folders(tmp_path: Path) -> None:

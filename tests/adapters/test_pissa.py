@@ -18,8 +18,8 @@ import isotune
 from isotune.adapters.spectral.pissa import PiSSA
 from isotune.errors import OptionError
 from isotune.sites import require_site
-from spectral import build, linear, peft_adapt, peft_load, peft_save, started
-from support import adapted, assert_same_output, minilm, move, output, stories
+from spectral import build, gpt2, linear, peft_adapt, peft_load, peft_save, started
+from support import STORIES, adapted, assert_same_output, minilm, move, output, stories
 
 ATTENTION = ["q_proj", "o_proj", "down_proj"]
 STARTS = {
@@ -122,6 +122,14 @@ def test_a_rank_larger_than_the_layer_is_refused(method: str) -> None:
         build(settings, linear())
 
 
+@every_start
+def test_a_weight_with_values_that_are_not_finite_is_refused_by_name(method: str) -> None:
+    model = nn.Sequential(linear())
+    model[0].weight.data[1, 2] = float("nan")
+    with pytest.raises(OptionError, match="at '0': .* decomposes the weight, and this one holds values that are not"):
+        isotune.adapt(model, STARTS[method], ["0"])
+
+
 @profile(max_examples=5)
 @given(
     st.integers(1, 8),
@@ -147,6 +155,14 @@ def test_isotune_loads_what_peft_saves(
     assert_same_output(output(peft_load(stories(), folder / "again")), output(theirs))
 
 
+def test_pefts_folder_exports_as_a_lora_over_the_untouched_base(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=ATTENTION)
+    theirs = peft_adapt(stories(), config)
+    folder = peft_save(theirs, tmp_path / "theirs")
+    assert isotune.export_lora(folder, tmp_path / "lora", base=STORIES).residual < 1e-6
+    assert_same_output(output(peft_load(stories(), tmp_path / "lora")), output(theirs))
+
+
 def where(targets: set[str]) -> str:
     return "mlp.up_proj" if targets == {"up_proj"} else f"self_attn.{min(targets - {'up_proj'})}"
 
@@ -158,6 +174,35 @@ def test_isotune_loads_what_peft_saves_of_minilm(tmp_path: Path) -> None:
     theirs = peft_adapt(minilm(), config)
     loaded = isotune.load(minilm(), peft_save(theirs, tmp_path)).eval()
     assert_same_output(output(loaded), output(theirs))
+
+
+def test_gpt2s_transposed_layers_go_both_ways(tmp_path: Path) -> None:
+    targets = ["c_attn", "c_proj"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=targets, fan_in_fan_out=True
+    )
+    theirs = peft_adapt(gpt2(), config)
+    loaded = isotune.load(gpt2(), peft_save(theirs, tmp_path / "theirs")).eval()
+    assert_same_output(output(loaded), output(theirs))
+    model = adapted(gpt2(), PiSSA(rank=4, alpha=6), targets)
+    isotune.save(model, tmp_path / "ours")
+    assert_same_output(output(peft_load(gpt2(), tmp_path / "ours")), output(model))
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora", "sorsa", "corda"])
+def test_convolutions_and_embeddings_are_plain_loras_to_peft(method: str, tmp_path: Path) -> None:
+    def convolution() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+
+    x = torch.randn(2, 3, 9, 9)
+    model = adapted(convolution(), isotune.method(method, rank=2), ["0", "2"])
+    isotune.save(model, tmp_path / "convolution")
+    assert_same_output(peft_load(convolution(), tmp_path / "convolution")(x), model(x))
+    if method != "corda":
+        model = adapted(minilm(), isotune.method(method, rank=2), ["position_embeddings"], size=0.01)
+        isotune.save(model, tmp_path / "embedding")
+        assert_same_output(output(peft_load(minilm(), tmp_path / "embedding")), output(model))
 
 
 def test_peft_does_not_repeat_its_own_randomised_start_and_isotune_comes_no_less_near(tmp_path: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 import isotune
 from isotune.adapters.spectral.sorsa import SORSA
+from isotune.checkpoint.export_peft import export_peft
 from isotune.sites import require_site
 from laws.layers import drawn_layer, input_for
-from spectral import build, linear
+from spectral import build, linear, peft_load
+from support import adapted, assert_same_output, output, stories
 
 
 @given(drawn_layer("linear"), st.integers(1, 4), st.sampled_from([None, 3.0]))
@@ -71,3 +76,21 @@ def test_the_parameters_are_r_in_plus_r_out_plus_r() -> None:
     adapter = build(SORSA(rank=3), linear())
     assert sum(p.numel() for p in adapter.parameters()) == 3 * (12 + 9 + 1)
     assert {name for name, _ in adapter.named_parameters()} == {"A", "B", "sigma"}
+
+
+def test_export_to_peft_leaves_out_what_only_training_needs(tmp_path: Path) -> None:
+    model = adapted(stories(), SORSA(rank=2), ["q_proj"], size=0.02)
+    isotune.save(model, tmp_path / "ours")
+    found = load_file(export_peft(tmp_path / "ours", tmp_path / "peft") / "adapter_model.safetensors")
+    assert {name.rpartition("q_proj.")[2] for name in found} == {"lora_A.weight", "lora_B.weight"}
+    assert_same_output(output(peft_load(stories(), tmp_path / "peft")), output(model))
+
+
+@pytest.mark.parametrize("name", ["lora_B_trained", "lora_sigma", "lora_A.weight"])
+def test_a_missing_tensor_is_named(name: str) -> None:
+    layer = linear()
+    adapter, site = build(SORSA(rank=2), layer), require_site(layer, "")
+    state = adapter.peft_state(site)
+    del state[name]
+    with pytest.raises(KeyError, match=f"missing {name}"):
+        adapter.load_peft_state(state, site)

@@ -22,9 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from isotune.adapters.spectral.principal import Principal, PrincipalSettings
+from isotune.adapters.spectral.principal import Principal, PrincipalSettings, Sizes
 from isotune.errors import IsotuneError, OptionError
-from isotune.linalg.principal import Fuse, context_triplets, fused, singular_triplets
+from isotune.linalg.triplets import Fuse, context_triplets, fused, singular_triplets
 from isotune.sites import Site
 
 Mode = Literal["ipm", "kpm"]
@@ -37,13 +37,14 @@ class CorDA(PrincipalSettings):
     # An embedding's inputs are one-hot rows, whose covariance is as large as the vocabulary is wide, squared.
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
 
-    mode: Mode = Field("ipm", description="Train the largest components of task data (ipm), or the smallest of "
-                       "data to be remembered (kpm).")  # fmt: skip
+    mode: Mode = Field(
+        "ipm", description="Train the largest components of task data (ipm), or the smallest of data to keep (kpm)."
+    )
     sigma_fuse: Fuse = Field("UV", description="Where the singular values go: half to each side, all to B (U), or A.")
     damping: float = Field(0.01, gt=0, le=1, description="Multiple of its mean variance added to the covariance.")
 
     def shell(self, site: Site) -> CorDAAdapter:
-        return CorDAAdapter(*self.common(site), self.mode == "kpm", self.sigma_fuse, self.damping)
+        return CorDAAdapter(self.sizes(site), self.mode == "kpm", self.sigma_fuse, self.damping)
 
     @classmethod
     def claims_peft_config(cls, config: dict[str, Any]) -> bool:
@@ -63,18 +64,8 @@ class CorDAAdapter(Principal):
 
     method: ClassVar[str] = "corda"
 
-    def __init__(
-        self,
-        n_out: int,
-        n_in: int,
-        rank: int,
-        scale: float,
-        dropout: float,
-        smallest: bool = False,
-        fuse: Fuse = "UV",
-        damping: float = 0.01,
-    ) -> None:
-        super().__init__(n_out, n_in, rank, scale, dropout)
+    def __init__(self, sizes: Sizes, smallest: bool = False, fuse: Fuse = "UV", damping: float = 0.01) -> None:
+        super().__init__(sizes)
         self.smallest, self.fuse, self.damping = smallest, fuse, damping
 
     def start_from(self, W: Tensor, generator: torch.Generator | None = None) -> None:

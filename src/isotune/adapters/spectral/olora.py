@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isotune.adapters.spectral.principal import PrincipalOfPEFT, PrincipalSettings
-from isotune.linalg.principal import leading_qr
+from isotune.linalg.triplets import leading_qr
 from isotune.sites import Site
 
 
@@ -27,7 +27,7 @@ class OLoRA(PrincipalSettings):
     name: ClassVar[str] = "olora"
 
     def shell(self, site: Site) -> OLoRAAdapter:
-        return OLoRAAdapter(*self.common(site))
+        return OLoRAAdapter(self.sizes(site))
 
     @classmethod
     def claims_peft_config(cls, config: dict[str, Any]) -> bool:

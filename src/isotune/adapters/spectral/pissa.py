@@ -19,8 +19,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from isotune.adapters.spectral.principal import PrincipalOfPEFT, PrincipalSettings
-from isotune.linalg.principal import fused, random_triplets, singular_triplets
+from isotune.adapters.spectral.principal import PrincipalOfPEFT, PrincipalSettings, Sizes
+from isotune.linalg.triplets import fused, random_triplets, singular_triplets
 from isotune.sites import Site
 
 
@@ -34,7 +34,7 @@ class PiSSA(PrincipalSettings):
     )
 
     def shell(self, site: Site) -> PiSSAAdapter:
-        return PiSSAAdapter(*self.common(site), self.niter)
+        return PiSSAAdapter(self.sizes(site), self.niter)
 
     @classmethod
     def claims_peft_config(cls, config: dict[str, Any]) -> bool:
@@ -54,10 +54,8 @@ class PiSSAAdapter(PrincipalOfPEFT):
 
     method: ClassVar[str] = "pissa"
 
-    def __init__(
-        self, n_out: int, n_in: int, rank: int, scale: float, dropout: float, niter: int | None = None
-    ) -> None:
-        super().__init__(n_out, n_in, rank, scale, dropout)
+    def __init__(self, sizes: Sizes, niter: int | None = None) -> None:
+        super().__init__(sizes)
         self.niter = niter
 
     def start_from(self, W: Tensor, generator: torch.Generator | None = None) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -23,14 +23,25 @@ from torch import Tensor, nn
 from isotune.adapters.contract import LowRank, check_tensors
 from isotune.adapters.low_rank.lora import LoRA, lora_tensors
 from isotune.adapters.settings import Settings, check_rank
+from isotune.errors import OptionError
 from isotune.sites import Site
+
+
+class Sizes(NamedTuple):
+    """What every one of these adapters is told."""
+
+    n_out: int
+    n_in: int
+    rank: int
+    scale: float
+    dropout: float
 
 
 class PrincipalSettings(Settings):
     """The options that these methods have in common."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 5e-4
     formula: ClassVar[str] = "rank * (n_in + n_out)"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "the start is a decomposition of W, which is the same for every seed"
@@ -53,14 +64,16 @@ class PrincipalSettings(Settings):
     def shell(self, site: Site) -> Principal:
         """The adapter before the decomposition, all zeros."""
 
-    def common(self, site: Site) -> tuple[int, int, int, float, float]:
-        """The first arguments of every adapter: out, in, r, s, dropout. Raises OptionError for too large a rank."""
+    def sizes(self, site: Site) -> Sizes:
+        """Those at a site. Raises OptionError where the rank is larger than the layer."""
         check_rank(self.rank, min(site.in_features, site.out_features), "its smaller side")
-        return site.out_features, site.in_features, self.rank, self.scale, self.dropout
+        return Sizes(site.out_features, site.in_features, self.rank, self.scale, self.dropout)
 
     def build(self, site: Site, generator: torch.Generator) -> Principal:
-        adapter = self.shell(site)
-        adapter.start_from(site.weight, generator)
+        adapter, W = self.shell(site), site.weight
+        if not W.isfinite().all():
+            raise OptionError(f"{self.name} decomposes the weight, and this one holds values that are not finite")
+        adapter.start_from(W, generator)
         return adapter
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
@@ -82,7 +95,7 @@ class PrincipalSettings(Settings):
     def from_peft_config(cls, config: dict[str, Any], path: str) -> PrincipalSettings:
         # Everything but the start is as in plain LoRA.
         plain = LoRA.from_peft_config({**config, "init_lora_weights": True}, path)
-        return cls(**plain.model_dump())
+        return cls(rank=plain.rank, alpha=plain.alpha, rslora=plain.rslora, dropout=plain.dropout)
 
 
 class Principal(LowRank):
@@ -91,12 +104,13 @@ class Principal(LowRank):
     A0: Tensor
     B0: Tensor
 
-    def __init__(self, n_out: int, n_in: int, rank: int, scale: float, dropout: float) -> None:
-        super().__init__(dropout)
-        self.A, self.B = nn.Parameter(torch.zeros(rank, n_in)), nn.Parameter(torch.zeros(n_out, rank))
-        self.register_buffer("A0", torch.zeros(rank, n_in))
-        self.register_buffer("B0", torch.zeros(n_out, rank))
-        self.scale = scale
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes.dropout)
+        A, B = torch.zeros(sizes.rank, sizes.n_in), torch.zeros(sizes.n_out, sizes.rank)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_buffer("A0", A.clone())
+        self.register_buffer("B0", B.clone())
+        self.scale = sizes.scale
 
     @abstractmethod
     def start_from(self, W: Tensor, generator: torch.Generator | None = None) -> None:

@@ -20,8 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import check_tensors
-from isotune.adapters.spectral.principal import Principal, PrincipalSettings
-from isotune.linalg.principal import orthonormality_error, singular_triplets
+from isotune.adapters.spectral.principal import Principal, PrincipalSettings, Sizes
+from isotune.linalg.triplets import orthonormality_error, singular_triplets
 from isotune.sites import Site
 
 
@@ -29,6 +29,7 @@ class SORSA(PrincipalSettings):
     """W' = W + s (B diag(σ) A - B0 diag(σ0) A0): the largest singular triplets, trained and kept orthonormal."""
 
     name: ClassVar[str] = "sorsa"
+    learning_rate: ClassVar[float] = 2e-4
     formula: ClassVar[str] = "rank * (n_in + n_out + 1)"
     own_tensors: ClassVar[frozenset[str]] = frozenset({"lora_B_trained", "lora_sigma"})
 
@@ -41,7 +42,7 @@ class SORSA(PrincipalSettings):
     squared: bool = Field(False, description="Square the penalty's norms, or not (paper).")
 
     def shell(self, site: Site) -> SORSAAdapter:
-        return SORSAAdapter(*self.common(site), self.gamma, self.squared)
+        return SORSAAdapter(self.sizes(site), self.gamma, self.squared)
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         return self.rank * (n_in + n_out + 1)
@@ -52,18 +53,9 @@ class SORSAAdapter(Principal):
 
     method: ClassVar[str] = "sorsa"
 
-    def __init__(
-        self,
-        n_out: int,
-        n_in: int,
-        rank: int,
-        scale: float,
-        dropout: float,
-        gamma: float = 0.0,
-        squared: bool = False,
-    ) -> None:
-        super().__init__(n_out, n_in, rank, scale, dropout)
-        self.sigma = nn.Parameter(torch.zeros(rank))
+    def __init__(self, sizes: Sizes, gamma: float = 0.0, squared: bool = False) -> None:
+        super().__init__(sizes)
+        self.sigma = nn.Parameter(torch.zeros(sizes.rank))
         self.gamma, self.squared = gamma, squared
 
     def start_from(self, W: Tensor, generator: torch.Generator | None = None) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isotune.linalg.principal import (
+from isotune.linalg.triplets import (
     context_triplets,
     fused,
     leading_qr,
