@@ -18,6 +18,7 @@ import isotune
 from isotune.adapters.low_rank.delora import DeLoRA
 from isotune.errors import OptionError
 from isotune.sites import require_site
+from packed import NibbleLinear, pack
 from peers import assert_both_ways, peft_adapt, peft_load
 from support import adapted, assert_same_output, minilm, move, output, stories
 
@@ -113,6 +114,16 @@ def test_layers_that_pefts_delora_does_not_adapt_are_saved_as_isotunes_own(tmp_p
     isotune.save(model, tmp_path)
     assert '"peft_type": "ISOTUNE_DELORA"' in (tmp_path / "adapter_config.json").read_text()
     assert "kind conv2d, which PEFT's DeLoRA does not adapt" in (tmp_path / "README.md").read_text()
+
+
+def test_stored_adapter_goes_on_a_packed_base_that_cannot_be_dequantised(tmp_path: Path) -> None:
+    model = adapted(stories(), DeLoRA(rank=2, boundary=1), "attention")
+    isotune.save(model, tmp_path)
+    packed = isotune.load(pack(stories(), NibbleLinear), tmp_path)
+    assert_same_output(output(packed), output(model), 0.3)
+    for name in ("A", "w_norm"):
+        ours, theirs = (getattr(m.model.layers[0].self_attn.q_proj.adapter("default"), name) for m in (model, packed))
+        assert torch.equal(ours, theirs)
 
 
 def test_rank_larger_than_the_smaller_side_is_refused() -> None:

@@ -16,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 import isotune
 from isotune.adapters.low_rank.dora import DoRA, DoRAAdapter
-from isotune.errors import OptionError
+from isotune.errors import OptionError, TargetError
 from isotune.sites import require_site
 from laws.suite import LAWS, check_law
+from packed import NibbleLinear, pack
 from peers import assert_both_ways, peft_adapt, peft_load
-from support import adapted, assert_same_output, minilm, move, output, stories
+from support import adapted, assert_same_output, minilm, move, output, stories, tokens
 
 LAYERS = {"linear": nn.Linear(7, 5), "conv1d": Conv1D(5, 7), "conv2d": nn.Conv2d(4, 6, 3, groups=2, padding=1),
           "embedding": nn.Embedding(9, 5)}  # fmt: skip
@@ -91,6 +92,34 @@ def test_scaling_is_kept_between_calls_of_inference_until_something_changes() ->
             torch.testing.assert_close(
                 adapter(x, site), site.forward_with(x, adapter.weight(site.weight), layer.bias)
             )
+
+
+def test_what_inference_mode_kept_does_not_get_in_the_way_of_training() -> None:
+    layer, x = nn.Linear(7, 5), torch.randn(4, 7)
+    adapter, site = build(layer, rank=2, detach_norm=False), require_site(layer, "")
+    with torch.inference_mode():
+        expected = adapter(x, site).clone()
+    y = adapter(x, site)
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in adapter.parameters())
+
+
+def test_base_that_can_be_dequantised_trains_and_one_that_cannot_is_refused() -> None:
+    model = isotune.adapt(pack(stories(), "torchao"), DoRA(rank=4), "all-linear", seed=0)
+    assert_same_output(output(model), output(pack(stories(), "torchao")))
+    batch = tokens(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with pytest.raises(TargetError, match=r"NibbleLinear \(64 -> 64\) is packed.*unquantised base"):
+        isotune.adapt(pack(stories(), NibbleLinear), DoRA(rank=4), "all-linear")
 
 
 @profile(max_examples=5)

@@ -202,7 +202,7 @@ def test_peft_zero_column_gives_nan_and_isotunes_does_not() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (peft.LoraConfig(r=4, lora_bias=True, target_modules=["query"]), "lora_bias=True"),
+        (peft.LoraConfig(r=4, init_lora_weights="mica", target_modules=["query"]), "init_lora_weights='mica'"),
         (peft.LoraConfig(r=4, bias="lora_only", target_modules=["query"]), "bias='lora_only'"),
         (
             peft.IA3Config(target_modules=["query"], feedforward_modules=[]),
