@@ -16,7 +16,8 @@ from torch import nn
 
 import isotune
 from isotune import HRA, LoRA, Settings
-from support import adapted, assert_same_output, minilm, move, output, stories, tokens
+from peers import peft_adapt, peft_load
+from support import adapted, assert_same_output, minilm, output, stories, tokens
 
 MODELS = {"minilm": minilm, "llama": stories}
 ATTENTION = {"minilm": ["query", "value"], "llama": ["q_proj", "o_proj", "down_proj"]}
@@ -32,20 +33,6 @@ METHODS = {
     "lora scaled": LoRA(rank=4, alpha=10),
     "rslora": LoRA(rank=4, alpha=10, rslora=True),
 }
-
-
-def peft_load(model: nn.Module, folder: Path) -> Any:
-    with warnings.catch_warnings():
-        # PEFT warns about odd ranks and about start values that the loaded tensors replace.
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(model, folder).eval()
-
-
-def peft_adapt(model: nn.Module, config: peft.PeftConfig, seed: int = 0) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        return move(peft.get_peft_model(model, config), seed)
 
 
 @on_both_models
@@ -215,7 +202,7 @@ def test_peft_zero_column_gives_nan_and_isotunes_does_not() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (peft.LoraConfig(r=4, use_dora=True, target_modules=["query"]), "use_dora=True"),
+        (peft.LoraConfig(r=4, init_lora_weights="mica", target_modules=["query"]), "init_lora_weights='mica'"),
         (peft.LoraConfig(r=4, bias="lora_only", target_modules=["query"]), "bias='lora_only'"),
         (
             peft.IA3Config(target_modules=["query"], feedforward_modules=[]),

@@ -12,7 +12,8 @@ import transformers
 from torch import nn
 
 import isotune
-from isotune import HRA, LoRA
+from isotune import HRA, LoRA, Settings
+from isotune.adapters.low_rank.dora import DoRA
 from support import adapted, assert_same_output, minilm, move, output
 
 TARGETS = ["c_attn", "c_proj"]
@@ -32,8 +33,9 @@ def gpt2(base: Path) -> nn.Module:
     return transformers.GPT2LMHeadModel.from_pretrained(base).eval()
 
 
-def test_lora_on_gpt2_goes_both_ways(base: Path, tmp_path: Path) -> None:
-    model = adapted(gpt2(base), LoRA(rank=4, alpha=6), TARGETS)
+@pytest.mark.parametrize("method", [LoRA(rank=4, alpha=6), DoRA(rank=4, alpha=6)], ids=lambda method: method.name)
+def test_lora_on_gpt2_goes_both_ways(method: Settings, base: Path, tmp_path: Path) -> None:
+    model = adapted(gpt2(base), method, TARGETS)
     isotune.save(model, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(gpt2(base), tmp_path / "ours").eval()
     assert_same_output(output(theirs), output(model))

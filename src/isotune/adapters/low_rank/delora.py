@@ -32,7 +32,7 @@ class DeLoRA(Settings):
 
     name: ClassVar[str] = "delora"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "rank * (n_in + n_out) + 1"
     peft_type: ClassVar[str | None] = "DELORA"
 
@@ -43,6 +43,11 @@ class DeLoRA(Settings):
     def build(self, site: Site, generator: torch.Generator) -> DeLoRAAdapter:
         columns = torch.linalg.vector_norm(at_least_fp32(site.weight), dim=0).cpu()
         return DeLoRAAdapter(*fresh_factors(site, self.rank, generator), self.boundary, columns, self.dropout)
+
+    def shell(self, site: Site) -> DeLoRAAdapter:
+        # The stored column lengths are about to come; W, which may be packed, is not asked for them.
+        factors = fresh_factors(site, self.rank, torch.Generator())
+        return DeLoRAAdapter(*factors, self.boundary, torch.zeros(site.in_features), self.dropout)
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         return self.rank * (n_in + n_out) + 1

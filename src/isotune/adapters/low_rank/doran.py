@@ -6,7 +6,7 @@ Paper: "DoRAN: Stabilizing Weight-Decomposed Low-Rank Adaptation via Noise Injec
 arXiv 2510.04331. Parameters: r (in + out) + out + 1, or + 2 out with one τ for each row. Cost: DoRA's.
 
 Two things are ours, for no code is public: τ = softplus(t), and its start. The paper also makes A and B by small
-networks that all layers share; that is left out, and A and B are each layer's own.
+networks that several layers share; that is left out: A and B are each layer's own.
 τ -> 0 is DoRA; for τ far above g the rows are no longer normalised: W' = diag(m / τ) (W + s B A). A zero row of W,
 which DoRA cannot bring back, trains like any other.
 """

@@ -50,18 +50,19 @@ class RowScaledAdapter(Adapter):
         return self.scaling(norms)[:, None].to(V.dtype) * V
 
     def _scaling_at(self, site: Site) -> Tensor:
-        if isinstance(site, AdaptedSite) or transformed():
-            return self._fresh_scaling(site, row_squares(at_least_fp32(site.weight)))
+        if torch.is_grad_enabled() or isinstance(site, AdaptedSite) or transformed():
+            return self._fresh_scaling(site)
         frozen = () if site.packed else (site.layer.weight,)
-        squares = self._squares.get(frozen, lambda: row_squares(at_least_fp32(site.weight)))
-        if torch.is_grad_enabled():
-            return self._fresh_scaling(site, squares)
-        return self._scaling.get((*self.parameters(), *frozen), lambda: self._fresh_scaling(site, squares))
+        return self._scaling.get((*self.parameters(), *frozen), lambda: self._fresh_scaling(site))
 
-    def _fresh_scaling(self, site: Site, squares: Tensor) -> Tensor:
+    def _fresh_scaling(self, site: Site) -> Tensor:
         W = at_least_fp32(site.weight)
-        tensors = (W, *(t.to(W.dtype) for t in self.product.change()), squares)
+        if site.packed or isinstance(site, AdaptedSite) or transformed():
+            squares = row_squares(W)
+        else:
+            squares = self._squares.get((site.layer.weight,), lambda: row_squares(W))
+        B, A = (t.to(W.dtype) for t in self.product.change())
         with without_autocast(W):
             if self.detach_norm:
-                tensors = tuple(t.detach() for t in tensors)
-            return self.scaling(safe_norms(row_squares_of_sum(*tensors), tensors[-1]))
+                W, B, A, squares = W.detach(), B.detach(), A.detach(), squares.detach()
+            return self.scaling(safe_norms(row_squares_of_sum(W, B, A, squares), squares))
