@@ -39,7 +39,9 @@ class LoLDU(Settings):
         "seeds_decide_the_start": "it starts from the weight's own decomposition; nothing is drawn"
     }
 
-    rank: int = Field(32, gt=0, description="Number of pivots trained; the rank of W' - W.")
+    rank: int = Field(
+        16, gt=0, description="Number of pivots trained; the rank of W' - W. The paper takes several hundred."
+    )
     alpha: float = Field(8.0, gt=0, description="Numerator of the scalar's start, alpha / rank.")
     start: Start = Field(
         "lu",
