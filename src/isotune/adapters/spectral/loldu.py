@@ -33,7 +33,7 @@ class LoLDU(Settings):
 
     name: ClassVar[str] = "loldu"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank + 1"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "it starts from the weight's own decomposition; nothing is drawn"
