@@ -153,9 +153,12 @@ def test_what_rests_keeps_its_bits_whatever_momentum_the_optimizer_has() -> None
 
 
 def test_locations_stay_within_the_spectrum() -> None:
-    adapter = build(loca(n_frequency=2, **LEARNED), linear())
+    layer = linear()
+    adapter = build(loca(n_frequency=2, **LEARNED), layer)
     adapter.locations.data.copy_(torch.tensor([[-0.4, 0.5], [0.5, 1.7]]))
+    outside = adapter.weight(layer.weight)
     steps(adapter, 1)
+    assert torch.equal(adapter.weight(layer.weight), outside)
     assert adapter.locations.tolist() == [[0.0, 0.5], [0.5, 1.0]]
 
 

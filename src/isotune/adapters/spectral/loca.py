@@ -146,11 +146,11 @@ class LoCAAdapter(SparseSpectrum):
 
 
 class _Rounded(Node):
-    """`round(θ last)`; the gradient passes, clamped to [-1, 1] for each location."""
+    """`round(θ last)`, within 0 ... last; the gradient passes, clamped to [-1, 1] for each location."""
 
     @staticmethod
     def forward(locations: Tensor, last: int) -> Tensor:
-        return (locations * last).round()
+        return (locations.clamp(0, 1) * last).round()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
