@@ -8,6 +8,7 @@ by `ring_matrix`. Source: Zhao et al., "Tensor Ring Decomposition", 2016, arXiv 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ def _primes(n: int) -> list[int]:
 
 
 def ring_rows(x: Tensor, cores: Sequence[Tensor], transpose: bool = False) -> Tensor:
-    """`x Tᵀ`, or `x T`, for rows x (n, d) and D cores: about 2 n d r³ Σ I_d flops, and n d r² numbers for each core.
+    """`x Tᵀ`, or `x T`, for rows x (n, d) and D cores: at most 2 n d r³ Σ I_d flops, and n d r² numbers a core.
 
     The digits of x are exchanged one after another, from the first, while both open ends of the ring are carried.
     """
@@ -52,11 +53,9 @@ def ring_rows(x: Tensor, cores: Sequence[Tensor], transpose: bool = False) -> Te
 
 
 def ring_flops(cores: Sequence[Tensor]) -> int:
-    """Flops of `ring_rows` for one row and square cores."""
-    d, r = 1, cores[0].shape[-1]
-    for core in cores:
-        d *= core.shape[0]
-    return 2 * d * r**2 * sum(core.shape[0] * (1 if core is cores[0] else r) for core in cores)
+    """Flops of `ring_rows` for one row and D >= 2 square cores: an inner core is met by both open ends."""
+    sizes, r = [core.shape[0] for core in cores], cores[0].shape[-1]
+    return 2 * math.prod(sizes) * r**2 * (sizes[0] + sizes[-1] + r * sum(sizes[1:-1]))
 
 
 def ring_products(cores: Sequence[Tensor]) -> Tensor:

@@ -100,21 +100,21 @@ class LoCAAdapter(SparseSpectrum):
         self.phase: Phase = "coefficients"
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        last = self.locations.new_tensor([side - 1 for side in self.size])[:, None]
-        if self.phase == "coefficients":
-            rows, cols = (self.locations.detach() * last).round().long()
+        learned, (n_out, n_in) = self.phase == "locations", self.size
+        y, x = self.locations if learned else self.locations.detach()
+        y, x = _Rounded.run(y, n_out - 1), _Rounded.run(x, n_in - 1)
+        rows, cols = y.long(), x.long()
+        if not learned:
             return rows, cols, self.coefficients
-        a = self.coefficients.detach()
-        places = _Rounded.run(self.locations, last)
-        rows, cols = places.long()
         # Zeros, whose gradient at each place is that of half the difference between its neighbours.
-        d_row, d_col = a * (places - places.detach()) / 2
-        down, up = (rows + 1).clamp(max=self.size[0] - 1), (rows - 1).clamp(min=0)
-        right, left = (cols + 1).clamp(max=self.size[1] - 1), (cols - 1).clamp(min=0)
+        a = self.coefficients.detach()
+        dy, dx = a * (y - y.detach()) / 2, a * (x - x.detach()) / 2
+        down, up = (rows + 1).clamp(max=n_out - 1), (rows - 1).clamp(min=0)
+        right, left = (cols + 1).clamp(max=n_in - 1), (cols - 1).clamp(min=0)
         return (
             torch.cat([rows, down, up, rows, rows]),
             torch.cat([cols, cols, cols, right, left]),
-            torch.cat([a, d_row, -d_row, d_col, -d_col]),
+            torch.cat([a, dy, -dy, dx, -dx]),
         )
 
     def dense_change(self, shape: tuple[int, int]) -> Tensor:
@@ -130,9 +130,9 @@ class LoCAAdapter(SparseSpectrum):
 
     def after_step(self) -> None:
         """Count the step, choose what the next one trains, and keep θ within [0, 1]."""
-        self._resume(self._done + 1)
-        self.steps.fill_(self._done)
         if self.location_steps:
+            self._resume(self._done + 1)
+            self.steps.fill_(self._done)
             self.locations.data.clamp_(0, 1)
 
     def _resume(self, done: int) -> None:
@@ -146,17 +146,16 @@ class LoCAAdapter(SparseSpectrum):
 
 
 class _Rounded(Node):
-    """`round(θ last)`; the gradient passes, clamped to [-1, 1] for each location."""
+    """`round(θ last)`, within 0 ... last; the gradient passes, clamped to [-1, 1] for each location."""
 
     @staticmethod
-    def forward(locations: Tensor, last: Tensor) -> Tensor:
-        return (locations * last).round()
+    def forward(locations: Tensor, last: int) -> Tensor:
+        return (locations.clamp(0, 1) * last).round()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[1])
+        ctx.last = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (last,) = ctx.saved_tensors
-        return g.clamp(-1, 1) * last, None
+        return g.clamp(-1, 1) * ctx.last, None

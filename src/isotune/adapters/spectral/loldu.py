@@ -33,13 +33,15 @@ class LoLDU(Settings):
 
     name: ClassVar[str] = "loldu"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank + 1"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "it starts from the weight's own decomposition; nothing is drawn"
     }
 
-    rank: int = Field(32, gt=0, description="Number of pivots trained; the rank of W' - W.")
+    rank: int = Field(
+        16, gt=0, description="Number of pivots trained; the rank of W' - W. The paper takes several hundred."
+    )
     alpha: float = Field(8.0, gt=0, description="Numerator of the scalar's start, alpha / rank.")
     start: Start = Field(
         "lu",
