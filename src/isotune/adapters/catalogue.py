@@ -12,7 +12,7 @@ from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.adapters.shared import Shared
 from isotune.sites import AdaptedSite, Site, require_site
 
-_IN, _OUT = 192, 128
+_IN, _OUT = 384, 320
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MethodInfo:
     identity_at_start: bool
     """Whether a fresh adapter leaves the output as it was (to 1e-5)."""
     lora_rank: str | None
-    """The rank of its exact LoRA form, None where it has none."""
+    """The rank of its exact LoRA form, None where it has none; "full" for that of the layer's smaller side."""
     peft: bool
     """Whether PEFT loads it."""
     learning_rate: float
@@ -89,5 +89,7 @@ def _in_peft(settings: Settings) -> bool:
 
 
 def _rank_in_words(rank: int, settings: Settings) -> str:
+    if rank == min(_IN, _OUT):
+        return "full"
     own = getattr(settings, "rank", None)
     return f"{rank // own} rank" if own and rank % own == 0 and rank != own else "rank" if rank == own else str(rank)

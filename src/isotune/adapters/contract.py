@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.shared import Shared
 from isotune.errors import IsotuneError
+from isotune.linalg.low_rank import at_most_full_rank
 from isotune.linalg.thin import thin_add, thin_linear
 from isotune.sites import Site
 
@@ -144,7 +145,7 @@ class LowRank(Adapter):
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         B, A = self.change()
-        return B.to(W.dtype), A.to(W.dtype)
+        return at_most_full_rank(B.to(W.dtype), A.to(W.dtype))
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         # Indices into an embedding have no features to drop.

@@ -89,7 +89,7 @@ class IA3Adapter(Adapter):
 
     def _scaled(self, v: Tensor, site: Site) -> Tensor:
         """`l ∘ v`, in v's dtype, for the features of v."""
-        # As v + (l - 1) v: half precision has no numbers close enough to one to hold l itself.
+        # As v + (l - 1) v: half precision holds l, a number close to one, too coarsely.
         change = (self.l - 1).to(v.dtype)
         return torch.addcmul(v, v, change[:, None, None] if site.kind == "conv2d" else change)
 

@@ -50,6 +50,14 @@ class LoRA(Settings):
         if site.kind == "embedding":
             # One row of A belongs to each token, so it starts at zero and B carries the randomness (as in PEFT).
             A, B = torch.zeros_like(A), torch.randn(B.shape, generator=generator)
+        return self._adapter(A, B)
+
+    def shell(self, site: Site) -> LoRAAdapter:
+        # A file may hold a layer padded with zeros to the rank of larger ones: no start to make, but one to read.
+        check_rank(self.rank, site.in_features + site.out_features, "the sum of its sides")
+        return self._adapter(torch.zeros(self.rank, site.in_features), torch.zeros(site.out_features, self.rank))
+
+    def _adapter(self, A: Tensor, B: Tensor) -> LoRAAdapter:
         scale = self.resolved_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         return LoRAAdapter(A, B, scale, self.dropout)
 

@@ -46,7 +46,9 @@ class RandLoRA(Settings):
     alpha: float | None = Field(None, gt=0, description="Scaling numerator; the default is 20 rank.")
     over_root: bool = Field(False, description="Scale by alpha / (rank √n), as the authors' code, not alpha / rank.")
     bases: Literal["uniform", "sparse", "very sparse"] = Field(
-        "uniform", description="Entries of the bases: uniform; or -1, 0 and 1, with 2/3 of them, or more, zero."
+        "uniform",
+        description="Entries of the bases: uniform; -1, 0 and 1 with 2/3 zero; or with all but 1/√m zero, where a "
+        "small rank leaves some inputs (or outputs) unchanged.",
     )
     legacy_pairing: bool = Field(False, description="Pair the bases as the authors' code and PEFT do.")
     projection_seed: int = Field(0, ge=0, lt=2**32, description="Seed of the random bases.")
