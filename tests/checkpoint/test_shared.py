@@ -119,7 +119,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         lambda t, h: [t.pop("base_model.vera_A"), t.pop("base_model.vera_B")],
         "is incomplete: what vera shares among all layers is missing",
     ),
-    "one missing": (lambda t, h: t.pop("base_model.vera_A"), "what it shares: vera_A"),
+    "one missing": (lambda t, h: t.pop("base_model.vera_A"), "what it shares: missing vera_A"),
     "too small": (
         lambda t, h: t.update({"base_model.vera_A": torch.zeros(6, 100)}),
         r"down_proj', what it shares: vera_A has shape \(6, 100\), expected \(6, 172\)",

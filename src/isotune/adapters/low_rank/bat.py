@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, autocast, check_tensors
+from isotune.adapters.contract import Adapter, autocast
 from isotune.adapters.settings import Settings, other_kind, same_settings
 from isotune.errors import OptionError
 from isotune.linalg.shards import block_affine, block_affine_rows
@@ -95,7 +95,3 @@ class BATAdapter(Adapter):
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         return {"miss_block": self.block.detach()}
-
-    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
-        check_tensors(tensors, {"miss_block": tuple(self.block.shape)})
-        self.block.detach().copy_(tensors["miss_block"])

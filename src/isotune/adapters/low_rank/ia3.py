@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, Side, check_tensors
+from isotune.adapters.contract import Adapter, Side
 from isotune.adapters.settings import NotInPEFTError, Settings, other_kind
 from isotune.errors import OptionError
 from isotune.sites import Site
@@ -103,11 +103,6 @@ class IA3Adapter(Adapter):
         column = site.kind != "conv2d" and self.side == "out"
         shape = (-1, 1) if column else (1, -1, 1, 1) if site.kind == "conv2d" else (1, -1)
         return {"ia3_l": self.l.detach().view(shape)}
-
-    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
-        own = self.peft_state(site)["ia3_l"]
-        check_tensors(tensors, {"ia3_l": tuple(own.shape)})
-        own.copy_(tensors["ia3_l"])  # a view of l
 
 
 def _is_feedforward(config: dict[str, Any], path: str) -> bool:
