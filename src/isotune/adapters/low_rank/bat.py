@@ -33,7 +33,7 @@ class BAT(Settings):
 
     name: ClassVar[str] = "bat"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "rank * n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "B starts at zero; nothing is drawn"}
     peft_type: ClassVar[str | None] = "MISS"

@@ -29,7 +29,7 @@ class IA3(Settings):
 
     name: ClassVar[str] = "ia3"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "l starts at one; nothing is drawn"}
     peft_type: ClassVar[str | None] = "IA3"
