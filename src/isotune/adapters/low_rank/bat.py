@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter, autocast
 from isotune.adapters.settings import Settings, other_kind, same_settings
-from isotune.errors import OptionError
+from isotune.errors import OptionError, TargetError
 from isotune.linalg.shards import block_affine, block_affine_rows
 from isotune.linalg.thin import without_autocast
 from isotune.sites import Site
@@ -49,6 +49,14 @@ class BAT(Settings):
                 f"bat: blocks of {self.rank} do not divide the layer's {site.in_features} inputs and "
                 f"{site.out_features} outputs; choose a divisor of {common} as the rank, or the method miss"
             )
+        if site.packed:
+            try:
+                _ = site.weight
+            except TargetError:
+                raise OptionError(
+                    "bat: the forward pass needs the layer's weight, which is packed in a way that is not known; use "
+                    "the method miss, or the unquantised base model"
+                ) from None
         return BATAdapter(torch.zeros(site.out_features // self.rank, self.rank, self.rank))
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
