@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import isotune
 from isotune import LoRA
 from isotune.errors import OptionError
 from isotune.sites import require_site
@@ -100,3 +102,17 @@ def test_dropout_leaves_token_indices_alone() -> None:
 def test_rank_larger_than_the_smaller_side_is_refused() -> None:
     with pytest.raises(OptionError, match="rank 6 is larger than the layer: its smaller side is 5; choose a rank of"):
         build(LoRA(rank=6), nn.Linear(7, 5))
+
+
+def test_padded_adapter_of_more_rank_than_the_layer_has_is_read_but_not_made(tmp_path: Path) -> None:
+    model = isotune.adapt(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 3)), LoRA(rank=3), ["0", "1"])
+    model[0].adapter("default").B.data.normal_()
+    isotune.adapt(model, LoRA(rank=8), ["0"], name="more")
+    isotune.use(model, "default", "more")
+    assert isotune.export_lora(model, tmp_path).rank == 11
+    x = torch.randn(4, 12)
+    bare = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 3))
+    bare.load_state_dict({k.replace("base_layer.", ""): t for k, t in model.state_dict().items() if "base" in k})
+    torch.testing.assert_close(isotune.load(bare, tmp_path)(x), model(x))
+    with pytest.raises(OptionError, match="rank 11 is larger than the layer"):
+        isotune.adapt(bare, LoRA(rank=11), ["1"], name="new")

@@ -1,4 +1,4 @@
-"""Row lengths of a sum with a factored matrix."""
+"""Algebra on factored matrices, compared with the dense product."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isotune.linalg.low_rank import row_squares, row_squares_of_sum, safe_norms
+from isotune.linalg.low_rank import at_most_full_rank, row_squares, row_squares_of_sum, safe_norms
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 999))
@@ -27,3 +27,15 @@ def test_row_that_cancels_or_is_zero_has_a_small_positive_length() -> None:
     assert norms[1] < 1e-15
     # However rounding falls, also below zero.
     assert safe_norms(torch.tensor([-1e-6]), torch.tensor([25.0])).isfinite().all()
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 9))
+def test_factors_keep_their_product_and_get_no_more_columns_than_the_smaller_side(m: int, n: int, r: int) -> None:
+    torch.manual_seed(0)
+    B, A = torch.randn(m, r, dtype=torch.float64), torch.randn(r, n, dtype=torch.float64)
+    left, right = at_most_full_rank(B, A)
+    assert left.shape == (m, min(m, n, r))
+    torch.testing.assert_close(left @ right, B @ A)
+    if r <= min(m, n):
+        assert left is B
+        assert right is A

@@ -40,7 +40,7 @@ class MethodInfo:
     foldable: bool | None
     """Whether a changed adapter is all in the weight and the bias that it gives the layer."""
     lora_rank: str | None
-    """The rank of its exact LoRA form, None where it has none."""
+    """The rank of its exact LoRA form, None where it has none; "full" for that of the layer's smaller side."""
     peft: bool
     """Whether PEFT loads it."""
     learning_rate: float

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.shared import Shared
 from isotune.errors import IsotuneError
+from isotune.linalg.low_rank import at_most_full_rank
 from isotune.linalg.thin import thin_add, thin_linear
 from isotune.sites import Site
 
@@ -86,14 +87,18 @@ class Adapter(nn.Module, ABC):
         """What the method does after each optimizer step: projection, schedule; by default nothing."""
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
-        """The adapter's tensors under the names and in the shapes of PEFT's files."""
+        """The adapter's tensors under the names and in the shapes of PEFT's files, as views where they can be."""
         return {f"{self.method}_{name}": tensor for name, tensor in self.state_dict().items()}
 
     def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
-        """Take over tensors from `peft_state`, bit for bit. Raises KeyError or ValueError where they do not fit."""
-        own = self.state_dict()
-        check_tensors(tensors, {f"{self.method}_{name}": tuple(own[name].shape) for name in own})
-        self.load_state_dict({name: tensors[f"{self.method}_{name}"] for name in own})
+        """Take over tensors from `peft_state`, bit for bit. Raises KeyError or ValueError where they do not fit.
+
+        By default they are copied into what `peft_state` gives, which must then be views of the adapter's own.
+        """
+        own = self.peft_state(site)
+        check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in own.items()})
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
@@ -145,7 +150,7 @@ class LowRank(Adapter):
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         B, A = self.change()
-        return B.to(W.dtype), A.to(W.dtype)
+        return at_most_full_rank(B.to(W.dtype), A.to(W.dtype))
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         # Indices into an embedding have no features to drop.

@@ -19,7 +19,6 @@ BUILT_IN = {
     "ether_plus": "isotune.adapters.orthogonal.ether_plus:ETHERPlus",
     "goft": "isotune.adapters.orthogonal.goft:GOFT",
     "road": "isotune.adapters.orthogonal.road:RoAd",
-    "lora": "isotune.adapters.low_rank.lora:LoRA",
     "oft": "isotune.adapters.orthogonal.oft:OFT",
     "boft": "isotune.adapters.orthogonal.boft:BOFT",
     "pissa": "isotune.adapters.spectral.pissa:PiSSA",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
+
+from isotune.sites import Site
 
 
 class Shared(nn.Module):
@@ -21,10 +23,17 @@ class Shared(nn.Module):
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name. Raises KeyError where there is none."""
-        tensor = self._buffers[name]
-        assert tensor is not None
+        tensor = self._buffers.get(name)
+        if tensor is None:
+            raise KeyError(f"missing {name}")
         return tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, by name."""
         return dict(self.named_buffers())
+
+
+def largest(sites: Iterable[Site]) -> tuple[int, int]:
+    """The largest in and the largest out of the sites, of which each takes its part."""
+    ins, outs = zip(*((site.in_features, site.out_features) for site in sites), strict=True)
+    return max(ins), max(outs)

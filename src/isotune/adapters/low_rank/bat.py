@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, autocast, check_tensors
+from isotune.adapters.contract import Adapter, autocast
 from isotune.adapters.settings import Settings, other_kind, same_settings
-from isotune.errors import OptionError
+from isotune.errors import OptionError, TargetError
 from isotune.linalg.shards import block_affine, block_affine_rows
 from isotune.linalg.thin import without_autocast
 from isotune.sites import Site
@@ -33,7 +33,7 @@ class BAT(Settings):
 
     name: ClassVar[str] = "bat"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "rank * n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "B starts at zero; nothing is drawn"}
     peft_type: ClassVar[str | None] = "MISS"
@@ -49,6 +49,14 @@ class BAT(Settings):
                 f"bat: blocks of {self.rank} do not divide the layer's {site.in_features} inputs and "
                 f"{site.out_features} outputs; choose a divisor of {common} as the rank, or the method miss"
             )
+        if site.packed:
+            try:
+                _ = site.weight
+            except TargetError:
+                raise OptionError(
+                    "bat: the forward pass needs the layer's weight, which is packed in a way that is not known; use "
+                    "the method miss, or the unquantised base model"
+                ) from None
         return BATAdapter(torch.zeros(site.out_features // self.rank, self.rank, self.rank))
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
@@ -95,7 +103,3 @@ class BATAdapter(Adapter):
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         return {"miss_block": self.block.detach()}
-
-    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
-        check_tensors(tensors, {"miss_block": tuple(self.block.shape)})
-        self.block.detach().copy_(tensors["miss_block"])

@@ -44,6 +44,9 @@ class DoRA(LoRA):
     def build(self, site: Site, generator: torch.Generator) -> RowScaledAdapter:
         return DoRAAdapter(*self.parts(site, generator), self.detach_norm)
 
+    def shell(self, site: Site) -> RowScaledAdapter:
+        return self.build(site, torch.Generator())
+
     def parts(self, site: Site, generator: torch.Generator) -> tuple[LoRAAdapter, Tensor]:
         """The product s B A at its start, and the lengths (out) of the rows of W."""
         product = LoRAAdapter(*fresh_factors(site, self.rank, generator), self.scale, self.dropout)

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, Side, check_tensors
+from isotune.adapters.contract import Adapter, Side
 from isotune.adapters.settings import NotInPEFTError, Settings, other_kind
 from isotune.errors import OptionError
 from isotune.sites import Site
@@ -29,7 +29,7 @@ class IA3(Settings):
 
     name: ClassVar[str] = "ia3"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "l starts at one; nothing is drawn"}
     peft_type: ClassVar[str | None] = "IA3"
@@ -89,7 +89,7 @@ class IA3Adapter(Adapter):
 
     def _scaled(self, v: Tensor, site: Site) -> Tensor:
         """`l ∘ v`, in v's dtype, for the features of v."""
-        # As v + (l - 1) v: half precision has no numbers close enough to one to hold l itself.
+        # As v + (l - 1) v: half precision holds l, a number close to one, too coarsely.
         change = (self.l - 1).to(v.dtype)
         return torch.addcmul(v, v, change[:, None, None] if site.kind == "conv2d" else change)
 
@@ -103,11 +103,6 @@ class IA3Adapter(Adapter):
         column = site.kind != "conv2d" and self.side == "out"
         shape = (-1, 1) if column else (1, -1, 1, 1) if site.kind == "conv2d" else (1, -1)
         return {"ia3_l": self.l.detach().view(shape)}
-
-    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
-        own = self.peft_state(site)["ia3_l"]
-        check_tensors(tensors, {"ia3_l": tuple(own.shape)})
-        own.copy_(tensors["ia3_l"])  # a view of l
 
 
 def _is_feedforward(config: dict[str, Any], path: str) -> bool:

@@ -48,7 +48,16 @@ class LoRA(Settings):
         return self.resolved_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def build(self, site: Site, generator: torch.Generator) -> Adapter:
-        return LoRAAdapter(*fresh_factors(site, self.rank, generator), self.scale, self.dropout)
+        return self.adapter(*fresh_factors(site, self.rank, generator), site)
+
+    def shell(self, site: Site) -> Adapter:
+        # A file may hold a layer padded with zeros to the rank of larger ones: no start to make, but one to read.
+        check_rank(self.rank, site.in_features + site.out_features, "the sum of its sides")
+        return self.adapter(torch.zeros(self.rank, site.in_features), torch.zeros(site.out_features, self.rank), site)
+
+    def adapter(self, A: Tensor, B: Tensor, site: Site) -> Adapter:
+        """The adapter of these options with A (r, in) and B (out, r)."""
+        return LoRAAdapter(A, B, self.scale, self.dropout)
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         return self.rank * (n_in + n_out)

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from isotune.adapters.contract import Adapter
-from isotune.adapters.low_rank.lora import LoRA, LoRAAdapter, fresh_factors
+from isotune.adapters.low_rank.lora import LoRA, LoRAAdapter
 from isotune.sites import Site
 
 
@@ -29,8 +28,7 @@ class LoRAPlus(LoRA):
 
     ratio: float = Field(16.0, gt=0, description="B's learning rate over A's; the paper's lambda.")
 
-    def build(self, site: Site, generator: torch.Generator) -> Adapter:
-        A, B = fresh_factors(site, self.rank, generator)
+    def adapter(self, A: Tensor, B: Tensor, site: Site) -> Adapter:
         return LoRAPlusAdapter(A, B, self.scale, self.dropout, 1.0 if site.kind == "embedding" else self.ratio)
 
 

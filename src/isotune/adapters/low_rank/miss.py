@@ -30,7 +30,7 @@ class MiSS(Settings):
 
     name: ClassVar[str] = "miss"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "rank * n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "D starts at zero; nothing is drawn"}
     peft_type: ClassVar[str | None] = "MISS"

@@ -10,7 +10,7 @@ The authors' code and PEFT flatten B and A in different orders, so that column c
 row c of A, scaled by λ_j and γ_j of j = c mod n. `legacy_pairing` computes that; files of PEFT's mean nothing else.
 
 Paper: "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", ICLR 2025, arXiv 2502.00987.
-Parameters: n (r + m): a larger r has fewer. Cost for n rows: 2 n m (in + out) flops, about two layers more.
+Parameters: n (r + m): a larger r has fewer. Cost for one row: 2 m (in + out) flops, about two layers more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, check_tensors
 from isotune.adapters.settings import NotInPEFTError, Settings, other_kind, same_settings
-from isotune.adapters.shared import Shared
+from isotune.adapters.shared import Shared, largest
 from isotune.linalg.random_bases import bfloat_bases, ternary_bases
 from isotune.sites import Site
 
@@ -46,7 +46,9 @@ class RandLoRA(Settings):
     alpha: float | None = Field(None, gt=0, description="Scaling numerator; the default is 20 rank.")
     over_root: bool = Field(False, description="Scale by alpha / (rank √n), as the authors' code, not alpha / rank.")
     bases: Literal["uniform", "sparse", "very sparse"] = Field(
-        "uniform", description="Entries of the bases: uniform; or -1, 0 and 1, with 2/3 of them, or more, zero."
+        "uniform",
+        description="Entries of the bases: uniform; -1, 0 and 1 with 2/3 zero; or with all but 1/√m zero, where a "
+        "small rank leaves some inputs (or outputs) unchanged.",
     )
     legacy_pairing: bool = Field(False, description="Pair the bases as the authors' code and PEFT do.")
     projection_seed: int = Field(0, ge=0, lt=2**32, description="Seed of the random bases.")
@@ -71,8 +73,7 @@ class RandLoRA(Settings):
         return RandLoRAAdapter(torch.zeros(self.rank, n), gamma, *sides, scale, self.legacy_pairing, self.dropout)
 
     def shared(self, sites: Iterable[Site]) -> dict[str, Tensor]:
-        ins, outs = zip(*((site.in_features, site.out_features) for site in sites), strict=True)
-        m, M = sorted((max(ins), max(outs)))
+        m, M = sorted(largest(sites))
         sizes = M, self._bases_for(m), self.rank, m
         generator = torch.Generator().manual_seed(self.projection_seed)
         if self.bases == "uniform":
@@ -163,9 +164,3 @@ class RandLoRAAdapter(LowRank):
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         return {"randlora_lambda": self.Lambda.detach(), "randlora_gamma": self.gamma.detach()}
-
-    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
-        own = self.peft_state(site)
-        check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in own.items()})
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])

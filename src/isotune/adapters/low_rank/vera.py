@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, check_tensors
 from isotune.adapters.settings import Settings, other_kind, same_settings
-from isotune.adapters.shared import Shared
+from isotune.adapters.shared import Shared, largest
 from isotune.linalg.random_bases import kaiming_uniform
 from isotune.sites import Site
 
@@ -50,10 +50,10 @@ class VeRA(Settings):
         return VeRAAdapter(b, d, site.in_features, self.dropout)
 
     def shared(self, sites: Iterable[Site]) -> dict[str, Tensor]:
-        ins, outs = zip(*((site.in_features, site.out_features) for site in sites), strict=True)
+        n_in, n_out = largest(sites)
         generator = torch.Generator().manual_seed(self.projection_seed)
-        A = kaiming_uniform((self.rank, max(ins)), generator)
-        return {"vera_A": A, "vera_B": kaiming_uniform((max(outs), self.rank), generator)}
+        A = kaiming_uniform((self.rank, n_in), generator)
+        return {"vera_A": A, "vera_B": kaiming_uniform((n_out, self.rank), generator)}
 
     @property
     def stores_shared(self) -> bool:
