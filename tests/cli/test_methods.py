@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import isotune
 from isotune import LoRA
-from isotune.adapters.catalogue import linear_site, probe
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.adapters.registry import BUILT_IN, method_class, method_names
 from isotune.cli.methods import markdown
 from isotune.errors import OptionError
+from isotune.model.catalogue import linear_site, probe
 from isotune.sites import Site
 from support import MINILM, minilm
 

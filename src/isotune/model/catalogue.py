@@ -13,6 +13,7 @@ from isotune.adapters.contract import Adapter
 from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.errors import IsotuneError, OptionError
+from isotune.model.attach import build_adapters
 from isotune.sites import AdaptedSite, LinearSite, Site, require_site
 
 _SIZES = ((64, 96), (64, 64), (256, 256), (1024, 1024))
@@ -106,14 +107,12 @@ def _fitting(settings: Settings, kind: str) -> tuple[Site, Adapter] | None:
     for size in _SIZES:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            site = require_site(_layer(kind, *size), "probe")
+            layer = _layer(kind, *size).requires_grad_(False)
         try:
-            adapter = settings.build(site, torch.Generator().manual_seed(0))
-            if shared := settings.shared([site]):
-                adapter.share(shared)
+            (adapter,) = build_adapters({"probe": layer}, {"probe": settings}, seed=0).values()
         except IsotuneError:
             continue
-        return site, adapter.eval()
+        return require_site(layer, "probe"), adapter.eval()
     return None
 
 
