@@ -35,9 +35,7 @@ def stored_parts(stored: StoredAdapter, base: StoredBase | None) -> Iterator[Par
 def _kind_and_weight(stored: StoredAdapter, base: StoredBase | None, p: str) -> tuple[str, torch.Tensor]:
     entry = stored.header["sites"][p] if stored.header else None
     if base is not None:
-        if entry is not None and "matrix" in entry:
-            return "linear", base.matrix(p, **entry["matrix"])
-        weight = base.weight(p)
+        weight = base.weight(p, entry.get("matrix") if entry else None)
         if entry is not None:
             return entry["kind"], weight
         if weight.dim() == 4:
