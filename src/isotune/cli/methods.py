@@ -25,7 +25,8 @@ Written by `isotune methods --write docs/methods.md`; do not edit. Each method w
 probed; W is (n_out, n_in).
 
 *Identity at start*: a fresh adapter leaves the output as it was. *Folds*: all of it can be put into the weight and
-the bias. *Exact LoRA of*: the rank of W' - W where it is given as B A, which `isotune export --to lora` writes.
+the bias. *Exact LoRA of*: the rank of W' - W where it is given as B A, which `isotune export --to lora` writes;
+full is the smaller side of the layer.
 *PEFT*: a saved adapter loads there. *Learning rate*: what a recipe without one gets."""
 
 _HELP = """List the methods: equation, parameters, what each supports. All of it is probed, not typed in.
