@@ -92,7 +92,7 @@ def _methods(results: Results) -> list[str]:
     text = (
         f"Every method on one Linear ({describe(found[0]['case'])}, which only some methods have; the rest at its "
         "defaults): forward + backward, as a ratio to PEFT's LoRA of that rank, and bytes saved for backward with "
-        "the frozen weight among them. *PEFT's own* has the same options."
+        "the frozen weight among them. *PEFT's own* is its layer for the config that our saved adapter has."
     )
     parts = ["## Every method", provenance(results["methods"]), text, method_table(found)]
     missing = left_out(found)
