@@ -15,13 +15,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import conv, disk, growth, layer, memory, model
+from benchmarks import conv, disk, growth, layer, memory, methods, model
 from benchmarks.machine import machine, now, versions
 from benchmarks.options import Options
 
 SECTIONS: dict[str, Any] = {
     "layer": layer,
     "conv": conv,
+    "methods": methods,
     "growth": growth,
     "model": model,
     "memory": memory,

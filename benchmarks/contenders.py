@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import peft
 from torch import nn
 
 import isotune
+from isotune.adapters.registry import method_class
+from isotune.adapters.settings import NotInPEFTError
+from isotune.errors import OptionError
 
 CONTENDERS = (
     "frozen",
@@ -24,6 +28,9 @@ REFERENCE = "peft-lora"
 LOW_PRECISION_ONLY = "peft-lora-bf16"
 """PEFT keeps adapters in fp32 on a bf16 model; this one, without that, says what bf16 adapters cost."""
 
+PEFTS = "peft's "
+"""Before the name of a method: PEFT's own form of it, with the options of ours."""
+
 OFT_BLOCK, BOFT_BLOCK, BOFT_FACTORS = 32, 8, 2
 """PEFT's default for OFT, and the BOFT of its paper's language tasks; neither has a rank."""
 
@@ -38,14 +45,37 @@ def attach(name: str, model: nn.Module, rank: int, targets: Sequence[str]) -> nn
     if name == "frozen":
         return model.requires_grad_(False)
     if name.startswith("isotune-"):
-        return isotune.adapt(model, isotune.method(name.removeprefix("isotune-"), rank=rank), list(targets), seed=0)
+        return isotune.adapt(model, settings_of(name.removeprefix("isotune-"), rank), list(targets), seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = _peft_config(name, rank, list(targets))
         return peft.get_peft_model(model, config, autocast_adapter_dtype=name != LOW_PRECISION_ONLY)
 
 
+def settings_of(method: str, rank: int) -> isotune.Settings:
+    """The method at its defaults, of this rank where it has one and takes it."""
+    if "rank" not in method_class(method).model_fields:
+        return isotune.method(method)
+    try:
+        return isotune.method(method, rank=rank)
+    except OptionError:
+        return isotune.method(method)
+
+
+def peft_form(settings: isotune.Settings) -> dict[str, Any] | None:
+    """The fields of PEFT's config for the same method with the same options; None where PEFT has no such form."""
+    try:
+        fields = settings.peft_config({"layer": settings})
+    except NotInPEFTError:
+        return None
+    return {"peft_type": settings.peft_type, **fields}
+
+
 def _peft_config(name: str, rank: int, targets: list[str]) -> peft.PeftConfig:
+    if name.startswith(PEFTS):
+        fields = peft_form(settings_of(name.removeprefix(PEFTS), rank)) or {}
+        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")]
+        return kind(**{**fields, "target_modules": targets})
     if name.startswith("peft-lora"):
         return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     if name == "peft-hra":

@@ -98,6 +98,8 @@ def _export(results: Results) -> Iterator[Goal]:
 
 def describe(case: dict[str, Any]) -> str:
     """A case in a few words."""
+    if "method" in case:
+        return f"d = {case['d']}, n = {case['rows']}, r = {case['rank']}"
     if "model" in case:
         return f"{case['model']} {case['batch']} x {case['tokens']}, {case['targets']}, r = {case['rank']}"
     if "channels" in case:

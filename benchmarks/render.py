@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.goals import describe
 from benchmarks.plots import log_log
 from benchmarks.store import Results, full, read_results, rows
-from benchmarks.tables import disk_tables, goal_table, growth_table, left_out, provenance, ratio_table
+from benchmarks.tables import (
+    disk_tables,
+    goal_table,
+    growth_table,
+    left_out,
+    method_table,
+    provenance,
+    ratio_table,
+)
 
 HERE = Path(__file__).parent
 
@@ -46,11 +55,12 @@ def render(results: Results, cuda: Results) -> dict[str, str]:
             goal_table(full(results)),
             *_growth(results, files),
             *_sections(results),
+            *_methods(results),
             *_disk(results),
         ]
     if cuda:
         parts += ["# On a GPU", "bf16; PEFT keeps adapters in fp32 unless told otherwise (`peft-lora-bf16`)."]
-        parts += [*_sections(cuda), *_disk(cuda)]
+        parts += [*_sections(cuda), *_methods(cuda), *_disk(cuda)]
     return {"README.md": "\n\n".join(parts) + "\n", **files}
 
 
@@ -73,6 +83,20 @@ def _growth(results: Results, files: dict[str, str]) -> list[str]:
     images = " ".join(f"![{Path(path).stem}]({path})" for path in files)
     text = "The extra seconds over the frozen layer, forward + backward, and the exponents fitted at the large end:"
     return ["## Growth", provenance(results["growth"]), text, growth_table(results), images]
+
+
+def _methods(results: Results) -> list[str]:
+    if "methods" not in results:
+        return []
+    found = rows(results, "methods")
+    text = (
+        f"Every method on one Linear ({describe(found[0]['case'])}, which only some methods have; the rest at its "
+        "defaults): forward + backward, as a ratio to PEFT's LoRA of that rank, and bytes saved for backward with "
+        "the frozen weight among them. *PEFT's own* is its layer for the config that our saved adapter has."
+    )
+    parts = ["## Every method", provenance(results["methods"]), text, method_table(found)]
+    missing = left_out(found)
+    return [*parts, "Left out:", "\n".join(missing)] if missing else parts
 
 
 def _disk(results: Results) -> list[str]:

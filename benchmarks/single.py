@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import isotune
 from benchmarks.contenders import attach, too_costly
 from benchmarks.saved import saved_bytes
 from benchmarks.timing import Effort, Samples, Step, alternate, clock, spread
+
+REFUSALS = (ValueError, TypeError, AssertionError, ImportError, RuntimeError, isotune.IsotuneError)
+"""What a contender raises where it cannot adapt the layer (RuntimeError has NotImplementedError in it)."""
 
 
 class Holder(nn.Module):
@@ -75,7 +79,7 @@ def compare(
                 figures[name] = saved_bytes(adapted, lambda adapted=adapted: adapted(x))
                 steps[name] = training_step(adapted, x, gradient, device)
                 continue
-            except (ValueError, NotImplementedError, RuntimeError) as error:
+            except REFUSALS as error:
                 reason = f"refused: {str(error).splitlines()[0]}"
         figures[name] = {"skipped": reason}
     samples = alternate(steps, effort)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS, REFERENCE
+from benchmarks.contenders import CONTENDERS, PEFTS, REFERENCE
 from benchmarks.goals import describe, goals
 from benchmarks.store import Result, Results, median, ratio, rows
 
@@ -38,6 +38,26 @@ def ratio_table(result_rows: Sequence[dict[str, Any]], phase: str, unit: str = "
         ratios = [_cell(ratio(row, name, REFERENCE, phase), row, name, phase) for name in names]
         body.append([describe(row["case"]), _absolute(reference, unit), *ratios])
     return table(["case", f"{REFERENCE}, {unit}", *names], body)
+
+
+def method_table(result_rows: Sequence[dict[str, Any]]) -> str:
+    """One method a row: ours and PEFT's as ratios to PEFT's LoRA, then ours against PEFT's; the references first."""
+    first = result_rows[0]["contenders"]
+    body = [
+        [name, "", _absolute(first[name].get("total"), "ms"), "", "", _absolute(first[name].get("saved"), "MiB"), ""]
+        for name in ("frozen", REFERENCE)
+    ]
+    for row in result_rows:
+        name = row["case"]["method"]
+        ours, theirs = f"isotune-{name}", f"{PEFTS}{name}"
+        figures = row["contenders"]
+        ratios = [_cell(ratio(row, who, REFERENCE), row, who, "total") for who in (ours, theirs)]
+        against = ratio(row, theirs, ours)
+        saved = [_absolute(figures.get(who, {}).get("saved"), "MiB") for who in (ours, theirs)]
+        trained = "-" if row["trained"] is None else f"{row['trained']:,}"
+        body.append([name, trained, *ratios, "-" if against is None else f"{against:.2f}", *saved])
+    header = ["method", "parameters", "isotune", "PEFT's own", "times faster", "isotune, MiB", "PEFT's own, MiB"]
+    return table(header, body)
 
 
 def _cell(value: float | None, row: dict[str, Any], name: str, phase: str) -> str:

@@ -2,7 +2,6 @@
 
 __version__ = "0.1.0"
 
-from isotune.adapters.catalogue import methods
 from isotune.adapters.contract import Adapter, LowRank, Rotation
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.adapters.orthogonal.hra import HRA
@@ -14,6 +13,7 @@ from isotune.checkpoint.save import save
 from isotune.errors import IsotuneError
 from isotune.model.attach import adapt, remove
 from isotune.model.calibrate import calibrate
+from isotune.model.catalogue import methods
 from isotune.model.fold import fold, unfold
 from isotune.model.peft import accelerate_peft
 from isotune.model.switch import after_step, describe, disabled, learning_rate_factors, penalty, use

@@ -126,9 +126,7 @@ def test_a_rank_larger_than_the_layer_is_refused(method: str) -> None:
 def test_a_weight_with_values_that_are_not_finite_is_refused_by_name(method: str) -> None:
     model = nn.Sequential(linear())
     model[0].weight.data[1, 2] = float("nan")
-    with pytest.raises(
-        OptionError, match=r"at .0.: .* decomposes the weight, and this one holds values that are not"
-    ):
+    with pytest.raises(OptionError, match=r"at .0.: .* decomposes the weight, and this one holds"):
         isotune.adapt(model, STARTS[method], ["0"])
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import conv, disk, growth, layer, memory, model, streaming
+import isotune
+from benchmarks import conv, disk, growth, layer, memory, methods, model, streaming
 from benchmarks.__main__ import SECTIONS, rounded, run_section
-from benchmarks.contenders import contenders, too_costly
+from benchmarks.contenders import contenders, peft_form, settings_of, too_costly
+from benchmarks.machine import machine
 from benchmarks.models import LLAMA_1B, LLAMA_TINY, ModelCase
 from benchmarks.options import Options
 from benchmarks.render import render
+from benchmarks.tables import method_table
 from benchmarks.timing import Effort
+from isotune.adapters.registry import method_names
 
 QUICK = Options(quick=True, threads=1)
 
@@ -46,6 +51,34 @@ def test_low_precision_has_a_contender_of_its_own() -> None:
 def test_a_convolution_is_compared() -> None:
     row = conv.measure(conv.ConvCase(channels=8, pixels=6, batch=2, rank=4), QUICK)
     assert_timed({name: row["contenders"][name] for name in ("peft-lora", "isotune-lora", "isotune-hra")})
+
+
+def test_every_method_is_timed_and_pefts_own_beside_it_where_there_is_one() -> None:
+    found = [methods.measure(replace(case, d=128, rows=16), QUICK) for case in methods.cases(QUICK)]
+    assert [row["case"]["method"] for row in found] == method_names()
+    for row in found:
+        name, figures = row["case"]["method"], row["contenders"]
+        assert_timed({who: figures[who] for who in ("frozen", "peft-lora", f"isotune-{name}")})
+        assert "skipped" not in figures[f"isotune-{name}"], figures[f"isotune-{name}"]
+        assert (f"peft's {name}" in figures) == (peft_form(settings_of(name, 16)) is not None)
+    by_name = {row["case"]["method"]: row["contenders"] for row in found}
+    assert by_name["hra"]["peft's hra"]["saved"] > 2 * by_name["hra"]["isotune-hra"]["saved"]
+    result = {"rows": found, "seconds": 1.0, "date": "", "versions": {}, "machine": machine("cpu")}
+    text = render({"methods": result | {"settings": {"quick": True}, "section": "methods"}}, {})["README.md"]
+    assert all(f"\n| {name} | " in text for name in ("frozen", "peft-lora", *method_names()))
+
+
+def test_a_method_takes_the_rank_asked_for_where_it_can() -> None:
+    assert settings_of("hra", 16) == isotune.HRA(rank=16)
+    assert settings_of("hra", 15) == isotune.HRA()
+    assert peft_form(isotune.LoRA(rank=4))["r"] == 4
+    assert peft_form(isotune.HRA(side="out")) is None
+
+
+def test_a_method_that_refuses_the_layer_is_left_out_with_its_reason() -> None:
+    row = methods.measure(methods.MethodCase("lora", d=8, rank=16, rows=4), QUICK)
+    assert "rank 16 is larger than the layer" in row["contenders"]["isotune-lora"]["skipped"]
+    assert "| lora | 256 | - | " in method_table([row])
 
 
 def test_growth_is_measured_along_an_axis() -> None:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import isotune
 from isotune import LoRA
-from isotune.adapters.catalogue import linear_site, probe
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.adapters.registry import BUILT_IN, method_class, method_names
 from isotune.cli.methods import markdown
 from isotune.errors import OptionError
+from isotune.model.catalogue import linear_site, probe
 from isotune.sites import Site
 from support import MINILM, minilm
 
@@ -122,6 +122,14 @@ class Unlike(LoRA):
         return _Unlike(built.A.data, built.B.data)
 
 
+class Whole(LoRA):
+    """W' = W + s B A: of the rank of the layer."""
+
+    def build(self, site: Site, generator: torch.Generator) -> LoRAAdapter:
+        rank = min(site.in_features, site.out_features)
+        return LoRAAdapter(torch.randn(rank, site.in_features) / rank, torch.zeros(site.out_features, rank))
+
+
 class Wide(LoRA):
     """W' = W + s B A: for wide layers only."""
 
@@ -148,6 +156,11 @@ def test_probing_finds_a_layer_that_the_default_options_fit() -> None:
     found = probe(Wide)
     assert "linear" in found.kinds
     assert (found.identity_at_start, found.foldable, found.lora_rank) == (True, True, "rank")
+
+
+def test_the_rank_of_the_exact_form_is_told_by_how_it_grows() -> None:
+    assert probe(Whole).lora_rank == "full"
+    assert probe(LoRA).lora_rank == "rank"
 
 
 def test_a_method_that_fits_no_probe_is_listed_all_the_same() -> None:

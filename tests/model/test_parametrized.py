@@ -18,10 +18,12 @@ from torch import Tensor, nn
 import isotune
 from isotune import HRA, LoRA, Settings
 from isotune.adapters.low_rank.lora import LoRAAdapter
+from isotune.adapters.registry import method_names
 from isotune.diagnostics.change import inspect_adapter
 from isotune.errors import IsotuneError, NoLowRankFormError, OptionError, TargetError
 from isotune.matrix import Matrix
 from isotune.model.layers import adapted_layers
+from isotune.sites import require_site
 from support import adapted, assert_same_output, assert_unchanged, move, snapshot
 
 METHODS = [HRA(rank=2), HRA(rank=3, side="out", start="anchored"), LoRA(rank=2)]
@@ -451,3 +453,39 @@ def test_an_adapter_for_another_shape_or_for_a_layer_is_refused(tmp_path: Path) 
         isotune.load(host("rnn"), tmp_path)
     with pytest.raises(IsotuneError, match=r"this model has no layer 'module.weight_ih_l0'"):
         isotune.load(host("attention"), tmp_path)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_adapts_parameters_too(name: str, tmp_path: Path) -> None:
+    def fresh() -> Host:
+        torch.manual_seed(3)
+        return Host(nn.LSTM(64, 16, batch_first=True), recur).eval().requires_grad_(False)
+
+    x, settings = torch.randn(2, 5, 64), fitting(name)
+    model = isotune.adapt(fresh(), settings, ["module.weight_ih_l0"], seed=0)
+    if settings.identity_at_start:
+        assert_same_output(out(model, x), out(fresh(), x))
+    move(model)
+    isotune.after_step(model)
+    (layer,) = (layer for _, layer in adapted_layers(model))
+    twin = fresh()
+    twin.module.weight_ih_l0.copy_(layer.adapter("default").weight(twin.module.weight_ih_l0).detach())
+    moved = out(model, x)
+    assert_same_output(moved, out(twin, x))
+    assert not torch.allclose(moved, out(fresh(), x), atol=1e-6)
+    loaded = isotune.load(fresh(), isotune.save(model, tmp_path / "adapter"))
+    assert torch.equal(out(loaded.eval(), x), moved)
+    assert_same_output(out(isotune.fold(model), x), moved)
+    assert torch.equal(out(isotune.unfold(model), x), moved)
+
+
+def fitting(name: str) -> Settings:
+    """The method at its defaults, or of a smaller rank where these do not fit a 64 x 64 matrix."""
+    for options in ({}, *({"rank": rank} for rank in (16, 8, 4, 2))):
+        try:
+            settings = isotune.method(name, **options)
+            settings.build(require_site(nn.Linear(64, 64), name), torch.Generator())
+        except OptionError:
+            continue
+        return settings
+    raise AssertionError(f"{name}: neither the default options nor a smaller rank fit a 64 x 64 layer")

@@ -37,15 +37,15 @@ def save_tokenizer(folder: Path, classify: bool) -> int:
     return len(words)
 
 
-def make_bert(folder: Path) -> Path:
-    """A random two-layer BERT of width 32, with dropout, in a model folder."""
+def make_bert(folder: Path, width: int = 32, inner: int = 48) -> Path:
+    """A random two-layer BERT, with dropout, in a model folder."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=save_tokenizer(folder, classify=True),
-        hidden_size=32,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=48,
+        intermediate_size=inner,
         max_position_embeddings=64,
     )
     BertModel(config).save_pretrained(folder)

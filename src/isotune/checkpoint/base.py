@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,27 +23,20 @@ class StoredBase:
         self.folder = _folder(name)
         self.file_of = self._index()
 
-    def weight(self, path: str) -> Tensor:
-        """The weight of the layer at `path`.
+    def weight(self, path: str, matrix: Mapping[str, Any] | None = None) -> Tensor:
+        """The weight of the layer at `path`; with `matrix`, an entry of the header, the matrix (out, in) there.
 
         A module around the stored model (or a prefix in the stored names) may make the two paths differ at the
         front; the longest common ending decides, if it is the only one. Raises CheckpointError where none fits.
         """
-        return self._dense(self._key(f"{path}.weight"))
-
-    def matrix(self, path: str, index: int | None, transposed: bool) -> Tensor:
-        """The matrix (out, in) at `path`, of a parameter that is no layer's. Raises CheckpointError as `weight`."""
-        parameter = path if index is None else path.removesuffix(f".{index}")
-        return as_matrix(self._dense(self._key(parameter)), index, transposed)
-
-    def _dense(self, key: str) -> Tensor:
+        key = self._key(f"{path}.weight" if matrix is None else path.removesuffix(f".{matrix['index']}"))
         tensor = self._tensor(key)
         if tensor.dtype not in DENSE:
             raise CheckpointError(
                 f"{key!r} of the base in {self.folder} is stored as {tensor.dtype}, quantised; name the "
                 "unquantised base with base=... (--base)"
             )
-        return tensor
+        return tensor if matrix is None else as_matrix(tensor, **matrix)
 
     def shape(self, path: str) -> list[int]:
         """The shape of that weight, which is not read. Raises CheckpointError where `weight` finds none."""

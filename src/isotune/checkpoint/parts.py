@@ -38,8 +38,7 @@ def stored_parts(stored: StoredAdapter, base: StoredBase | None) -> Iterator[Par
 def _weight(stored: StoredAdapter, base: StoredBase | None, p: str) -> torch.Tensor:
     if base is None:
         return torch.empty(_shape(stored, base, p))
-    entry = stored.header["sites"][p] if stored.header else {}
-    return base.matrix(p, **entry["matrix"]) if "matrix" in entry else base.weight(p)
+    return base.weight(p, stored.header["sites"][p].get("matrix") if stored.header else None)
 
 
 def _drawn(stored: StoredAdapter, base: StoredBase | None) -> dict[str, torch.Tensor]:

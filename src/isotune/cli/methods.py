@@ -11,7 +11,7 @@ from isotune.cli.output import print_json, print_table
 from isotune.errors import IsotuneError, OptionError
 
 if TYPE_CHECKING:
-    from isotune.adapters.catalogue import MethodInfo
+    from isotune.model.catalogue import MethodInfo
     from isotune.sites import Site
 
 Flag = typer.Option
@@ -25,7 +25,8 @@ Written by `isotune methods --write docs/methods.md`; do not edit. Each method w
 probed; W is (n_out, n_in).
 
 *Identity at start*: a fresh adapter leaves the output as it was. *Folds*: all of it can be put into the weight and
-the bias. *Exact LoRA of*: the rank of W' - W where it is given as B A, which `isotune export --to lora` writes.
+the bias. *Exact LoRA of*: the rank of W' - W where it is given as B A, which `isotune export --to lora` writes;
+full is the smaller side of the layer.
 *PEFT*: a saved adapter loads there. *Learning rate*: what a recipe without one gets."""
 
 _HELP = """List the methods: equation, parameters, what each supports. All of it is probed, not typed in.
@@ -45,8 +46,8 @@ def methods_command(
     write: Annotated[Path | None, Flag(help="Write isotune's own methods as Markdown to this file.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")] = False,
 ) -> None:
-    from isotune.adapters.catalogue import methods
     from isotune.adapters.registry import BUILT_IN
+    from isotune.model.catalogue import methods
 
     found = methods(_sites(layer, model, targets))
     if write is not None:
@@ -61,7 +62,7 @@ def methods_command(
 
 def _sites(layer: tuple[int, int] | None, model: str | None, targets: str) -> dict[str, Site]:
     """The layers that were asked for, without values."""
-    from isotune.adapters.catalogue import linear_site
+    from isotune.model.catalogue import linear_site
 
     if layer is not None and model is not None:
         raise OptionError("methods takes --layer or --model, not both")

@@ -2,7 +2,8 @@
 
 Packed attention projections, recurrent weights, transposed convolutions, fused experts: there is no layer to wrap,
 so the adapted weight is computed, `W' = weight(W)`, wherever the module asks for the parameter. It costs the dense
-weight once for each forward pass of the module, in which it is kept.
+weight once for each forward pass of the module, in which it is kept; experts are computed one after the other. A
+model with such adapters can be copied, but torch refuses to pickle it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 
 import isotune
+from isotune.adapters.registry import method_class
 from isotune.checkpoint.load import load_weights
 from isotune.checkpoint.save import save
 from isotune.errors import IsotuneError
@@ -270,9 +271,13 @@ def _measured(run: _Run, trainer: AdapterTrainer, name: str) -> dict[str, float]
 def _costs(run: _Run, trainer: AdapterTrainer) -> dict[str, Any]:
     encoder, head = _trainable(run.session.model)
     state = trainer.state
+    rate, own = run.recipe.training["learning_rate"], method_class(run.recipe.method["name"]).learning_rate
     packages = ("isotune", "torch", "transformers")
     return {
         "train_loss": _mean_loss(state.log_history),
+        "method": run.recipe.method["name"],
+        "learning_rate": rate,
+        "learning_rate_is_the_methods_default": rate == own,
         "trainable_parameters": encoder + head,
         "trainable_parameters_encoder": encoder,
         "seconds_per_step": run.timer.median(),

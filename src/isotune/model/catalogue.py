@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +14,15 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Adapter
 from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import NotInPEFTError, Settings
-from isotune.adapters.shared import Shared
 from isotune.errors import IsotuneError, OptionError
+from isotune.model.attach import build_adapters
 from isotune.sites import AdaptedSite, LinearSite, Site, require_site
 
-_SIZES = ((64, 96), (64, 64), (256, 256), (1024, 1024))
+_SIZES = ((64, 96), (128, 128), (256, 256), (1024, 1024))
 """(in, out) of the layers to probe on; the first that a method's default options fit is used."""
+
+KINDS = ("linear", "conv1d", "conv2d", "embedding")
+Built = tuple[Site, Adapter]
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class MethodInfo:
     foldable: bool | None
     """Whether a changed adapter is all in the weight and the bias that it gives the layer."""
     lora_rank: str | None
-    """The rank of its exact LoRA form, None where it has none; "full" for that of the layer's smaller side."""
+    """The rank of its exact LoRA form ("full": the smaller side of the layer), None where it has none."""
     peft: bool
     """Whether PEFT loads it."""
     learning_rate: float
@@ -67,7 +72,7 @@ def linear_site(n_in: int, n_out: int) -> Site:
 def probe(kind: type[Settings], sites: Mapping[str, Site] | None = None) -> MethodInfo:
     """What one method is, by building it at its default options and looking."""
     settings = kind()
-    fitting = {name: pair for name in _layers() if (pair := _fitting(settings, name)) is not None}
+    fitting = {name: pair for name in KINDS if (pair := next(_built(settings, name), None)) is not None}
     pair = next(iter(fitting.values()), None)
     trainable, misfit = _counted(settings, sites or {})
     return MethodInfo(
@@ -79,15 +84,11 @@ def probe(kind: type[Settings], sites: Mapping[str, Site] | None = None) -> Meth
         kinds=list(fitting),
         identity_at_start=_is_identity(*pair) if pair else None,
         foldable=_is_foldable(*pair) if pair else None,
-        lora_rank=_lora_rank(*pair, settings) if pair else None,
+        lora_rank=_lora_rank(settings, next(iter(fitting))) if pair else None,
         peft=pair is not None and _in_peft(settings, pair[0]),
         learning_rate=kind.learning_rate,
         options={name: field.description or "" for name, field in kind.model_fields.items()},
     )
-
-
-def _layers() -> list[str]:
-    return ["linear", "conv1d", "conv2d", "embedding"]
 
 
 def _layer(kind: str, n_in: int, n_out: int) -> nn.Module:
@@ -100,22 +101,19 @@ def _layer(kind: str, n_in: int, n_out: int) -> nn.Module:
     return nn.Linear(n_in, n_out) if kind == "linear" else nn.Embedding(n_in, n_out)
 
 
-def _fitting(settings: Settings, kind: str) -> tuple[Site, Adapter] | None:
-    """A layer of the kind and a fresh adapter on it, where the default options fit one of the sizes."""
+def _built(settings: Settings, kind: str) -> Iterator[Built]:
+    """A layer of the kind with a fresh adapter on it, for each size that the options fit."""
     if kind not in settings.kinds:
-        return None
+        return
     for size in _SIZES:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            site = require_site(_layer(kind, *size), "probe")
+            layer = _layer(kind, *size).requires_grad_(False)
         try:
-            adapter = settings.build(site, torch.Generator().manual_seed(0))
-            if shared := settings.shared([site]):
-                adapter.share(Shared(shared))
+            (adapter,) = build_adapters({"probe": layer}, {"probe": settings}, seed=0).values()
         except IsotuneError:
             continue
-        return site, adapter.eval()
-    return None
+        yield require_site(layer, "probe"), adapter.eval()
 
 
 def _rows(site: Site) -> Tensor:
@@ -135,39 +133,54 @@ def _is_identity(site: Site, adapter: Adapter) -> bool:
 
 @torch.no_grad()
 def _is_foldable(site: Site, adapter: Adapter) -> bool:
-    """Whether a changed adapter's forward is that of its weight and bias; leaves the adapter changed."""
+    """Whether a changed adapter's forward is that of its weight and bias."""
+    x = _rows(site)
+    try:
+        with _changed(adapter):
+            dense = site.forward_with(x, adapter.weight(site.weight), adapter.bias(site.bias))
+            return torch.allclose(AdaptedSite(site, adapter)(x), dense, rtol=1e-3, atol=1e-3)
+    except (IsotuneError, NotImplementedError):
+        return False
+
+
+@contextmanager
+def _changed(adapter: Adapter) -> Iterator[None]:
+    """The adapter off its start, within the context."""
+    start = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
     generator = torch.Generator().manual_seed(2)
     for parameter in adapter.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    x = _rows(site)
     try:
-        dense = site.forward_with(x, adapter.weight(site.weight), adapter.bias(site.bias))
-    except (IsotuneError, NotImplementedError):
-        return False
-    return torch.allclose(AdaptedSite(site, adapter)(x), dense, rtol=1e-3, atol=1e-3)
+        yield
+    finally:
+        adapter.load_state_dict(start)
+
+
+def _lora_rank(settings: Settings, kind: str) -> str | None:
+    """The rank of W' - W in words, from how it grows with the layer; None where B and A do not say all."""
+    pairs = list(itertools.islice(_built(settings, kind), 2))
+    ranks = [_exact_rank(*pair) for pair in pairs]
+    if None in ranks:
+        return None
+    if len(set(ranks)) == 1:
+        rank, own = ranks[0] or 0, getattr(settings, "rank", None)
+        return "rank" if rank == own else f"{rank // own} rank" if own and rank % own == 0 else str(rank)
+    sides = [(site.in_features, site.out_features) for site, _ in pairs]
+    grown = {"full": [min(pair) for pair in sides], "n_in": [n for n, _ in sides], "n_out": [n for _, n in sides]}
+    return next((name for name, sizes in grown.items() if sizes == ranks), f"{ranks[0]} at {sides[0]}")
 
 
 @torch.no_grad()
-def _lora_rank(site: Site, adapter: Adapter, settings: Settings) -> str | None:
-    """The rank of W' - W in words, where B and A reproduce it and the bias is as it was."""
+def _exact_rank(site: Site, adapter: Adapter) -> int | None:
     try:
-        factors, W = adapter.factors(site.weight), adapter.weight(site.weight)
+        with _changed(adapter):
+            factors, W = adapter.factors(site.weight), adapter.weight(site.weight)
+            if factors is None or adapter.bias(site.bias) is not site.bias:
+                return None
+            B, A = factors
+            return B.shape[1] if torch.allclose(site.weight + B @ A, W, rtol=1e-3, atol=1e-3) else None
     except (IsotuneError, NotImplementedError):
         return None
-    if factors is None or adapter.bias(site.bias) is not site.bias:
-        return None
-    B, A = factors
-    if not torch.allclose(site.weight + B @ A, W, rtol=1e-3, atol=1e-3):
-        return None
-    return _rank_in_words(B.shape[1], settings, site)
-
-
-def _rank_in_words(rank: int, settings: Settings, site: Site) -> str:
-    own = getattr(settings, "rank", None)
-    if own and rank % own == 0 and rank // own <= 4:
-        return f"{rank // own} rank" if rank != own else "rank"
-    sides = {"n_in": site.in_features, "n_out": site.out_features}
-    return next((name for name, size in sides.items() if size == rank), str(rank))
 
 
 def _in_peft(settings: Settings, site: Site) -> bool:
