@@ -15,6 +15,7 @@ BUILT_IN = {
     "lora": "isotune.adapters.low_rank.lora:LoRA",
     "oft": "isotune.adapters.orthogonal.oft:OFT",
     "boft": "isotune.adapters.orthogonal.boft:BOFT",
+    "psoft": "isotune.adapters.orthogonal.psoft:PSOFT",
 }
 
 
