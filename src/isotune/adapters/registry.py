@@ -16,6 +16,7 @@ BUILT_IN = {
     "oft": "isotune.adapters.orthogonal.oft:OFT",
     "boft": "isotune.adapters.orthogonal.boft:BOFT",
     "psoft": "isotune.adapters.orthogonal.psoft:PSOFT",
+    "soda": "isotune.adapters.orthogonal.soda:SODA",
 }
 
 
