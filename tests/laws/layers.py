@@ -64,3 +64,8 @@ def input_for(layer: nn.Module, rows: int = 12, seed: int = 0, dtype: torch.dtyp
         return torch.randn(2, layer.in_channels, 7, 6, generator=generator).to(dtype)
     n_in = layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
     return torch.randn(2, rows // 2, n_in, generator=generator).to(dtype)
+
+
+def strides_with_dilation(layer: nn.Module) -> bool:
+    """Whether it is a convolution with stride and dilation: torch's bf16 form gives NaN at times, on CPUs."""
+    return isinstance(layer, nn.Conv2d) and max(layer.stride) > 1 and max(layer.dilation) > 1

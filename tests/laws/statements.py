@@ -13,6 +13,7 @@ import isotune
 from isotune.errors import IsotuneError
 from isotune.sites import AdaptedSite, Site
 from laws.case import Case, adapter_of, move, site_of_base, trainable
+from laws.layers import strides_with_dilation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,10 +80,10 @@ def dtype_is_kept(case: Case) -> None:
         tolerance = 1e-4 if dtype == torch.float32 else 0.1
         y.float().square().sum().backward()
         assert all(p.grad is not None for p in trainable(model))
-        # torch's own bf16 convolution is wrong on CPUs for some strides with dilation: no measure of an adapter.
-        if all(
-            (a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(_bare(case, dtype), bare, strict=True)
-        ):
+        # torch's own bf16 convolution reads memory that is not its own on CPUs: no measure of an adapter.
+        sound = not (dtype == torch.bfloat16 and strides_with_dilation(case.layer))
+        pairs = zip(_bare(case, dtype), bare, strict=True)
+        if sound and all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in pairs):
             assert_close(y, expected, tolerance)
             assert all(p.grad.isfinite().all() for p in trainable(model) if p.grad is not None)
         assert model.layer.weight.dtype == dtype

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from isotune.linalg import butterfly
 from isotune.linalg.butterfly import drop_blocks, nearest_divisor, rotate_blocks, rotate_butterfly
 from isotune.linalg.cayley import above_diagonal, rotation
 
@@ -36,14 +38,24 @@ def test_blocks_are_a_block_diagonal_product(D: int, b: int, share: bool, seed: 
     torch.testing.assert_close(rotate_blocks(v, R), v @ dense)
 
 
+@pytest.mark.parametrize("rows", [1, 400])
+@pytest.mark.parametrize("wide", [1, 8, 64])
 @given(st.integers(1, 4), st.sampled_from([1, 2, 3]), st.sampled_from([2, 4, 6]), st.integers(0, 99))
-def test_butterfly_is_the_product_of_its_dense_factors(m: int, more: int, b: int, seed: int) -> None:
+def test_butterfly_is_the_product_of_its_dense_factors_however_many_are_applied_at_once(
+    rows: int, wide: int, m: int, more: int, b: int, seed: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(butterfly, "_WIDE", wide)
+        check_butterfly(rows, m, more, b, seed)
+
+
+def check_butterfly(rows: int, m: int, more: int, b: int, seed: int) -> None:
     D = more * 2 ** (m - 1)
     R = drawn_blocks(m, D, b=b, seed=seed)
     dense = torch.eye(D * b, dtype=torch.float64)
     for level in range(m):
         dense = dense_factor(R[level], level) @ dense
-    v = torch.randn(5, D * b, dtype=torch.float64)
+    v = torch.randn(rows, D * b, dtype=torch.float64)
     torch.testing.assert_close(rotate_butterfly(v, R), v @ dense)
     torch.testing.assert_close(rotate_butterfly(v, R, transpose=True), v @ dense.mT)
     torch.testing.assert_close(rotate_butterfly(rotate_butterfly(v, R), R, transpose=True), v)

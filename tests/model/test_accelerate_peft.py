@@ -1,4 +1,4 @@
-"""PEFT's HRA with isotune's arithmetic: the same outputs, gradients, files and switches."""
+"""PEFT's HRA and BOFT with isotune's arithmetic: the same outputs, gradients, files and switches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.boft import layer as peft_boft
 from torch import Tensor, nn
 
 import isotune
@@ -231,3 +232,101 @@ def test_missing_peft_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft.tuners.tuners_utils", None)
     with pytest.raises(IsotuneError, match=r"pip install isotune\[peft\]"):
         isotune.accelerate_peft(stories())
+
+
+class Extension:
+    """What PEFT's CUDA extension computes for more than one butterfly factor."""
+
+    def forward(self, blocks: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+    def backward(self, grad: Tensor, blocks: Tensor) -> list[Tensor]:
+        b = blocks.shape[-1]
+        parts = [grad[:, k : k + b, k : k + b] for k in range(0, grad.shape[-1], b)]
+        return [torch.stack(parts, dim=1)]
+
+
+@pytest.fixture(params=[True, False], ids=["extension", "no extension"])
+def _extension(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Extension() if request.param else None
+    monkeypatch.setattr(peft_boft, "get_fbd_cuda", lambda: found)
+
+
+def boft(block: int = 2, factors: int = 1, **options: Any) -> peft.BOFTConfig:
+    return peft.BOFTConfig(boft_block_size=block, boft_n_butterfly_factor=factors, **options)
+
+
+BOFTS = {
+    "one": [boft(4)],
+    "odd": [boft(3)],
+    "factors": [boft(2, 2)],
+    "trained biases": [boft(2, 2, bias="boft_only")],
+    "several active": [boft(2, 2), boft(2, 2)],
+    "several whose permutations PEFT mixes up": [boft(2, 2), boft(6, 2)],
+    "dropout, which evaluation has not": [boft(2, 2, boft_dropout=0.5)],
+}
+bofts = pytest.mark.parametrize("configs", BOFTS.values(), ids=BOFTS)
+
+
+@bofts
+@pytest.mark.usefixtures("_extension")
+@pytest.mark.parametrize("shape", [(3, 12), (2, 40, 12)], ids=["rows", "tokens"])
+def test_boft_s_linear_layers_keep_outputs_and_gradients(configs: list[Any], shape: tuple[int, ...]) -> None:
+    for config in configs:
+        config.target_modules = ["0", "2"]
+    model = with_peft(nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6, bias=False)), *configs, size=0.2)
+    assert_same(model, torch.randn(shape))
+
+
+@bofts
+@pytest.mark.usefixtures("_extension")
+def test_boft_s_convolutions_keep_outputs_and_gradients(configs: list[Any]) -> None:
+    for config in configs:
+        config.target_modules = ["0", "1"]
+    base = nn.Sequential(nn.Conv2d(4, 12, 3, stride=2, padding=1), nn.Conv2d(12, 6, 1, bias=False))
+    assert_same(with_peft(base, *configs, size=0.2), torch.randn(2, 4, 9, 8))
+
+
+def test_boft_drops_pefts_own_blocks_while_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_boft, "get_fbd_cuda", lambda: None)
+    model = with_peft(nn.Sequential(nn.Linear(12, 4)), boft(2, boft_dropout=0.5, target_modules=["0"]), size=0.5)
+    fast, x = isotune.accelerate_peft(copy.deepcopy(model)), torch.randn(5, 12)
+    results = []
+    for one in (model.train(), fast.train()):
+        torch.manual_seed(3)
+        results.append(one(x))
+    assert torch.equal(*results)
+    assert not torch.allclose(results[0], model.eval()(x))
+
+
+def test_boft_in_half_precision_and_under_autocast_agrees_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_boft, "get_fbd_cuda", Extension)
+    config = boft(2, 2, target_modules=["0"])
+    assert_same(with_peft(nn.Sequential(nn.Linear(12, 8)), config), torch.randn(6, 12), 0.03, autocast=True)
+    half = with_peft(nn.Sequential(nn.Linear(12, 8)).to(torch.bfloat16), config)
+    assert_same(half, torch.randn(6, 12).to(torch.bfloat16), 0.03)
+
+
+def test_boft_merges_saves_and_undoes_as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(peft_boft, "get_fbd_cuda", Extension)
+    model = with_peft(stories(), boft(4, 2, target_modules=["q_proj", "gate_proj"]))
+    classes, expected = [type(m) for m in model.modules()], output(model)
+    model.save_pretrained(tmp_path / "before")
+    isotune.accelerate_peft(model).save_pretrained(tmp_path / "after")
+    assert fast_layers(model) == 10
+    assert files(tmp_path / "before") == files(tmp_path / "after")
+    assert_same_output(output(model), expected)
+    model.merge_adapter()
+    assert_same_output(output(model), expected)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert_same_output(output(model), output(stories()), 1e-4)
+    isotune.accelerate_peft(model, undo=True)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_oft_is_left_as_it_is() -> None:
+    model = with_peft(stories(), peft.OFTConfig(oft_block_size=4, target_modules=LLAMA))
+    classes = [type(m) for m in model.modules()]
+    isotune.accelerate_peft(model)
+    assert [type(m) for m in model.modules()] == classes

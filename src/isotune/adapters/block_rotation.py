@@ -1,15 +1,43 @@
-"""Rotations made of small orthogonal blocks, with an optional learned scale for every output."""
+"""Rotations made of small orthogonal blocks, with an optional learned scale for every output: options and adapter."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Rotation, Side, autocast
+from isotune.adapters.settings import Settings
+from isotune.errors import OptionError
 from isotune.linalg.butterfly import drop_blocks
 from isotune.sites import Site
+
+
+class BlockSettings(Settings):
+    """What methods that rotate in blocks can be asked."""
+
+    block: int | None = Field(None, gt=1, description="Size of a block; by default one that suits the rotated side.")
+    blocks: int | None = Field(None, gt=0, description="Number of blocks, in place of their size.")
+    magnitude: bool = Field(False, description="Also train a scale for every output.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the blocks that are the identity while training.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> BlockSettings:
+        if self.block and self.blocks:
+            raise OptionError(
+                f"{self.name}: block={self.block} and blocks={self.blocks} were both given; give one of them"
+            )
+        return self
+
+    def rotated(self, site: Site) -> tuple[Side, int]:
+        """The side that is rotated and its size; the one-hot rows of an embedding are no space to rotate."""
+        return ("out", site.out_features) if site.kind == "embedding" else ("in", site.in_features)
+
+    def scale(self, site: Site) -> Tensor | None:
+        """The scale of every output to start from, where one is trained."""
+        return torch.ones(site.out_features) if self.magnitude else None
 
 
 class BlockRotation(Rotation):

@@ -39,6 +39,8 @@ BUILT_IN = {
     "vera": "isotune.adapters.low_rank.vera:VeRA",
     "randlora": "isotune.adapters.low_rank.randlora:RandLoRA",
     "ia3": "isotune.adapters.low_rank.ia3:IA3",
+    "psoft": "isotune.adapters.orthogonal.psoft:PSOFT",
+    "soda": "isotune.adapters.orthogonal.soda:SODA",
 }
 
 OLDER_NAMES = {"bone": "miss"}

@@ -6,7 +6,8 @@
 P_i parts the coordinates in groups of b 2^(i-1) and those in halves of a block, b / 2 each: a block of B_i takes the
 k-th half and the one 2^(i-1) halves further on. B_1 is block-diagonal; with m = log2(D) + 1 factors the product is
 dense. Source: "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", ICLR 2024.
-Cost for n rows: 2 n d b flops a factor. Letters: d the dimension, b the size of a block, D = d / b, m factors.
+Cost for n rows: 2 n d b flops a factor, or 2 n d b 2^(k-1) for k factors at once. Letters: d the dimension, b the
+size of a block, D = d / b, m factors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from isotune.linalg.thin import without_autocast
+
+_WIDE = 64
 
 
 def rotate_blocks(v: Tensor, R: Tensor) -> Tensor:
@@ -28,10 +31,28 @@ def rotate_blocks(v: Tensor, R: Tensor) -> Tensor:
 
 
 def rotate_butterfly(v: Tensor, R: Tensor, transpose: bool = False) -> Tensor:
-    """`v B_m ... B_1`, or `v (B_m ... B_1)ᵀ`, for rows v (..., d) and the blocks R (m, D, b, b) of B_1 to B_m."""
-    order = list(enumerate(R.mT if transpose else R))
-    for level, blocks in order if transpose else reversed(order):
-        v = rotate_blocks(v, blocks) if level == 0 else _rotate_distant(v, blocks, 2**level)
+    """`v B_m ... B_1`, or `v (B_m ... B_1)ᵀ`, for rows v (..., d) and the blocks R (m, D, b, b) of B_1 to B_m.
+
+    Every factor is a pass over memory. The first k of them together are block-diagonal with blocks of b 2^(k-1);
+    for many rows these are computed first and applied at once, as long as they are no wider than 64.
+    """
+    m, D, b, _ = R.shape
+    near = max(1, sum(b * 2**k <= _WIDE for k in range(m)))
+    wide = b * 2 ** (near - 1)
+    if near == 1 or v.numel() <= wide * D * b:
+        return _by_factors(v, R, 0, transpose)
+    rows = torch.eye(wide, dtype=R.dtype, device=R.device).repeat(1, D * b // wide)
+    blocks = _by_factors(rows, R[:near], 0).view(wide, -1, wide).transpose(0, 1)
+    if transpose:
+        return _by_factors(rotate_blocks(v, blocks.mT), R[near:], near, transpose)
+    return rotate_blocks(_by_factors(v, R[near:], near), blocks)
+
+
+def _by_factors(v: Tensor, R: Tensor, level: int, transpose: bool = False) -> Tensor:
+    """The product with the factors whose blocks are R (k, D, b, b), the first of which is B_(level + 1)."""
+    factors = list(enumerate(R.mT if transpose else R, start=level))
+    for i, blocks in factors if transpose else reversed(factors):
+        v = rotate_blocks(v, blocks) if i == 0 else _rotate_distant(v, blocks, 2**i)
     return v
 
 

@@ -11,11 +11,12 @@ from isotune.errors import IsotuneError
 
 
 def accelerate_peft(model: nn.Module, undo: bool = False) -> nn.Module:
-    """Run the HRA layers of a PEFT model at LoRA's cost, in place, with the same outputs and gradients to rounding.
+    """Run PEFT's HRA and BOFT layers without dense rotations, in place, with the same results to rounding.
 
     Only the class of each layer changes, to a subclass of PEFT's own with another `forward`: parameters, state dicts,
     saving, merging, switching and disabling are PEFT's as before, and so are adapters added later. Layers of other
-    methods are left as they are; OFT and BOFT will follow once isotune has them.
+    methods are left as they are, also those of OFT, which PEFT computes block by block itself. BOFT with
+    `boft_dropout` keeps PEFT's arithmetic while training, because PEFT draws the blocks to drop.
 
     PEFT computes some convolutions otherwise than the base layer does (it ignores dilation and padding mode, and
     takes kernel, stride and padding to be square). Those keep PEFT's arithmetic, so that no result changes, and one
@@ -63,7 +64,7 @@ def _swap(layers: dict[str, Any], classes: dict[type, type]) -> None:
 
 
 def _differs(layer: Any) -> str | None:
-    """In what PEFT's HRA leaves the base layer's convolution; None where it does not."""
+    """In what PEFT's HRA and BOFT leave the base layer's convolution; None where it does not."""
     conv = layer.get_base_layer()
     if not isinstance(conv, nn.Conv2d):
         return None

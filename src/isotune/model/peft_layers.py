@@ -1,6 +1,7 @@
-"""PEFT's HRA layers with another `forward`: thin products in place of dense d x d ones. Importing this imports PEFT.
+"""PEFT's HRA and BOFT layers with another `forward`: no dense d x d products. Importing this imports PEFT.
 
-    W' = W R_1 R_2 ... (the active adapters in order),   R = I - U M,   U (d x r), M (r x d)
+    HRA     W' = W R_1 R_2 ... (the active adapters in order),   R = I - U M,   U (d x r), M (r x d)
+    BOFT    W' = diag(s_1 s_2 ...) W (... R_2 R_1)ᵀ,   R a product of butterflies of small blocks
 
 For reflections R is the compact WY form. With `apply_GS` PEFT takes R = I - 2 V Vᵀ, V by Gram-Schmidt.
 """
@@ -12,9 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.boft.layer import Conv2d as BOFTConv2d
+from peft.tuners.boft.layer import Linear as BOFTLinear
 from peft.tuners.hra.layer import HRAConv2d, HRALinear
-from torch import Tensor
+from torch import Tensor, nn
 
+from isotune.adapters.contract import autocast
+from isotune.linalg.butterfly import rotate_butterfly
+from isotune.linalg.cayley import cayley
 from isotune.linalg.forms import cheapest
 from isotune.linalg.householder import at_least_fp32, compact_wy, rotate
 
@@ -59,16 +65,74 @@ class FastHRAConv2d(HRAConv2d):
         return (convolve(W, bias) - F.conv2d(convolve(M, None), WU)).to(x.dtype)
 
 
-FAST: dict[type, type] = {HRALinear: FastHRALinear, HRAConv2d: FastHRAConv2d}
+class FastBOFTLinear(BOFTLinear):
+    """PEFT's BOFT on a linear layer: the rows of the input are rotated factor by factor, 2 n in b m flops."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output for x (..., in), in x's dtype."""
+        if _left_to_peft(self) or _only_peft_can(self):
+            return super().forward(x, *args, **kwargs)
+        rows = autocast(x)
+        for name in reversed(_active(self)):
+            rows = rotate_butterfly(rows, _butterfly(self, name))
+        y = self.base_layer(rows, *args, **kwargs)
+        s, bias = _scale(self).to(y.dtype), self.base_layer.bias
+        return (y * s if bias is None else torch.addcmul(bias.to(y.dtype), y - bias, s)).to(x.dtype)
+
+
+class FastBOFTConv2d(BOFTConv2d):
+    """PEFT's BOFT on a convolution: the kernel is rotated factor by factor, 2 out d b m flops."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output for x (b, channels, h, w), in x's dtype."""
+        if _left_to_peft(self) or _only_peft_can(self):
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        kernel, bias = _base(self, base.weight.dtype)
+        W = kernel.flatten(1)
+        for name in _active(self):
+            W = rotate_butterfly(W, _butterfly(self, name), transpose=True)
+        W = W * _scale(self)[:, None].to(W.dtype)
+        y = F.conv2d(x.to(W.dtype), W.view(kernel.shape), bias, stride=base.stride, padding=base.padding)
+        return y.to(x.dtype)
+
+
+FAST: dict[type, type] = {
+    HRALinear: FastHRALinear,
+    HRAConv2d: FastHRAConv2d,
+    BOFTLinear: FastBOFTLinear,
+    BOFTConv2d: FastBOFTConv2d,
+}
 
 
 def _active(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.hra_u]
+    tensors = layer.boft_R if isinstance(layer, BOFTLinear | BOFTConv2d) else layer.hra_u
+    return [name for name in layer.active_adapters if name in tensors]
 
 
 def _left_to_peft(layer: Any) -> bool:
     """Whether no rotation has to be computed (merged, disabled, none active), or PEFT was told not to cast."""
     return layer.disable_adapters or layer.merged or not layer.cast_input_dtype_enabled or not _active(layer)
+
+
+def _only_peft_can(layer: Any) -> bool:
+    """Whether PEFT drops some of BOFT's blocks at random, or uses one adapter's permutations for all of them."""
+    drops = layer.training and any(not isinstance(layer.boft_dropout[name], nn.Identity) for name in _active(layer))
+    # PEFT keeps one set of permutations for a layer, that of the adapter added last.
+    shapes = {A.shape for A in layer.boft_R.values()}
+    return drops or (len(shapes) > 1 and max(shape[0] for shape in shapes) > 1)
+
+
+def _butterfly(layer: Any, name: str) -> Tensor:
+    """The blocks (m, D, b, b) of one adapter: `(I - S)(I + S)⁻¹` for the skew part S of what is trained."""
+    A = layer.boft_R[name]
+    with torch.autocast(device_type=A.device.type, enabled=False):
+        return cayley((A.mT - A) / 2)
+
+
+def _scale(layer: Any) -> Tensor:
+    """The product of the active adapters' scales (out)."""
+    return reduce(torch.mul, (layer.boft_s[name].flatten() for name in _active(layer)))
 
 
 def _base(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

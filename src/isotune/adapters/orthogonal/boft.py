@@ -16,10 +16,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.block_rotation import BlockRotation
+from isotune.adapters.block_rotation import BlockRotation, BlockSettings
 from isotune.adapters.contract import Side, check_tensors
 from isotune.adapters.peft_limits import same_for_all, uneven_convolution
 from isotune.adapters.settings import Settings
@@ -31,7 +31,7 @@ from isotune.sites import Site
 BLOCK, FACTORS = 8, 2
 
 
-class BOFT(Settings):
+class BOFT(BlockSettings):
     """W' = diag(s) W (B_m ... B_1)ᵀ: the weight times a butterfly of block-diagonal rotations, its rows scaled."""
 
     name: ClassVar[str] = "boft"
@@ -44,18 +44,10 @@ class BOFT(Settings):
     block: int | None = Field(
         None, gt=1, description="Size of a block; by default 8, or what is possible near it on the rotated side."
     )
-    blocks: int | None = Field(None, gt=0, description="Number of blocks in a factor, in place of their size.")
     factors: int | None = Field(
         None, gt=0, le=16, description="Number of butterfly factors; by default 2 where the size allows it, else 1."
     )
     magnitude: bool = Field(True, description="Also train a scale for every output.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the blocks that are the identity while training.")
-
-    @model_validator(mode="after")
-    def _one_size(self) -> BOFT:
-        if self.block and self.blocks:
-            raise OptionError(f"boft: block={self.block} and blocks={self.blocks} were both given; give one of them")
-        return self
 
     def sizes(self, d: int) -> tuple[int, int]:
         """b and m on a side of d numbers. Raises OptionError where there are none."""
@@ -73,11 +65,10 @@ class BOFT(Settings):
         )
 
     def build(self, site: Site, generator: torch.Generator) -> BOFTAdapter:
-        side: Side = "out" if site.kind == "embedding" else "in"
-        d = site.out_features if side == "out" else site.in_features
+        side, d = self.rotated(site)
         b, m = self.sizes(d)
-        s = torch.ones(site.out_features) if self.magnitude else None
-        return BOFTAdapter(torch.zeros(m, d // b, above_diagonal(b)), b, side, s, self.dropout)
+        Q = torch.zeros(m, d // b, above_diagonal(b))
+        return BOFTAdapter(Q, b, side, self.scale(site), self.dropout)
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         d = n_out if kind == "embedding" else n_in

@@ -17,10 +17,10 @@ import math
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.block_rotation import BlockRotation
+from isotune.adapters.block_rotation import BlockRotation, BlockSettings
 from isotune.adapters.contract import Side, check_tensors
 from isotune.adapters.peft_limits import same_for_all, terms_for_peft, terms_from_peft
 from isotune.adapters.settings import NotInPEFTError, Settings
@@ -32,7 +32,7 @@ from isotune.sites import Site
 BLOCK = 16
 
 
-class OFT(Settings):
+class OFT(BlockSettings):
     """W' = W Rᵀ: the weight times a block-diagonal rotation."""
 
     name: ClassVar[str] = "oft"
@@ -46,7 +46,6 @@ class OFT(Settings):
     block: int | None = Field(
         None, gt=1, description="Size of a block, a divisor of the rotated side; by default the one nearest to 16."
     )
-    blocks: int | None = Field(None, gt=0, description="Number of blocks, in place of their size.")
     nearest: bool = Field(False, description="Take the nearest divisor where `block` or `blocks` is none.")
     share: bool = Field(False, description="One rotation for all blocks.")
     terms: int | None = Field(None, ge=3, description="Terms of a Neumann series; by default R is exact.")
@@ -54,14 +53,6 @@ class OFT(Settings):
     radius: Literal["official", "peft"] = Field(
         "official", description="COFT's radius: eps b² / sqrt(blocks) (the authors' code) or eps / sqrt(blocks)."
     )
-    magnitude: bool = Field(False, description="Also train a scale for every output.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the blocks that are the identity while training.")
-
-    @model_validator(mode="after")
-    def _one_size(self) -> OFT:
-        if self.block and self.blocks:
-            raise OptionError(f"oft: block={self.block} and blocks={self.blocks} were both given; give one of them")
-        return self
 
     def size(self, d: int) -> int:
         """The size of a block on a side of d numbers. Raises OptionError where there is none."""
@@ -81,15 +72,14 @@ class OFT(Settings):
         return size
 
     def build(self, site: Site, generator: torch.Generator) -> OFTAdapter:
-        side: Side = "out" if site.kind == "embedding" else "in"
-        d = site.out_features if side == "out" else site.in_features
+        side, d = self.rotated(site)
         b = self.size(d)
         D = 1 if self.share else d // b
         radius = None
         if self.eps is not None:
             radius = self.eps * (b * b if self.radius == "official" else 1) / math.sqrt(D)
-        s = torch.ones(site.out_features) if self.magnitude else None
-        return OFTAdapter(torch.zeros(D, above_diagonal(b)), b, side, s, self.terms, radius, self.dropout)
+        Q = torch.zeros(D, above_diagonal(b))
+        return OFTAdapter(Q, b, side, self.scale(site), self.terms, radius, self.dropout)
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         d = n_out if kind == "embedding" else n_in
