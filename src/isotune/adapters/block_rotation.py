@@ -21,7 +21,9 @@ class BlockSettings(Settings):
     block: int | None = Field(None, gt=1, description="Size of a block; by default one that suits the rotated side.")
     blocks: int | None = Field(None, gt=0, description="Number of blocks, in place of their size.")
     magnitude: bool = Field(False, description="Also train a scale for every output.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the blocks that are the identity while training.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the blocks, rounded down, that are the identity in training."
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> BlockSettings:
