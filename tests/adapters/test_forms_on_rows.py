@@ -1,4 +1,4 @@
-"""Methods with a form on rows and one on the weight take the first where a layer's weight is packed."""
+"""Methods that transform rows or form the weight: small layers, as the laws draw them, do the second; here the first."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import torch
 from torch import nn
 
 import isotune
+from isotune.adapters.low_rank.tlora import TLoRAAdapter
+from isotune.adapters.registry import method_class
+from isotune.adapters.spectral.sparse_spectrum import SparseSpectrum
+from laws.options import drawn_settings
+from laws.suite import check_law
 from packed import NibbleLinear, SecretLinear, unpack
 from support import adapted, assert_same_output
 
@@ -39,3 +44,23 @@ def test_packed_layer_computes_as_its_dense_twin_and_is_never_asked_for_its_weig
     assert gradients[0]
     for got, expected in zip(gradients[1], gradients[0], strict=True):
         assert_same_output(got, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        "identity_at_start",
+        "forward_equals_dense_twin",
+        "gradients_are_derivatives",
+        "dtype_is_kept",
+        "compiles_without_a_break",
+        "stack_is_the_product_of_its_parts",
+        "fold_is_the_forward_and_unfold_restores",
+        "every_factor_moves_within_two_steps",
+    ],
+)
+@pytest.mark.parametrize("name", ["fourierft", "loca", "tlora"])
+def test_laws_hold_on_rows(name: str, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in (SparseSpectrum, TLoRAAdapter):
+        monkeypatch.setattr(family, "_rows_are_cheaper", lambda *_: True)
+    check_law(method_class(name), "linear", law, drawn_settings(method_class(name)))
