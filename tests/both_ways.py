@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from torch import Tensor, nn
 
 import isotune
@@ -16,6 +17,13 @@ from isotune import Settings
 from support import adapted, assert_same_output, move, output
 
 Base = Callable[[], nn.Module]
+
+
+def tiny_gpt2() -> nn.Module:
+    """A GPT-2 of random weights, whose linear layers keep theirs transposed."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)
+    return transformers.GPT2LMHeadModel(config).eval()
 
 
 def through_peft(model: nn.Module, folder: Path) -> Any:

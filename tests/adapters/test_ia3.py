@@ -9,14 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import isotune
-from both_ways import assert_isotune_loads, assert_peft_loads, by_peft
+from both_ways import assert_isotune_loads, assert_peft_loads, by_peft, tiny_gpt2
 from isotune.adapters.low_rank.ia3 import IA3
 from isotune.checkpoint.files import CONFIG
 from isotune.errors import OptionError
@@ -72,12 +71,6 @@ def test_any_choice_of_sides_means_the_same_in_peft(
     assert (model.model.layers[0].mlp.down_proj.settings["default"].side == "in") == ("down_proj" in inputs)
 
 
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 def convolutions() -> nn.Module:
     torch.manual_seed(1)
     layers = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 1, stride=2)
@@ -92,13 +85,13 @@ def test_minilm_gpt2_and_convolutions_go_both_ways(tmp_path: Path) -> None:
     inputs = r".*(output\.dense|mlp\.c_proj)|2"
     for base, targets, run in (
         (minilm, ["key", "value", "output.dense"], output),
-        (gpt2, ["c_attn", "mlp.c_proj"], output),
+        (tiny_gpt2, ["c_attn", "mlp.c_proj"], output),
         (convolutions, ["0", "2"], images),
     ):
         folder = tmp_path / base.__name__
         overrides = {inputs: {"side": "in"}}
         assert_peft_loads(base, ia3(), folder / "one", run, targets=targets, overrides=overrides)
-        fan = base is gpt2
+        fan = base is tiny_gpt2
         config = peft.IA3Config(target_modules=targets, feedforward_modules=inputs, fan_in_fan_out=fan)
         assert_isotune_loads(base, config, folder, run)
 

@@ -20,7 +20,7 @@ from both_ways import assert_isotune_loads, assert_peft_loads, by_peft, through_
 from isotune.checkpoint.files import CONFIG, TENSORS
 from isotune.errors import OptionError
 from isotune.sites import require_site
-from support import adapted, assert_same_output, minilm, output, stories, tokens
+from support import adapted, assert_same_output, minilm, output, stories
 
 LAYERS = ["q_proj", "o_proj", "down_proj"]  # 64 x 64 and 64 x 172, which few ranks divide
 
@@ -106,18 +106,6 @@ def test_older_checkpoints_called_bone_are_read_and_saved_under_the_new_name(
 
 def test_bone_is_another_name_of_miss() -> None:
     assert isotune.method("bone", rank=16) == isotune.method("miss", rank=16)
-
-
-def test_rows_of_one_batch_use_different_adapters() -> None:
-    model = stories()
-    for k, name in enumerate(("one", "two")):
-        adapted(model, isotune.method("miss", rank=4 + k), LAYERS, name=name, seed=k, size=0.02)
-    expected = []
-    for row, name in enumerate(("one", "two")):
-        isotune.use(model, name)
-        expected.append(output(model)[row])
-    isotune.use(model, rows=["one", "two"], train=False)
-    assert_same_output(output(model, **tokens(model)), torch.stack(expected))
 
 
 def test_dropout_falls_on_the_adapter_path_only() -> None:

@@ -10,17 +10,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import isotune
-from both_ways import assert_isotune_loads, assert_peft_loads
+from both_ways import assert_isotune_loads, assert_peft_loads, tiny_gpt2
 from isotune.checkpoint.files import CONFIG
 from isotune.model.layers import adapted_layers
-from support import adapted, assert_same_output, minilm, output, stories, tokens
+from support import adapted, assert_same_output, minilm, output, stories
 
 LAYERS = ["q_proj", "o_proj", "down_proj"]  # 64 x 64 and 64 x 172
 
@@ -87,21 +86,15 @@ def test_any_drawn_adapter_means_the_same_in_peft(
     assert model.model.layers[0].self_attn.q_proj.settings["default"] == method
 
 
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 @pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")
 def test_minilm_and_the_transposed_layers_of_gpt2_go_both_ways(tmp_path: Path) -> None:
     targets = ["query", "intermediate.dense"]
     assert_peft_loads(minilm, vera(), tmp_path / "one", targets=targets, size=0.2)
     assert_isotune_loads(minilm, peft.VeraConfig(r=5, target_modules=targets), tmp_path)
     targets = ["c_attn", "c_proj"]
-    assert_peft_loads(gpt2, vera(), tmp_path / "two", targets=targets, size=0.3)
+    assert_peft_loads(tiny_gpt2, vera(), tmp_path / "two", targets=targets, size=0.3)
     config = peft.VeraConfig(r=5, target_modules=targets, fan_in_fan_out=True, save_projection=False)
-    assert_isotune_loads(gpt2, config, tmp_path / "gpt2")
+    assert_isotune_loads(tiny_gpt2, config, tmp_path / "gpt2")
 
 
 def test_second_adapter_on_more_and_larger_layers_leaves_the_first_as_it_was_where_pefts_fails() -> None:
@@ -131,18 +124,6 @@ def test_overrides_that_would_need_other_matrices_are_refused_and_the_model_is_l
     with pytest.raises(isotune.IsotuneError, match="vera shares vera_A, vera_B among all layers, so that overrides"):
         isotune.adapt(model, vera(), LAYERS, overrides={"q_proj": {"rank": 3}})
     assert not list(adapted_layers(model))
-
-
-def test_rows_of_one_batch_use_different_adapters() -> None:
-    model = stories()
-    for k, name in enumerate(("one", "two")):
-        adapted(model, vera(rank=4 + k), LAYERS, name=name, seed=k, size=0.3)
-    expected = []
-    for row, name in enumerate(("one", "two")):
-        isotune.use(model, name)
-        expected.append(output(model)[row])
-    isotune.use(model, rows=["one", "two"], train=False)
-    assert_same_output(output(model, **tokens(model)), torch.stack(expected))
 
 
 def test_layers_that_peft_does_not_adapt_are_saved_as_isotunes_own(tmp_path: Path) -> None:

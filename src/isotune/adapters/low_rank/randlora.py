@@ -24,13 +24,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, check_tensors
-from isotune.adapters.settings import NotInPEFTError, Settings, other_kind, same_settings
+from isotune.adapters.projections import RandomProjections
+from isotune.adapters.settings import NotInPEFTError, Settings, same_settings
 from isotune.adapters.shared import Shared, largest
 from isotune.linalg.random_bases import bfloat_bases, ternary_bases
 from isotune.sites import Site
 
 
-class RandLoRA(Settings):
+class RandLoRA(RandomProjections):
     """W' = W + s Σ_j B_j diag(λ_j) A diag(γ_j): random bases that all layers share, up to full rank."""
 
     name: ClassVar[str] = "randlora"
@@ -42,7 +43,7 @@ class RandLoRA(Settings):
     }
     peft_type: ClassVar[str | None] = "RANDLORA"
 
-    rank: int = Field(32, gt=0, description="Rank of each basis; the larger, the fewer parameters.")
+    rank: int = Field(32, gt=0, le=2**16, description="Rank of each basis; the larger, the fewer parameters.")
     alpha: float | None = Field(None, gt=0, description="Scaling numerator; the default is 20 rank.")
     over_root: bool = Field(False, description="Scale by alpha / (rank √n), as the authors' code, not alpha / rank.")
     bases: Literal["uniform", "sparse", "very sparse"] = Field(
@@ -51,11 +52,6 @@ class RandLoRA(Settings):
         "small rank leaves some inputs (or outputs) unchanged.",
     )
     legacy_pairing: bool = Field(False, description="Pair the bases as the authors' code and PEFT do.")
-    projection_seed: int = Field(0, ge=0, lt=2**32, description="Seed of the random bases.")
-    save_projection: bool = Field(
-        True, description="Store the random bases, or draw them again on loading, which needs the same torch."
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the change while training.")
 
     @property
     def resolved_alpha(self) -> float:
@@ -75,16 +71,12 @@ class RandLoRA(Settings):
     def shared(self, sites: Iterable[Site]) -> dict[str, Tensor]:
         m, M = sorted(largest(sites))
         sizes = M, self._bases_for(m), self.rank, m
-        generator = torch.Generator().manual_seed(self.projection_seed)
+        generator = self.generator()
         if self.bases == "uniform":
             A, B = bfloat_bases(*sizes, generator)
         else:
             A, B = ternary_bases(*sizes, 3.0 if self.bases == "sparse" else math.sqrt(m), generator)
         return {"randlora_A": A, "randlora_B": B}
-
-    @property
-    def stores_shared(self) -> bool:
-        return self.save_projection
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         m = min(n_in, n_out)
@@ -97,32 +89,19 @@ class RandLoRA(Settings):
             raise NotInPEFTError("PEFT pairs RandLoRA's bases in another order than the paper (legacy_pairing=True)")
         if own.over_root:
             raise NotInPEFTError("PEFT's RandLoRA does not divide by the root of the number of bases")
-        return {
-            "r": own.rank,
+        return own.common_peft_fields() | {
             "randlora_alpha": own.resolved_alpha,
             "sparse": own.bases == "sparse",
             "very_sparse": own.bases == "very sparse",
-            "projection_prng_key": own.projection_seed,
-            "save_projection": own.save_projection,
-            "randlora_dropout": own.dropout,
-            "bias": "none",
-            "init_weights": True,
         }
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        return other_kind(site, "linear", "conv1d")
 
     @classmethod
     def from_peft_config(cls, config: dict[str, Any], path: str) -> RandLoRA:
         return cls(
-            rank=config["r"],
             alpha=config["randlora_alpha"],
             bases="very sparse" if config["very_sparse"] else "sparse" if config["sparse"] else "uniform",
             legacy_pairing=True,
-            projection_seed=config["projection_prng_key"],
-            save_projection=config["save_projection"],
-            dropout=config["randlora_dropout"],
+            **cls.common_options(config),
         )
 
 

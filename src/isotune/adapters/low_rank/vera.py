@@ -19,13 +19,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, check_tensors
-from isotune.adapters.settings import Settings, other_kind, same_settings
+from isotune.adapters.projections import RandomProjections
+from isotune.adapters.settings import Settings, same_settings
 from isotune.adapters.shared import Shared, largest
 from isotune.linalg.random_bases import kaiming_uniform
 from isotune.sites import Site
 
 
-class VeRA(Settings):
+class VeRA(RandomProjections):
     """W' = W + diag(b) B diag(d) A: random matrices that all layers share, scaled by learned vectors."""
 
     name: ClassVar[str] = "vera"
@@ -37,13 +38,8 @@ class VeRA(Settings):
     }
     peft_type: ClassVar[str | None] = "VERA"
 
-    rank: int = Field(256, gt=0, description="Rank of W' - W.")
+    rank: int = Field(256, gt=0, le=2**16, description="Rank of W' - W.")
     start: float = Field(0.1, gt=0, description="What the entries of d start from.")
-    projection_seed: int = Field(0, ge=0, lt=2**32, description="Seed of the random matrices.")
-    save_projection: bool = Field(
-        True, description="Store the random matrices, or draw them again on loading, which needs the same torch."
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A while training.")
 
     def build(self, site: Site, generator: torch.Generator) -> VeRAAdapter:
         b, d = torch.zeros(site.out_features), torch.full((self.rank,), self.start)
@@ -51,13 +47,9 @@ class VeRA(Settings):
 
     def shared(self, sites: Iterable[Site]) -> dict[str, Tensor]:
         n_in, n_out = largest(sites)
-        generator = torch.Generator().manual_seed(self.projection_seed)
+        generator = self.generator()
         A = kaiming_uniform((self.rank, n_in), generator)
         return {"vera_A": A, "vera_B": kaiming_uniform((n_out, self.rank), generator)}
-
-    @property
-    def stores_shared(self) -> bool:
-        return self.save_projection
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         return self.rank + n_out
@@ -65,29 +57,11 @@ class VeRA(Settings):
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
         own = same_settings(settings)
-        return {
-            "r": own.rank,
-            "d_initial": own.start,
-            "projection_prng_key": own.projection_seed,
-            "save_projection": own.save_projection,
-            "vera_dropout": own.dropout,
-            "bias": "none",
-            "init_weights": True,
-        }
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        return other_kind(site, "linear", "conv1d")
+        return own.common_peft_fields() | {"d_initial": own.start}
 
     @classmethod
     def from_peft_config(cls, config: dict[str, Any], path: str) -> VeRA:
-        return cls(
-            rank=config["r"],
-            start=config["d_initial"],
-            projection_seed=config["projection_prng_key"],
-            save_projection=config["save_projection"],
-            dropout=config["vera_dropout"],
-        )
+        return cls(start=config["d_initial"], **cls.common_options(config))
 
 
 class VeRAAdapter(LowRank):
