@@ -21,11 +21,14 @@ def nearest_to(budget: int, settings: Settings, sites: Sequence[Site]) -> Settin
     equally near, the smaller is taken.
     """
     name = settings.size_option
-    if name is None:
+    if name not in type(settings).model_fields:
         return settings
     options = settings.model_dump(exclude_unset=True)
     found = []
-    for value in range(1, 1 + max(max(site.in_features, site.out_features) for site in sites)):
+    largest = max(max(site.in_features, site.out_features) for site in sites)
+    if name != "rank":  # a number of coefficients may be as large as the weight
+        largest = max(largest, budget // len(sites))
+    for value in range(1, 1 + largest):
         try:
             sized = type(settings)(**{**options, name: value})
             found.append((abs(total_parameters(sized, sites) - budget), value, sized))

@@ -38,6 +38,8 @@ class Settings(BaseModel, ABC):
     """PEFT's name for the method, where PEFT has it."""
     peft_aliases: ClassVar[dict[str, str]] = {}
     """Names that `peft_type` had in older versions of PEFT, each with the prefix of the tensors' names then."""
+    size_option: ClassVar[str | None] = "rank"
+    """The whole-number option that decides how many parameters are trained; None where no option does."""
     peft_prefix: ClassVar[str] = ""
     """What the names of its tensors start with in PEFT's files; by default the method's name."""
     own_tensors: ClassVar[frozenset[str]] = frozenset()
@@ -48,11 +50,6 @@ class Settings(BaseModel, ABC):
             super().__init__(**options)
         except ValidationError as error:
             raise OptionError(_explain(type(self), error)) from None
-
-    @property
-    def size_option(self) -> str | None:
-        """The whole-number option that decides how many parameters are trained; None where no option does."""
-        return "rank" if "rank" in type(self).model_fields else None
 
     @property
     def identity_at_start(self) -> bool:

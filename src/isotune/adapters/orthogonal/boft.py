@@ -37,6 +37,7 @@ class BOFT(BlockSettings):
     name: ClassVar[str] = "boft"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
     learning_rate: ClassVar[float] = 1e-3
+    size_option: ClassVar[str | None] = "block"
     formula: ClassVar[str] = "7 * n_in + n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "it starts from zeros; nothing is drawn"}
     peft_type: ClassVar[str | None] = "BOFT"

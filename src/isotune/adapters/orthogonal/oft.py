@@ -38,6 +38,7 @@ class OFT(BlockSettings):
     name: ClassVar[str] = "oft"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
     learning_rate: ClassVar[float] = 1e-3
+    size_option: ClassVar[str | None] = "block"
     formula: ClassVar[str] = "n_in * 15 // 2"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "it starts from zeros; nothing is drawn"}
     peft_type: ClassVar[str | None] = "OFT"

@@ -34,6 +34,7 @@ class FourierFT(Settings):
     name: ClassVar[str] = "fourierft"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
     learning_rate: ClassVar[float] = 5e-2
+    size_option: ClassVar[str | None] = "n_frequency"
     formula: ClassVar[str] = "1000"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "it starts from zeros, at frequencies that its own option `seed` draws, as in PEFT"

@@ -39,6 +39,7 @@ class LoCA(Settings):
     name: ClassVar[str] = "loca"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
     learning_rate: ClassVar[float] = 5e-3
+    size_option: ClassVar[str | None] = "n_frequency"
     formula: ClassVar[str] = "1000"
 
     n_frequency: int | None = Field(
