@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.adapters.settings import NotInPEFTError
 from isotune.errors import OptionError
 from isotune.sites import Site
-
-
-def same_for_all(settings: dict[str, Settings]) -> Settings:
-    """The settings that all layers have. Raises NotInPEFTError where they differ."""
-    first, *others = set(settings.values())
-    if others:
-        raise NotInPEFTError(f"PEFT's {first.name.upper()} has the same options for all layers")
-    return first
 
 
 def terms_for_peft(terms: int | None) -> dict[str, Any]:

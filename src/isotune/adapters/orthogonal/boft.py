@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from isotune.adapters.block_rotation import BlockRotation, BlockSettings
 from isotune.adapters.contract import Side, check_tensors
-from isotune.adapters.peft_limits import same_for_all, uneven_convolution
-from isotune.adapters.settings import Settings
+from isotune.adapters.peft_limits import uneven_convolution
+from isotune.adapters.settings import Settings, same_settings
 from isotune.errors import OptionError
 from isotune.linalg.butterfly import rotate_butterfly
 from isotune.linalg.cayley import above_diagonal, rotation, skew, upper_of
@@ -78,7 +78,7 @@ class BOFT(BlockSettings):
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        s: Any = same_for_all(settings)
+        s = same_settings(settings)
         return {
             "boft_block_size": 0 if s.blocks else s.block or BLOCK,
             "boft_block_num": s.blocks or 0,

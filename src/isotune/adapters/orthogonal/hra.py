@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Side, check_tensors
+from isotune.adapters.peft_limits import uneven_convolution
 from isotune.adapters.settings import NotInPEFTError, Settings, check_rank
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.errors import OptionError
@@ -117,14 +118,7 @@ class HRA(Settings):
     def refused_by_peft(cls, site: Site) -> str | None:
         if site.kind in ("conv1d", "embedding"):
             return f"is of the kind {site.kind}, which PEFT's HRA does not adapt"
-        if site.kind != "conv2d":
-            return None
-        conv: Any = site.layer
-        # PEFT's HRA takes the first number of each pair for both.
-        pairs = (conv.kernel_size, conv.stride, conv.padding)
-        if isinstance(conv.padding, str) or any(first != second for first, second in pairs):
-            return "is a convolution whose kernel, stride or padding is not the same in both directions"
-        return None
+        return uneven_convolution(site)
 
     @classmethod
     def from_peft_config(cls, config: dict[str, Any], path: str) -> HRA:

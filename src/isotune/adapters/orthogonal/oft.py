@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from isotune.adapters.block_rotation import BlockRotation, BlockSettings
 from isotune.adapters.contract import Side, check_tensors
-from isotune.adapters.peft_limits import same_for_all, terms_for_peft, terms_from_peft
-from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.adapters.peft_limits import terms_for_peft, terms_from_peft
+from isotune.adapters.settings import NotInPEFTError, Settings, same_settings
 from isotune.errors import OptionError
 from isotune.linalg.butterfly import nearest_divisor, rotate_blocks
 from isotune.linalg.cayley import above_diagonal, rotation
@@ -89,7 +89,7 @@ class OFT(BlockSettings):
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        s: Any = same_for_all(settings)
+        s = same_settings(settings)
         if s.magnitude:
             raise NotInPEFTError("PEFT's OFT has no magnitudes")
         eps = s.eps

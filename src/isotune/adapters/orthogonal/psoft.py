@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, check_tensors
-from isotune.adapters.peft_limits import same_for_all, terms_for_peft, terms_from_peft
-from isotune.adapters.settings import Settings, check_rank
+from isotune.adapters.peft_limits import terms_for_peft, terms_from_peft
+from isotune.adapters.settings import Settings, check_rank, same_settings
 from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, cayley, cayley_neumann, skew, upper_of
 from isotune.linalg.householder import at_least_fp32
@@ -90,7 +90,7 @@ class PSOFT(Settings):
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        s: Any = same_for_all(settings)
+        s = same_settings(settings)
         return {
             "r": s.rank,
             "psoft_alpha": s.rank,
