@@ -1,4 +1,4 @@
-"""Methods that transform rows or form the weight: the small layers of the laws do the second, these the first."""
+"""Methods that transform rows or form the weight: the laws' small layers do the second, so here is the first."""
 
 from __future__ import annotations
 
