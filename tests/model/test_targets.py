@@ -152,30 +152,67 @@ def test_modules_trained_in_full_are_no_targets() -> None:
     assert "bert.pooler.dense" in found
 
 
-def count(base: nn.Module, rank: int, targets: str) -> int:
-    isotune.adapt(base, HRA(rank=rank), targets, seed=0)
-    return sum(p.numel() for p in base.parameters() if p.requires_grad)
-
-
-def test_deberta_v3_base_with_hra_of_rank_8_trains_the_papers_0_66_million() -> None:
+def deberta() -> nn.Module:
+    """DeBERTaV3-base, without values."""
     config = transformers.DebertaV2Config(
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=128100,
         relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
         pos_att_type=["p2c", "c2p"], type_vocab_size=0, position_biased_input=False, max_relative_positions=-1,
     )  # fmt: skip
     with torch.device("meta"):
-        base = transformers.DebertaV2Model(config)
-    assert count(base, 8, "all-linear") == 663_552
+        return transformers.DebertaV2Model(config)
 
 
-def test_llama2_7b_with_hra_of_rank_32_on_query_and_value_trains_the_papers_8_39_million() -> None:
+def llama2() -> nn.Module:
+    """LLaMA2-7B, without values."""
     config = transformers.LlamaConfig(
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008, vocab_size=32000
     )
     with torch.device("meta"):
-        base = transformers.LlamaForCausalLM(config)
-    assert count(base, 32, "query-value") == 8_388_608
+        return transformers.LlamaForCausalLM(config)
+
+
+def count(base: nn.Module, targets: str, method: str, **options: Any) -> int:
+    isotune.adapt(base, isotune.method(method, **options), targets, seed=0)
+    return sum(p.numel() for p in base.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "trained"),
+    [
+        ("lora", {"rank": 8}, 1_327_104),  # the papers' 1.33 M
+        ("hra", {"rank": 8}, 663_552),  # the paper's 0.66 M
+        # The papers say 0.79 M and 0.75 M. A block of size b has b (b - 1) / 2 free numbers, and BOFT a scale for
+        # each output: over 82,944 inputs and as many outputs that is 7.5 and 2 * 3.5 + 1 each. 0.75 M are 2 * 4 + 1,
+        # half of what two factors store as whole blocks; 0.79 M are between 9 and 10 for each input.
+        ("oft", {"block": 16}, 622_080),
+        ("boft", {"block": 8, "factors": 2}, 663_552),
+    ],
+)
+def test_parameters_on_every_linear_layer_of_deberta_v3_base(
+    method: str, options: dict[str, Any], trained: int
+) -> None:
+    assert count(deberta(), "all-linear", method, **options) == trained
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "trained"),
+    [
+        ("lora", {"rank": 32}, 16_777_216),  # the papers' 0.25 %
+        ("hra", {"rank": 32}, 8_388_608),  # the paper's 0.12 %
+        # The paper's 0.13 % and 0.12 % would be 33 and 31 numbers for each input; blocks of these sizes have 7.5, and
+        # 2 * 3.5 + 1 with the scale: its runs must have stored more, or targeted more layers.
+        ("oft", {"block": 16}, 1_966_080),
+        ("boft", {"block": 8, "factors": 2}, 2_097_152),
+    ],
+)
+def test_parameters_on_query_and_value_of_llama2_7b(method: str, options: dict[str, Any], trained: int) -> None:
+    base = llama2()
+    total = sum(p.numel() for p in base.parameters())
+    assert count(base, "query-value", method, **options) == trained
     rows = isotune.describe(base)
     assert len(rows) == 64
-    assert sum(row.share for row in rows) == pytest.approx(0.0012, abs=1e-4)
+    assert sum(row.share for row in rows) == pytest.approx(trained / total)
     assert all(re.search(r"\.(q|v)_proj$", row.site) for row in rows)
+    if method in ("lora", "hra"):
+        assert round(100 * trained / total, 2) == {"lora": 0.25, "hra": 0.12}[method]
