@@ -53,7 +53,7 @@ def sized(name: str, sites: list[Site]) -> dict[str, Any]:
     """
     settings = nearest_to(BUDGET, isotune.method(name), sites)
     for site in sites:
-        settings.shell(site)
+        settings.check(site)
     return {
         "method": {"name": name, **settings.model_dump(exclude_unset=True)},
         "parameters": total_parameters(settings, sites),

@@ -145,6 +145,9 @@ class NeverFits(LoRA):
     def build(self, site: Site, generator: torch.Generator) -> LoRAAdapter:
         raise OptionError("no layer is right")
 
+    def check(self, site: Site) -> None:
+        raise OptionError("no layer is right")
+
 
 def test_probing_sees_what_a_method_cannot_do() -> None:
     found = probe(Unlike)

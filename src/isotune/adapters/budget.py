@@ -44,7 +44,7 @@ def _fits(settings: Settings, sites: Sequence[Site]) -> bool:
     """Whether the method can be built on each shape that occurs."""
     try:
         for site in {(site.kind, *site.shape): site for site in sites}.values():
-            settings.shell(site)
+            settings.check(site)
     except OptionError:
         return False
     return True

@@ -63,6 +63,10 @@ class Settings(BaseModel, ABC):
         Raises OptionError where the options do not fit the site's shape.
         """
 
+    def check(self, site: Site) -> None:
+        """Raise OptionError where the options do not fit the site."""
+        self.shell(site)
+
     def shell(self, site: Site) -> Adapter:
         """An adapter of the right shapes, whose tensors are about to be loaded; by default a fresh one.
 

@@ -209,6 +209,7 @@ def _counted(settings: Settings, sites: Mapping[str, Site]) -> tuple[int | None,
 
 def _trained(settings: Settings, site: Site) -> Iterator[int]:
     try:
+        settings.check(site)
         adapter = settings.shell(site)
     except (NotImplementedError, RuntimeError):
         # A start that is computed from values, which a layer on the meta device does not have.

@@ -42,15 +42,15 @@ class DoRA(LoRA):
     )
 
     def build(self, site: Site, generator: torch.Generator) -> RowScaledAdapter:
-        return DoRAAdapter(*self.parts(site, generator), self.detach_norm)
-
-    def shell(self, site: Site) -> RowScaledAdapter:
-        return self.build(site, torch.Generator())
-
-    def parts(self, site: Site, generator: torch.Generator) -> tuple[LoRAAdapter, Tensor]:
-        """The product s B A at its start, and the lengths (out) of the rows of W."""
         product = LoRAAdapter(*fresh_factors(site, self.rank, generator), self.scale, self.dropout)
-        return product, torch.linalg.vector_norm(at_least_fp32(site.weight), dim=1).cpu()
+        return self.scaled(product, torch.linalg.vector_norm(at_least_fp32(site.weight), dim=1).cpu())
+
+    def adapter(self, A: Tensor, B: Tensor, site: Site) -> RowScaledAdapter:
+        return self.scaled(LoRAAdapter(A, B, self.scale, self.dropout), torch.ones(site.out_features))
+
+    def scaled(self, product: LoRAAdapter, norms: Tensor) -> RowScaledAdapter:
+        """The adapter of the product s B A on a layer whose rows have these lengths (out)."""
+        return DoRAAdapter(product, norms, self.detach_norm)
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
         return super().parameter_count(n_in, n_out, kind) + n_out

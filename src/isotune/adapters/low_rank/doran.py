@@ -25,7 +25,6 @@ from isotune.adapters.low_rank.dora import DoRA
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.adapters.low_rank.row_scaled import RowScaledAdapter
 from isotune.adapters.settings import NotInPEFTError
-from isotune.sites import Site
 
 
 class DoRAN(DoRA):
@@ -39,10 +38,9 @@ class DoRAN(DoRA):
     tau: float = Field(0.1, gt=0, description="The number to start from, to compare with the lengths of W's rows.")
     tau_per_row: bool = Field(False, description="Learn one number for each row, in place of one for the layer.")
 
-    def build(self, site: Site, generator: torch.Generator) -> RowScaledAdapter:
-        product, norms = self.parts(site, generator)
+    def scaled(self, product: LoRAAdapter, norms: Tensor) -> RowScaledAdapter:
         # The inverse of softplus, without overflow.
-        t = torch.full((site.out_features if self.tau_per_row else 1,), self.tau + math.log(-math.expm1(-self.tau)))
+        t = torch.full((len(norms) if self.tau_per_row else 1,), self.tau + math.log(-math.expm1(-self.tau)))
         return DoRANAdapter(product, norms + F.softplus(t), t, self.detach_norm)
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:

@@ -50,6 +50,9 @@ class LoRA(Settings):
     def build(self, site: Site, generator: torch.Generator) -> Adapter:
         return self.adapter(*fresh_factors(site, self.rank, generator), site)
 
+    def check(self, site: Site) -> None:
+        check_rank(self.rank, min(site.in_features, site.out_features), "its smaller side")
+
     def shell(self, site: Site) -> Adapter:
         # A file may hold a layer padded with zeros to the rank of larger ones: no start to make, but one to read.
         check_rank(self.rank, site.in_features + site.out_features, "the sum of its sides")

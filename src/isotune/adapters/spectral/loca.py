@@ -141,6 +141,10 @@ class LoCAAdapter(SparseSpectrum):
         learned = done < self.location_steps and done % _CYCLE >= _COEFFICIENTS
         self.phase = "locations" if learned else "coefficients"
 
+    def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
+        super().load_peft_state(tensors, site)
+        self._resume(int(self.steps))
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._resume(int(self.steps))
