@@ -54,7 +54,7 @@ def at_inference() -> tuple[nn.Module, Tensor]:
     model, x = adapted(nn.Linear(16, 4)).eval(), torch.randn(3, 16, dtype=torch.float64)
     with torch.no_grad():
         model(x)
-    assert model[0].parts["default"]._kept.WU is not None
+    assert model[0].parts["default"]._kept.value.WU is not None
     return model, x
 
 
@@ -88,11 +88,11 @@ def test_constants_follow_the_dtype(at_inference: tuple[nn.Module, Tensor]) -> N
 def test_constants_are_dropped_when_training_starts(at_inference: tuple[nn.Module, Tensor]) -> None:
     model, _ = at_inference
     model.train()
-    assert model[0].parts["default"]._kept is None
+    assert model[0].parts["default"]._kept.value is None
 
 
 def test_constants_stay_out_of_copies_and_pickles(at_inference: tuple[nn.Module, Tensor]) -> None:
     model, x = at_inference
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other[0].parts["default"]._kept is None
+        assert other[0].parts["default"]._kept.value is None
         check(other, x)

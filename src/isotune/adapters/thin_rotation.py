@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from isotune.adapters.contract import Rotation, Thin, autocast, before, beside
+from isotune.adapters.kept import Kept
 from isotune.linalg.forms import Form, cheapest
 from isotune.linalg.householder import at_least_fp32, rotate
 from isotune.sites import AdaptedSite, Site
 
 
-@dataclass(frozen=True)
-class _Constants:
-    """U and M, and where it was needed (W U)ᵀ, of a frozen adapter on a frozen layer; `of` is what they came from."""
+class _Constants(NamedTuple):
+    """U and M, and where it is needed (W U)ᵀ, of a frozen adapter on a frozen layer."""
 
-    of: tuple[Tensor, ...]
-    state: tuple[Any, ...]
     U: Tensor
     M: Tensor
     WU: Tensor | None
@@ -29,7 +26,9 @@ class _Constants:
 class ThinRotation(Rotation):
     """`W' = W (I - U M)` (side "in") or `W' = (I - U M)ᵀ W` (side "out"), with U (d x r) and M (r x d)."""
 
-    _kept: _Constants | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: Kept[_Constants] = Kept()
 
     @abstractmethod
     def thin(self) -> tuple[Tensor, Tensor]:
@@ -89,24 +88,19 @@ class ThinRotation(Rotation):
         return (W @ U.to(W.dtype)).mT
 
     def _constants(self, site: Site, x: Tensor) -> _Constants:
-        """What inference keeps between calls; made anew when the adapter, the layer or the dtype changes."""
+        """What inference keeps between calls."""
         dtype = autocast(x).dtype
-        of = (*self.parameters(), *self.buffers(), *(() if site.packed else (site.layer.weight,)))
-        state = (dtype, *((t._version, t.dtype, t.device) for t in of))
-        kept = self._kept
-        if kept is None or kept.state != state or any(a is not b for a, b in zip(kept.of, of, strict=True)):
+
+        def made() -> _Constants:
             U, M = self.thin()
             needed = self._form(x, site, M.shape[0], training=False) == "output"
-            WU = self._columns_through(site, U, dtype) if needed else None
-            self._kept = kept = _Constants(of, state, U, M, WU)
-        return kept
+            return _Constants(U, M, self._columns_through(site, U, dtype) if needed else None)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle of the model makes its own constants.
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        frozen = () if site.packed else (site.layer.weight,)
+        return self._kept.get((*self.parameters(), *self.buffers(), *frozen), made, dtype)
 
     def train(self, mode: bool = True) -> ThinRotation:
         """Set the mode; the constants that inference kept are dropped when training starts."""
         if mode:
-            self._kept = None
+            self._kept = Kept()
         return super().train(mode)

@@ -31,7 +31,8 @@ class RowScaledAdapter(Adapter):
         self.product = product
         self.magnitude = nn.Parameter(magnitude)
         self.detach_norm = detach_norm
-        self._squares, self._scaling = Kept(), Kept()
+        self._squares: Kept[Tensor] = Kept()
+        self._scaling: Kept[Tensor] = Kept()
 
     @abstractmethod
     def scaling(self, norms: Tensor) -> Tensor:
