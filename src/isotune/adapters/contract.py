@@ -179,7 +179,7 @@ class LowRank(Adapter):
         return Thin("beside", A.mT, B.mT)
 
 
-_FEW = 2**17
+_FEW = 2**18
 
 
 def before(site: Site, x: Tensor, L: Tensor, R: Tensor, scale: float = 1.0) -> Tensor:
