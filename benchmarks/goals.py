@@ -47,7 +47,15 @@ def _layer(results: Results) -> Iterator[Goal]:
     for d in (384, 768):
         row = find(results, "layer", d=d, rank=8, rows=2048, grad_input=True)
         text = f"Linear {d} x {d}, 2048 rows, r = 8: HRA / PEFT's LoRA"
-        yield Goal(text, 0.6, row and ratio(row, HRA, REFERENCE))
+        yield Goal(text, 0.6, row and ratio(row, HRA, REFERENCE), note=_beyond_frozen(row) if row else "")
+
+
+def _beyond_frozen(row: dict[str, Any]) -> str:
+    """What the frozen layer alone takes of LoRA's time, and HRA's share of what LoRA adds to that."""
+    frozen, hra = ratio(row, "frozen", REFERENCE), ratio(row, HRA, REFERENCE)
+    if frozen is None or hra is None:
+        return ""
+    return f"the frozen layer alone {frozen:.2f}x; HRA adds {(hra - frozen) / (1 - frozen):.2f}x of what LoRA adds"
 
 
 def _models(results: Results) -> Iterator[Goal]:

@@ -1,7 +1,7 @@
 """A frozen layer seen as the linear map `y = x Wᵀ + b`, with W of shape (out, in): a site.
 
 A site is a light view: it holds the layer and computes with it, and has no state of its own. `site_of` knows
-the layer kinds; a site with an adapter on it (`AdaptedSite`) is again a site, so adapters stack.
+the layer kinds; a site with an adapter on it (`adapted_site`) is again a site, so adapters stack.
 """
 
 from __future__ import annotations
@@ -10,19 +10,15 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isotune.errors import TargetError
-from isotune.linalg.householder import at_least_fp32
 from isotune.matrix import Matrix
 from isotune.packed import dequantized, is_packed
-
-if TYPE_CHECKING:
-    from isotune.adapters.contract import Adapter
 
 
 class Site(ABC):
@@ -238,69 +234,6 @@ class EmbeddingSite(Site):
 
     def expand(self, z: Tensor, B: Tensor) -> Tensor:
         return F.linear(z, B.to(z.dtype))
-
-
-class AdaptedSite(Site):
-    """A site with an adapter on it."""
-
-    def __init__(self, base: Site, adapter: Adapter) -> None:
-        super().__init__(base.layer)
-        self.base, self.adapter = base, adapter
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.adapter(x, self.base)
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.base.kind
-
-    @property
-    def rotates_input(self) -> bool:  # type: ignore[override]
-        return self.base.rotates_input
-
-    @property
-    def rotates_output(self) -> bool:  # type: ignore[override]
-        return self.base.rotates_output
-
-    @property
-    def features(self) -> int:  # type: ignore[override]
-        return self.base.features
-
-    @property
-    def packed(self) -> bool:  # type: ignore[override]
-        return self.base.packed
-
-    @property
-    def weight(self) -> Tensor:
-        # At least fp32: this is the dense twin, which fold, export and every test rely on.
-        return self.adapter.weight(at_least_fp32(self.base.weight))
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
-
-    def layout(self, W: Tensor) -> Tensor:
-        return self.base.layout(W)
-
-    def rows(self, x: Tensor) -> int:
-        return self.base.rows(x)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.adapter.bias(self.base.bias)
-
-    def forward_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        return self.base.forward_with(x, W, b)
-
-    def project(self, x: Tensor, A: Tensor) -> Tensor:
-        return self.base.project(x, A)
-
-    def expand(self, z: Tensor, B: Tensor) -> Tensor:
-        return self.base.expand(z, B)
 
 
 _TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may compute in its own way

@@ -12,10 +12,11 @@ from torch import nn
 
 import isotune
 from isotune import HRA, LoRA
+from isotune.adapted_site import AdaptedSite
 from isotune.adapters.low_rank.hydra import Hydra
 from isotune.diagnostics.change import inspect_adapter
 from isotune.errors import NoLowRankFormError, OptionError
-from isotune.sites import AdaptedSite, require_site
+from isotune.sites import require_site
 from support import MINILM, STORIES, adapted, assert_same_output, minilm, move, output, stories
 
 

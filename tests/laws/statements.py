@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 import isotune
+from isotune.adapted_site import AdaptedSite
 from isotune.errors import IsotuneError
-from isotune.sites import AdaptedSite, Site
+from isotune.sites import Site
 from laws.case import Case, adapter_of, move, site_of_base, trainable
 from laws.layers import strides_with_dilation
 

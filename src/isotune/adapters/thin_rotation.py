@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Rotation, Thin, autocast, before, beside
 from isotune.adapters.kept import Kept
 from isotune.linalg.forms import Form, cheapest
 from isotune.linalg.householder import at_least_fp32, rotate
-from isotune.sites import AdaptedSite, Site
+from isotune.sites import Site
 
 
 class _Constants(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Adapter
 from isotune.adapters.low_rank.lora import lora_tensors
 from isotune.checkpoint.base import StoredBase, stored_layer
@@ -21,7 +22,7 @@ from isotune.checkpoint.save import base_model_name, peft_fields, refused_by_pef
 from isotune.checkpoint.stored import PREFIX, StoredAdapter, read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError, TargetError
 from isotune.model.layers import adapted_layers, check_one_weight, trained_modules
-from isotune.sites import AdaptedSite, LinearSite, Site, require_site
+from isotune.sites import LinearSite, Site, require_site
 
 _PROBES = 16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

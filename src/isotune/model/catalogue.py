@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Adapter
 from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.errors import IsotuneError, OptionError
 from isotune.model.attach import build_adapters
-from isotune.sites import AdaptedSite, LinearSite, Site, require_site
+from isotune.sites import LinearSite, Site, require_site
 
 _SIZES = ((64, 96), (128, 128), (256, 256), (1024, 1024))
 """(in, out) of the layers to probe on; the first that a method's default options fit is used."""

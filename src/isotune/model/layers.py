@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Adapter
 from isotune.adapters.settings import Settings
 from isotune.errors import IsotuneError
 from isotune.model.mixed import mixed_forward
-from isotune.sites import AdaptedSite, Site, require_site
+from isotune.sites import Site, require_site
 
 
 class _Wrapper(nn.Module):

@@ -13,6 +13,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Adapter
 from isotune.adapters.kept import Kept
 from isotune.adapters.low_rank.lora import LoRAAdapter
@@ -20,7 +21,7 @@ from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.low_rank import row_squares, row_squares_of_sum, safe_norms
 from isotune.linalg.node import transformed
 from isotune.linalg.thin import without_autocast
-from isotune.sites import AdaptedSite, Site
+from isotune.sites import Site
 
 
 class RowScaledAdapter(Adapter):

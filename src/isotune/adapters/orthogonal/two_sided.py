@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Adapter, Thin
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.linalg.householder import at_least_fp32
-from isotune.sites import AdaptedSite, Site
+from isotune.sites import Site
 
 
 class OutputScale(Adapter):
