@@ -66,6 +66,8 @@ def test_no_vector_of_a_tiny_basis_is_zero_where_pefts_would_be_or_not_a_number(
     assert B.isfinite().all()
 
 
-def test_equal_entries_have_no_deviation_to_divide_by() -> None:
-    for t in (torch.ones(3), torch.full((1, 1), 5.0)):
-        assert torch.equal(unit_deviation(t), t)
+def test_few_entries_that_lie_close_together_are_not_blown_up() -> None:
+    for t in (torch.ones(3), torch.full((1, 1), -5.0), torch.tensor([0.084, 0.083])):
+        torch.testing.assert_close(unit_deviation(t), 2 * t.sign(), rtol=0.02, atol=0)
+    many = torch.randn(1000)
+    assert torch.equal(unit_deviation(many), many / many.std())

@@ -40,6 +40,9 @@ def ternary_bases(
 
 
 def unit_deviation(t: Tensor) -> Tensor:
-    """t divided by the standard deviation of its entries; t itself where they are all equal."""
-    deviation = t.std(correction=min(1, t.numel() - 1))
-    return t / deviation if deviation > 0 else t
+    """t (not all zero) divided by the standard deviation of its entries.
+
+    A few entries that happen to lie close together have hardly any: half their root mean square is the least.
+    """
+    least = t.square().mean().sqrt() / 2
+    return t / torch.maximum(t.std(correction=min(1, t.numel() - 1)), least)
