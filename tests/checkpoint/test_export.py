@@ -52,6 +52,11 @@ def test_exported_lora_computes_the_same_through_peft_and_here(method: str, tmp_
     assert_same_output(output(isotune.load(stories(), tmp_path / "lora").eval()), output(model))
 
 
+def test_the_residual_is_measured_by_another_way_than_the_factors_were_made(tmp_path: Path) -> None:
+    residuals = isotune.export_lora(adapted(minilm(), HRA(rank=8), "query-value"), tmp_path / "lora").residuals
+    assert all(1e-9 < residual < 1e-5 for residual in residuals.values())
+
+
 def test_exported_lora_is_plain_enough_for_any_server(tmp_path: Path) -> None:
     isotune.export_lora(adapted(minilm(), HRA(rank=4), ["query"]), tmp_path / "lora")
     config = config_of(tmp_path / "lora")

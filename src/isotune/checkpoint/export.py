@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from isotune.adapted_site import AdaptedSite
-from isotune.adapters.contract import Adapter
+from isotune.adapters.contract import Adapter, Rotation
 from isotune.adapters.low_rank.lora import lora_tensors
 from isotune.checkpoint.base import StoredBase, stored_layer
 from isotune.checkpoint.card import export_card
@@ -237,11 +237,14 @@ def _residual(site: Site, adapters: list[Adapter], B: Tensor, A: Tensor) -> floa
 
 
 def _output(site: Site, adapters: list[Adapter], v: Tensor) -> Tensor:
-    """The site's output without dropout, and without what adapters keep of W while gradients are off."""
+    """The site's output for the rows v, without dropout, by another way than the factors where there is one."""
     training = [adapter for adapter in adapters if adapter.training]
     for adapter in training:
         adapter.eval()
-    with torch.enable_grad():
+    # The rows are rotated first: left to itself, a rotation may compute with W U, as its factors do.
+    while isinstance(site, AdaptedSite) and isinstance(site.adapter, Rotation) and site.adapter.side == "in":
+        v, site = site.adapter.rotate(v, transpose=True), site.base
+    with torch.enable_grad():  # without gradients adapters keep what they make of W
         y = site(v).detach()
     for adapter in training:
         adapter.train()
