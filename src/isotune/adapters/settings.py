@@ -11,18 +11,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from isotune.adapters.contract import Adapter
-from isotune.errors import OptionError, nearest
+from isotune.errors import OptionError
+from isotune.options import Options
 from isotune.sites import Site
 
 
-class Settings(BaseModel, ABC):
+class Settings(Options, ABC):
     """Base of every method's settings. Raises OptionError for an unknown option or a value out of bounds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
     """The method's name in recipes, on the command line and on disk."""
@@ -44,12 +42,6 @@ class Settings(BaseModel, ABC):
     """What the names of its tensors start with in PEFT's files; by default the method's name."""
     own_tensors: ClassVar[frozenset[str]] = frozenset()
     """Tensors on disk that PEFT does not know, kept so that isotune restores the adapter bit for bit."""
-
-    def __init__(self, **options: Any) -> None:
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise OptionError(_explain(type(self), error)) from None
 
     @property
     def identity_at_start(self) -> bool:
@@ -144,18 +136,3 @@ def check_rank(rank: int, limit: int, what: str) -> None:
         raise OptionError(
             f"rank {rank} is larger than the layer: {what} is {limit}; choose a rank of at most {limit}"
         )
-
-
-def _explain(settings: type[Settings], error: ValidationError) -> str:
-    """One line for each thing wrong with a method's options."""
-    known = list(settings.model_fields)
-    lines = []
-    for problem in error.errors():
-        option = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(
-                f"{settings.name} has no option {option!r}.{nearest(option, known)} Its options: {', '.join(known)}."
-            )
-        else:
-            lines.append(f"{settings.name}: {option}={problem['input']!r} is not usable: {problem['msg'].lower()}.")
-    return " ".join(lines)

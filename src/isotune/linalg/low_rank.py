@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -41,3 +44,146 @@ def safe_norms(squares: Tensor, scale: Tensor) -> Tensor:
     """The roots of squared row lengths, positive: at least what rounding leaves of rows of squared length `scale`."""
     limits = torch.finfo(squares.dtype)
     return torch.maximum(squares, limits.eps * scale + limits.tiny).sqrt()
+
+
+class Factored(NamedTuple):
+    """The matrix B A, as B (m, r) and A (r, n)."""
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of B: at least the rank of B A."""
+        return self.B.shape[1]
+
+    @property
+    def transposed(self) -> Factored:
+        """The transpose, (B A)ᵀ."""
+        return Factored(self.A.mT, self.B.mT)
+
+    def dense(self) -> Tensor:
+        """B A itself, (m, n)."""
+        return self.B @ self.A
+
+    def scaled(self, factor: float) -> Factored:
+        """`factor` times the matrix."""
+        return Factored(factor * self.B, self.A)
+
+    def times(self, left: Tensor | None = None, right: Tensor | None = None) -> Factored:
+        """`left B A right`, for dense matrices (p, m) and (n, q) such as orthogonal ones."""
+        B = self.B if left is None else left @ self.B
+        return Factored(B, self.A if right is None else self.A @ right)
+
+
+class SVD(NamedTuple):
+    """`U diag(S) Vᵀ`, with U (m, k) and V (n, k) of orthonormal columns and S (k) descending."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def factored(self) -> Factored:
+        """The same matrix with the singular values shared evenly: `(U √S) (√S Vᵀ)`."""
+        root = self.S.sqrt()
+        return Factored(self.U * root, root[:, None] * self.V.mT)
+
+    def first(self, k: int) -> SVD:
+        """The k largest singular triplets."""
+        return SVD(self.U[:, :k], self.S[:k], self.V[:, :k])
+
+    def supported(self, tolerance: float | None = None) -> SVD:
+        """Without the triplets whose singular value is below `tolerance` times the largest: those are rounding.
+
+        By default the tolerance is `max(m, n) eps` of the dtype. A zero matrix keeps none.
+        """
+        if tolerance is None:
+            tolerance = max(len(self.U), len(self.V)) * torch.finfo(self.S.dtype).eps
+        return self.first(int((tolerance * self.S[:1] < self.S).sum()))
+
+
+def weighted_sum(terms: Sequence[Factored], weights: Sequence[float]) -> Factored:
+    """`Σ w_i B_i A_i`, exactly: the factors side by side, so that the ranks add up."""
+    if not terms:
+        raise ValueError("there is nothing to add")
+    return Factored(
+        torch.cat([w * term.B for term, w in zip(terms, weights, strict=True)], dim=1),
+        torch.cat([term.A for term in terms], dim=0),
+    )
+
+
+def svd(matrix: Factored) -> SVD:
+    """The thin SVD of B A with k = min(r, m, n) triplets, by QR of both sides and one SVD of their small core.
+
+    Signs are fixed: the entry of largest size in each column of U is positive. Cost: O((m + n) r² + r³).
+    """
+    Q, left = torch.linalg.qr(matrix.B)
+    P, right = torch.linalg.qr(matrix.A.mT)
+    U, S, Vh = torch.linalg.svd(left @ right.mT, full_matrices=False)
+    U, V = Q @ U, P @ Vh.mT
+    if len(S) == 0 or len(U) == 0:
+        return SVD(U, S, V)
+    signs = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()
+    return SVD(U * signs, S, V * signs)
+
+
+def truncated(matrix: Factored, rank: int) -> tuple[Factored, float]:
+    """The best approximation of B A of that rank, evenly split, and its error relative to B A (Frobenius).
+
+    The error is `√(Σ_{i > rank} s_i² / Σ s_i²)`; a matrix of zeros has none.
+    """
+    found = svd(matrix)
+    return found.first(rank).factored(), tail(found.S, rank)
+
+
+def tail(S: Tensor, rank: int) -> float:
+    """The share of the Frobenius norm in the singular values after the first `rank`; 0 where all are 0."""
+    total = S.double().norm()
+    return float(S[rank:].double().norm() / total) if total > 0 else 0.0
+
+
+def inner(one: Factored, other: Factored) -> float:
+    """The Frobenius inner product `<B A, D C> = Σ (BᵀD) ∘ (A Cᵀ)`, summed in float64."""
+    return float(((one.B.mT @ other.B).double() * (one.A @ other.A.mT).double()).sum())
+
+
+def norm(matrix: Factored) -> float:
+    """The Frobenius norm of B A."""
+    return max(inner(matrix, matrix), 0.0) ** 0.5
+
+
+def principal_cosines(U: Tensor, V: Tensor) -> Tensor:
+    """The cosines of the principal angles between the columns of U and V (m, k and l), both orthonormal.
+
+    min(k, l) of them, descending: 1 for a direction that both hold, 0 for spaces that are orthogonal.
+    """
+    return torch.linalg.svdvals(U.mT @ V).clamp(max=1.0)
+
+
+def from_dense(W: Tensor, rank: int, generator: torch.Generator | None = None) -> tuple[Factored, float]:
+    """The best approximation of W (m, n) of that rank, and its error relative to W (Frobenius).
+
+    Exactly by SVD where the rank is no small part of min(m, n); else from the range of W applied to random
+    vectors, rank + 16 of them and 2 power iterations (Halko, Martinsson and Tropp 2011), at O(m n rank).
+    """
+    m, n = W.shape
+    width = rank + 16
+    total = float(W.double().norm())
+    if total == 0:
+        return Factored(W.new_zeros(m, rank), W.new_zeros(rank, n)), 0.0
+    if 4 * width >= min(m, n):
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return SVD(U, S, Vh.mT).first(rank).factored(), tail(S, rank)
+    generator = generator or torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(W @ torch.randn(n, width, generator=generator).to(W))
+    for _ in range(2):
+        Q, _ = torch.linalg.qr(W.mT @ Q)
+        Q, _ = torch.linalg.qr(W @ Q)
+    found = svd(Factored(Q, Q.mT @ W)).first(rank)
+    left = max(total**2 - float(found.S.double().square().sum()), 0.0)
+    return found.factored(), left**0.5 / total

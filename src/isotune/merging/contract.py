@@ -1,0 +1,206 @@
+"""What a rule of merging is: it takes the changes that several models made to one weight, and gives one change.
+
+It sees one site at a time, so that a whole model never has to be in memory; what it has to know of all sites first
+(norms, quantiles) it gathers in `survey`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from isotune.adapters.contract import Adapter
+from isotune.adapters.settings import Settings
+from isotune.linalg.low_rank import Factored, inner, norm, weighted_sum
+from isotune.options import Options
+from isotune.sites import Site
+
+Change = Factored | Tensor
+"""The change of one weight, W' - W, in fp32 or better: factored, or dense in the shape of the weight.
+
+Weights of layers are matrices (out, in). Dense changes of other tensors (biases, norms, embeddings) have any shape.
+"""
+
+Statistic = Literal["fisher", "second_moment"]
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What several models did to the same weight, in the order in which the models were given."""
+
+    path: str
+    """The layer's path, or the tensor's name."""
+    names: tuple[str, ...]
+    """The models' names, all different; whatever is drawn for a model depends on its name, not on its place."""
+    changes: tuple[Change, ...]
+    """One for each model. A model that left the weight alone has a change of zero (factored: of rank 0)."""
+    weights: tuple[float, ...]
+    """One for each model, as the user gave them; 1 each by default."""
+    matrix: bool = True
+    """Whether it is the weight of a layer that multiplies: what the spectral rules apply to."""
+    statistics: tuple[Tensor | None, ...] = ()
+    """Where the rule needs one: each model's statistic of the weight, nonnegative, in the weight's shape."""
+    seed: int = 0
+
+    def generator(self, name: str) -> torch.Generator:
+        """A fresh generator on the CPU for a model at this site: the same whatever the order and the device."""
+        # torch's CPU generator uses the low 32 bits of a seed only.
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.path} {name}".encode()))
+
+    @property
+    def factored(self) -> bool:
+        """Whether all changes are factored."""
+        return all(isinstance(change, Factored) for change in self.changes)
+
+    def dense(self) -> list[Tensor]:
+        """The changes as dense tensors."""
+        return [dense(change) for change in self.changes]
+
+
+class AnyRule(Options, ABC):
+    """What every rule of merging says of itself. Its fields are its options."""
+
+    symmetric: ClassVar[bool] = True
+    """Whether the order of the models does not matter."""
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+    """The least and the largest number of models that it takes."""
+    random: ClassVar[bool] = False
+    """Whether it draws, so that `seed` matters."""
+    exempt: ClassVar[dict[str, str]] = {}
+    """Laws that the rule cannot keep, by test name, each with the reason."""
+    neutral: ClassVar[dict[str, Any]] = {}
+    """Options with which it trims and draws nothing, so that one model with weight 1 stays what it is."""
+
+
+class Rule(AnyRule):
+    """A rule on changes. `merge` must be written; the rest has defaults.
+
+    Laws (tests/merging/test_every_rule.py): one model with weight 1 gives its own change; factored and dense inputs
+    give the same; a symmetric rule gives the same for any order of the models; the change has no more rank than the
+    changes together, unless `exact_rank` is False; the number of threads does not matter; a rule that draws repeats
+    with the same seed; inputs stay as they were.
+    """
+
+    exact_rank: ClassVar[bool] = True
+    """Whether factored changes give a factored change; False for rules on single entries of the weight."""
+    equal_ranks: ClassVar[bool] = False
+    """Whether it can only take changes of the same rank at a site."""
+    statistic: ClassVar[Statistic | None] = None
+    """Which statistic of each weight it needs from each model."""
+
+    def survey(self, sites: Iterable[Aligned]) -> Any:
+        """What the rule has to know of all sites before it merges the first; by default nothing (None).
+
+        `sites` is read from disk as it is walked: walk it once, and keep nothing of the size of a weight.
+        """
+        return None
+
+    @abstractmethod
+    def merge(self, site: Aligned, surveyed: Any) -> Change:
+        """The merged change of one weight, given what `survey` returned. Must not alter the inputs."""
+
+    def rescale(self, norms: Sequence[float], merged: float) -> float:
+        """A factor on all merged changes, given the Frobenius norms of the models' and of the merged changes.
+
+        The norms are over the whole model. By default 1.
+        """
+        return 1.0
+
+
+class RotationRule(AnyRule):
+    """A rule on orthogonal adapters, which merges rotations as rotations."""
+
+    @abstractmethod
+    def merge(
+        self, site: Site, parts: Sequence[tuple[Settings, Adapter]], weights: Sequence[float]
+    ) -> tuple[Settings, Adapter]:
+        """The merged adapter of one site. Of the site only the shape is known, not the weight.
+
+        Raises OptionError for adapters that are no rotations, or no two of a kind that can be merged.
+        """
+
+
+def dense(self) -> list[Tensor]:
+    """The changes as dense tensors."""
+    return [dense(change) for change in self.changes]
+
+
+class Rule(Options, ABC):
+    """One rule of merging. `merge` must do; the rest has defaults.
+
+    Laws (tests/merging/test_every_rule.py): one model with weight 1 gives its own change; factored and dense inputs
+    give the same; a symmetric rule gives the same for any order of the models; the change has no more rank than the
+    changes together, unless `exact_rank` is False; the number of threads does not matter; a rule that draws repeats
+    with the same seed; inputs stay as they were.
+    """
+
+    symmetric: ClassVar[bool] = True
+    """Whether the order of the models does not matter."""
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+    """The least and the largest number of models that it takes."""
+    exact_rank: ClassVar[bool] = True
+    """Whether factored changes give a factored change; False for rules on single entries of the weight."""
+    random: ClassVar[bool] = False
+    """Whether it draws, so that `seed` matters."""
+    equal_ranks: ClassVar[bool] = False
+    """Whether it can only take changes of the same rank at a site."""
+    neutral: ClassVar[dict[str, Any]] = {}
+    """Options with which it trims and draws nothing, so that one model with weight 1 stays what it is."""
+    exempt: ClassVar[dict[str, str]] = {}
+    """Laws that the rule cannot keep, by test name, each with the reason."""
+    statistic: ClassVar[Statistic | None] = None
+    """Which statistic of each weight it needs from each model."""
+
+    def survey(self, sites: Iterable[Aligned]) -> Any:
+        """What the rule has to know of all sites before it merges the first; by default nothing (None).
+
+        `sites` is read from disk as it is walked: walk it once, and keep nothing of the size of a weight.
+        """
+        return None
+
+    @abstractmethod
+    def merge(self, site: Aligned, surveyed: Any) -> Change:
+        """The merged change of one weight, given what `survey` returned. Must not alter the inputs."""
+
+    def rescale(self, norms: Sequence[float], merged: float) -> float:
+        """A factor on all merged changes, given the Frobenius norms of the models' and of the merged changes.
+
+        The norms are over the whole model. By default 1.
+        """
+        return 1.0
+
+
+def dense(change: Change) -> Tensor:
+    """The change as a dense tensor."""
+    return change.dense() if isinstance(change, Factored) else change
+
+
+def scaled(change: Change, factor: float) -> Change:
+    """`factor` times the change."""
+    return change.scaled(factor) if isinstance(change, Factored) else factor * change
+
+
+def total(changes: Sequence[Change], weights: Sequence[float]) -> Change:
+    """`Σ w_i ΔW_i`: factored where all are, by putting the factors side by side, else dense."""
+    factors = [change for change in changes if isinstance(change, Factored)]
+    if factors and len(factors) == len(changes):
+        return weighted_sum(factors, weights)
+    return sum((w * dense(change) for change, w in zip(changes, weights, strict=True)), torch.zeros(()))
+
+
+def size(change: Change) -> float:
+    """The Frobenius norm, summed in float64."""
+    return norm(change) if isinstance(change, Factored) else float(change.double().norm())
+
+
+def product(one: Change, other: Change) -> float:
+    """The Frobenius inner product, summed in float64."""
+    if isinstance(one, Factored) and isinstance(other, Factored):
+        return inner(one, other)
+    return float((dense(one).double() * dense(other).double()).sum())

@@ -1,0 +1,37 @@
+"""Which rules of merging there are. A built-in rule is one line here; others register at `isotune.merging_rules`."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from isotune.errors import OptionError, nearest
+from isotune.merging.contract import AnyRule
+
+BUILT_IN = {
+    "sum": "isotune.merging.rules.sum:Sum",
+}
+
+
+def rule_names() -> list[str]:
+    """The names of all rules, built-in ones first."""
+    return [*BUILT_IN, *sorted(entry_points(group="isotune.merging_rules").names - BUILT_IN.keys())]
+
+
+@cache
+def rule_class(name: str) -> type[AnyRule]:
+    """The class of a rule. Raises OptionError for an unknown name."""
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return getattr(import_module(module), attribute)
+    if name not in (names := rule_names()):
+        raise OptionError(f"unknown rule {name!r}.{nearest(name, names)} The rules are: {', '.join(names)}.")
+    (entry,) = entry_points(group="isotune.merging_rules", name=name)
+    return entry.load()
+
+
+def rule(name: str, **options: Any) -> AnyRule:
+    """A rule by name, with its options. Raises OptionError for an unknown name or an option that cannot be used."""
+    return rule_class(name)(**options)

@@ -1,0 +1,1 @@
+"""The rules by which changes of the same weights become one change."""
