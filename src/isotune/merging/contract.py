@@ -126,56 +126,6 @@ class RotationRule(AnyRule):
         """
 
 
-def dense(self) -> list[Tensor]:
-    """The changes as dense tensors."""
-    return [dense(change) for change in self.changes]
-
-
-class Rule(Options, ABC):
-    """One rule of merging. `merge` must do; the rest has defaults.
-
-    Laws (tests/merging/test_every_rule.py): one model with weight 1 gives its own change; factored and dense inputs
-    give the same; a symmetric rule gives the same for any order of the models; the change has no more rank than the
-    changes together, unless `exact_rank` is False; the number of threads does not matter; a rule that draws repeats
-    with the same seed; inputs stay as they were.
-    """
-
-    symmetric: ClassVar[bool] = True
-    """Whether the order of the models does not matter."""
-    models: ClassVar[tuple[int, int | None]] = (1, None)
-    """The least and the largest number of models that it takes."""
-    exact_rank: ClassVar[bool] = True
-    """Whether factored changes give a factored change; False for rules on single entries of the weight."""
-    random: ClassVar[bool] = False
-    """Whether it draws, so that `seed` matters."""
-    equal_ranks: ClassVar[bool] = False
-    """Whether it can only take changes of the same rank at a site."""
-    neutral: ClassVar[dict[str, Any]] = {}
-    """Options with which it trims and draws nothing, so that one model with weight 1 stays what it is."""
-    exempt: ClassVar[dict[str, str]] = {}
-    """Laws that the rule cannot keep, by test name, each with the reason."""
-    statistic: ClassVar[Statistic | None] = None
-    """Which statistic of each weight it needs from each model."""
-
-    def survey(self, sites: Iterable[Aligned]) -> Any:
-        """What the rule has to know of all sites before it merges the first; by default nothing (None).
-
-        `sites` is read from disk as it is walked: walk it once, and keep nothing of the size of a weight.
-        """
-        return None
-
-    @abstractmethod
-    def merge(self, site: Aligned, surveyed: Any) -> Change:
-        """The merged change of one weight, given what `survey` returned. Must not alter the inputs."""
-
-    def rescale(self, norms: Sequence[float], merged: float) -> float:
-        """A factor on all merged changes, given the Frobenius norms of the models' and of the merged changes.
-
-        The norms are over the whole model. By default 1.
-        """
-        return 1.0
-
-
 def dense(change: Change) -> Tensor:
     """The change as a dense tensor."""
     return change.dense() if isinstance(change, Factored) else change
