@@ -22,17 +22,37 @@ def stored_parts(stored: StoredAdapter, base: StoredBase | None) -> Iterator[Par
 
     Raises CheckpointError where a layer's shape is not that of the base, or is not known without one.
     """
-    shared = stored.shared or _drawn(stored, base)
-    for p, settings in stored.settings.items():
+    parts = StoredParts(stored, base)
+    for p in stored.settings:
+        yield p, *parts.at(p)
+
+
+class StoredParts:
+    """The layers of a stored adapter, each rebuilt when it is asked for."""
+
+    def __init__(self, stored: StoredAdapter, base: StoredBase | None) -> None:
+        self.stored, self.base = stored, base
+        self.shared = stored.shared or _drawn(stored, base)
+
+    def shape(self, p: str) -> list[int]:
+        """The shape of the layer's weight in its own layout. Raises CheckpointError where it is not known."""
+        return _shape(self.stored, self.base, p)
+
+    def kind(self, p: str) -> str:
+        """The kind of site."""
+        return _kind(self.stored, p, len(self.shape(p)))
+
+    def at(self, p: str) -> tuple[Site, list[Adapter]]:
+        """The bare site at p and its adapters; without a base the site's weight is undefined, its shape is not."""
+        stored, base = self.stored, self.base
         weight = _weight(stored, base, p)
-        bias = None if base is None else base.bias(p)
-        layer = stored_layer(_kind(stored, p, weight.dim()), weight, bias)
+        layer = stored_layer(_kind(stored, p, weight.dim()), weight, None if base is None else base.bias(p))
         try:
-            (adapter,) = build_adapters({p: layer}, {p: settings}, shared=shared).values()
+            (adapter,) = build_adapters({p: layer}, {p: stored.settings[p]}, shared=self.shared).values()
         except IsotuneError as error:
             raise CheckpointError(f"{stored.path} does not fit the base: {error}") from None
         fill(adapter, stored, p, layer)
-        yield p, require_site(layer, p), [adapter]
+        return require_site(layer, p), [adapter]
 
 
 def _weight(stored: StoredAdapter, base: StoredBase | None, p: str) -> torch.Tensor:
@@ -58,9 +78,22 @@ def _hollow(stored: StoredAdapter, base: StoredBase | None, p: str) -> Site:
 def _shape(stored: StoredAdapter, base: StoredBase | None, p: str) -> list[int]:
     if stored.header is not None:
         return list(stored.header["sites"][p]["shape"])
-    if base is None:
+    if base is not None:
+        return base.shape(p)
+    if (found := _shape_of_lora(stored, p)) is None:
         raise CheckpointError(f"{stored.path} does not say how large its layers are; name the base model (--base)")
-    return base.shape(p)
+    return found
+
+
+def _shape_of_lora(stored: StoredAdapter, p: str) -> list[int] | None:
+    """The shape of a layer's weight as the two factors of a LoRA tell it; None where there are no such tensors."""
+    state = stored.state[p]
+    if "lora_embedding_A" in state:
+        return [state["lora_embedding_A"].shape[1], state["lora_embedding_B"].shape[0]]
+    if "lora_A.weight" not in state or "lora_B.weight" not in state:
+        return None
+    shape = [state["lora_B.weight"].shape[0], *state["lora_A.weight"].shape[1:]]
+    return shape[::-1] if stored.config.get("fan_in_fan_out") else shape
 
 
 def _kind(stored: StoredAdapter, p: str, dimensions: int) -> str:

@@ -9,9 +9,11 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import TrainerCallback
 from transformers import logging as transformers_logging
+
+from isotune.progress import progress_bar
 
 
 def is_first_process() -> bool:
@@ -38,15 +40,7 @@ class Screen:
 
     def bar(self) -> Progress:
         """A progress bar, shown only on a terminal."""
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not (self.enabled and self.console.is_terminal),
-            transient=True,
-        )
+        return progress_bar(self.console, self.enabled)
 
     @contextmanager
     def counting(self, description: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -1,0 +1,180 @@
+"""What could go wrong in merging adapters, found before the work starts and told all at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.parts import StoredParts
+from isotune.checkpoint.stored import StoredAdapter, read_stored
+from isotune.errors import CheckpointError, IsotuneError, OptionError
+from isotune.merging.contract import AnyRule, Rule
+from isotune.merging.inputs import Inputs, Model
+
+_SHOWN = 12
+
+
+class Problems:
+    """A list of problems that becomes one error."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def check(self, do: Callable[[], object]) -> None:
+        """Call `do`, and keep what it raises."""
+        try:
+            do()
+        except IsotuneError as error:
+            self.found.append(str(error))
+
+    def add(self, problems: Iterable[str]) -> None:
+        """Keep more of them."""
+        self.found.extend(problems)
+
+    def tell(self, kind: type[IsotuneError] = CheckpointError) -> None:
+        """Raise one error that lists all of them, where there are any."""
+        if not self.found:
+            return
+        if len(self.found) == 1:
+            raise kind(self.found[0])
+        shown = "".join(f"\n  - {problem}" for problem in self.found[:_SHOWN])
+        more = f"\n  - and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
+        raise kind(f"these adapters cannot be merged; {len(self.found)} problems:{shown}{more}")
+
+
+def check_options(count: int, rule: AnyRule, weights: Sequence[float] | None, names: Sequence[str] | None) -> None:
+    """Raise OptionError unless the numbers of models, weights and names fit the rule and each other."""
+    problems = Problems()
+    least, most = rule.models
+    if count < least or (most is not None and count > most):
+        wanted = (
+            f"exactly {least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+        )
+        problems.add([f"rule {rule.name} merges {wanted} models, and {count} were given"])
+    if weights is not None and len(weights) != count:
+        problems.add([f"{len(weights)} weights were given for {count} models; give one each, in the same order"])
+    if weights is not None and not all(map(math.isfinite, weights)):
+        problems.add([f"the weights {', '.join(f'{w:g}' for w in weights)} are not all finite numbers"])
+    if names is not None and len(names) != count:
+        problems.add([f"{len(names)} names were given for {count} models; give one each, in the same order"])
+    if names is not None and len(set(names)) < len(names):
+        problems.add([f"the names {', '.join(names)} are not all different"])
+    problems.tell(OptionError)
+
+
+def read_models(
+    folders: Sequence[str | Path], names: Sequence[str], weights: Sequence[float], base: StoredBase | None
+) -> list[Model]:
+    """The adapters in the folders. Raises CheckpointError for all of those that cannot be read."""
+    problems, found = Problems(), []
+    for folder, name, weight in zip(folders, names, weights, strict=True):
+        try:
+            stored = read_stored(folder)
+            found.append(Model(name, weight, stored, StoredParts(stored, base)))
+        except IsotuneError as error:
+            problems.add([str(error)])
+    problems.tell()
+    return found
+
+
+def check_models(inputs: Inputs, rule: AnyRule, force: bool) -> list[str]:
+    """Raise CheckpointError, with everything that is wrong in it, unless the rule can merge these adapters.
+
+    Returns notes on what differs among them and may well be meant so.
+    """
+    problems = Problems()
+    problems.add(_bases(inputs.models, force))
+    problems.add(_shapes(inputs))
+    problems.tell()
+    problems.add(_layers(inputs, rule))
+    problems.tell()
+    return list(_notes(inputs))
+
+
+def _bases(models: Sequence[Model], force: bool) -> Iterator[str]:
+    if force:
+        return
+    first = models[0]
+    for other in models[1:]:
+        one, two = _fingerprint(first.stored), _fingerprint(other.stored)
+        if one and two and one != two:
+            yield (
+                f"{first.stored.path} and {other.stored.path} were made for different base models (fingerprints "
+                f"{one} and {two}); merge adapters of one base, or say --force"
+            )
+        elif not (one and two) and _base_name(first.stored) != _base_name(other.stored):
+            yield (
+                f"{first.stored.path} names the base {_base_name(first.stored)!r}, {other.stored.path} names "
+                f"{_base_name(other.stored)!r}; merge adapters of one base, or say --force"
+            )
+
+
+def _fingerprint(stored: StoredAdapter) -> str:
+    return (stored.header or {}).get("base_config", "")
+
+
+def _base_name(stored: StoredAdapter) -> str | None:
+    return stored.config.get("base_model_name_or_path")
+
+
+def _shapes(inputs: Inputs) -> Iterator[str]:
+    if not inputs.paths:
+        yield "none of these adapters adapts a layer: they only hold modules trained in full"
+    for path in inputs.paths:
+        found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        for model in inputs.owners(path):
+            try:
+                kind = (model.parts.kind(path), tuple(model.parts.shape(path)))
+            except IsotuneError as error:
+                yield f"{model.name}: {error}"
+                continue
+            found.setdefault(kind, []).append(model.name)
+        if len(found) > 1:
+            listed = "; ".join(
+                f"{' x '.join(map(str, shape))} ({kind}) in {', '.join(names)}"
+                for (kind, shape), names in found.items()
+            )
+            yield f"the layer {path!r} is not the same in all adapters: {listed}"
+        elif inputs.base is not None and found:
+            ((_, shape),) = found
+            try:
+                in_base = inputs.base.shape(path)
+            except CheckpointError as error:
+                yield str(error)
+                continue
+            if list(shape) != in_base:
+                yield (
+                    f"the layer {path!r} is {' x '.join(map(str, shape))} in the adapters, "
+                    f"{' x '.join(map(str, in_base))} in the base"
+                )
+
+
+def _layers(inputs: Inputs, rule: AnyRule) -> Iterator[str]:
+    """What only shows when an adapter is rebuilt: one layer of each model stands for its others."""
+    if not isinstance(rule, Rule):
+        return
+    for model in inputs.models:
+        if inputs.base is None and model.paths and model.needs_base(model.paths[0]):
+            yield (
+                f"{model.stored.path}: the change that {model.stored.method} makes depends on the base's weights, "
+                f"and the base {_base_name(model.stored)!r} is not at hand; name its folder with --base"
+            )
+    if rule.equal_ranks:
+        for path in inputs.paths:
+            if len(set(ranks := inputs.ranks(path))) > 1:
+                yield f"rule {rule.name} needs equal ranks, and {path!r} has {', '.join(map(str, ranks))}"
+
+
+def _notes(inputs: Inputs) -> Iterator[str]:
+    first = inputs.models[0]
+    for other in inputs.models[1:]:
+        if set(other.paths) != set(first.paths):
+            yield (
+                f"{first.name} adapts {len(first.paths)} layers and {other.name} {len(other.paths)}, "
+                f"{len(set(first.paths) & set(other.paths))} of them in common; elsewhere a model counts as unchanged"
+            )
+    dtypes = {str(model.dtype).removeprefix("torch."): model.name for model in inputs.models}
+    if len(dtypes) > 1:
+        yield f"the adapters are stored as {' and '.join(dtypes)}; they are merged in float32 or better"

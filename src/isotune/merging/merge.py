@@ -1,0 +1,282 @@
+"""Merge adapters into one adapter, without the base model where the methods allow, layer by layer."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isotune.adapters.contract import Adapter
+from isotune.adapters.low_rank.lora import LoRA
+from isotune.adapters.settings import Settings
+from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.files import check_writable
+from isotune.checkpoint.save import write_parts
+from isotune.checkpoint.stored import State
+from isotune.errors import CheckpointError, OptionError
+from isotune.linalg.low_rank import Factored, from_dense, truncated
+from isotune.merging.checks import check_models, check_options, read_models
+from isotune.merging.contract import AnyRule, Change, RotationRule, Rule, size
+from isotune.merging.inputs import Inputs, Model
+from isotune.merging.registry import rule as rule_by_name
+from isotune.merging.run import Run
+from isotune.progress import counting
+from isotune.sites import Site
+
+REPORT = "merge.json"
+TASK = "task.json"
+
+Parts = dict[str, tuple[Site, Settings, Adapter]]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` wrote."""
+
+    path: Path
+    rule: str
+    options: dict[str, Any]
+    models: dict[str, float]
+    """The adapters' names and their weights."""
+    ranks: dict[str, int]
+    """The rank of the merged adapter at each layer."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """`|written - merged| / |merged|` of each layer's change in the Frobenius norm: what the rank cut off."""
+    error: float = 0.0
+    """The same over all layers."""
+    modules: list[str] = field(default_factory=list)
+    """The modules trained in full that the adapter holds."""
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def merge(
+    adapters: Sequence[str | Path],
+    rule: str | AnyRule = "sum",
+    weights: Sequence[float] | None = None,
+    output: str | Path = "merged",
+    *,
+    options: dict[str, Any] | None = None,
+    names: Sequence[str] | None = None,
+    rank: int | None = None,
+    base: str | Path | None = None,
+    modules: str | None = None,
+    seed: int = 0,
+    force: bool = False,
+    progress: bool = True,
+) -> Merged:
+    """Merge the adapters in several folders, isotune's or PEFT's, into one, and write it to `output`.
+
+    Rules on changes write a LoRA in PEFT's layout; rules on rotations an adapter of the inputs' method. The folder
+    also gets `merge.json`, which is this function's result.
+
+    Args:
+        adapters: The folders. The adapters may differ in method, rank and layers.
+        rule: The rule, or its name; see `isotune.merging.registry.rule_names`.
+        weights: One for each adapter; by default 1.
+        output: The folder to write: absent, empty, or an adapter's.
+        options: The rule's options, where it is given by name.
+        names: Names of the adapters; by default those of their folders. Random rules draw by name.
+        rank: The largest rank of the merged adapter; by default what the change has, for rules on single entries at
+            most the sum of the adapters' ranks. What is cut off is reported.
+        base: The base model's folder, for methods whose change depends on it; by default what their configs say.
+        modules: What becomes of modules trained in full, such as classifier heads, where they differ: "average",
+            "drop", or the name of the adapter whose modules are kept.
+        seed: Seed of rules that draw.
+        force: Merge adapters that name different bases.
+        progress: Whether to show a progress bar, on standard error where that is a terminal.
+
+    Raises:
+        OptionError: An unknown rule or option, or a wrong number of weights or names.
+        CheckpointError: Adapters that cannot be read or do not fit together; all problems in one message.
+    """
+    started = time.perf_counter()
+    rule = rule_by_name(rule, **(options or {})) if isinstance(rule, str) else rule
+    if rank is not None and rank < 1:
+        raise OptionError(f"rank={rank} is not usable; it must be at least 1")
+    check_options(len(adapters), rule, weights, names)
+    check_writable(output)
+    names = names or short_names(adapters)
+    weights = [1.0] * len(adapters) if weights is None else weights
+    inputs, notes = open_inputs(adapters, rule, weights, names, base, seed, force)
+    trained = merged_modules(inputs.models, modules)
+    with counting(f"merging, {rule.name}", len(inputs.paths), progress) as advance:
+        if isinstance(rule, RotationRule):
+            parts, errors, norms = _rotations(rule, inputs, advance), {}, {}
+        else:
+            assert isinstance(rule, Rule)
+            parts, errors, norms = _changes(rule, inputs, rank, advance)
+    merged = Merged(
+        Path(output),
+        rule.name,
+        rule.model_dump(),
+        dict(zip(names, weights, strict=True)),
+        {path: getattr(settings, "rank", 0) for path, (_, settings, _) in parts.items()},
+        errors,
+        _overall(errors, norms),
+        sorted(trained),
+        notes,
+        time.perf_counter() - started,
+    )
+    first = inputs.models[0].stored
+    base_model = first.config.get("base_model_name_or_path")
+    fingerprint = (first.header or {}).get("base_config", "")
+    report = json.dumps({**asdict(merged), "path": None}, indent=1, allow_nan=False)
+    extra = {REPORT: report} | _task_file(inputs.models, modules)
+    write_parts(output, parts, trained, base_model, fingerprint, extra)
+    return merged
+
+
+def open_inputs(
+    adapters: Sequence[str | Path],
+    rule: AnyRule,
+    weights: Sequence[float],
+    names: Sequence[str],
+    base: str | Path | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> tuple[Inputs, list[str]]:
+    """The adapters, checked against each other and the rule, and notes on how they differ."""
+    models = read_models(adapters, names, weights, None)
+    stored_base = _base(models, base)
+    if stored_base is not None:
+        models = [Model(m.name, m.weight, m.stored, type(m.parts)(m.stored, stored_base)) for m in models]
+    inputs = Inputs(models, stored_base, seed, rule.statistic if isinstance(rule, Rule) else None)
+    return inputs, check_models(inputs, rule, force)
+
+
+def short_names(folders: Sequence[str | Path]) -> list[str]:
+    """A name for each folder: its own, with as much of the path before it as sets it apart from the others."""
+    parts = [Path(folder).absolute().parts for folder in folders]
+    names = ["/".join(own[-1:]) for own in parts]
+    depth = 1
+    while len(set(names)) < len(names) and depth < max(map(len, parts)):
+        depth += 1
+        names = [name if names.count(name) == 1 else "/".join(own[-depth:]) for name, own in zip(names, parts, strict=True)]
+    if len(set(names)) < len(names):
+        return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return names
+
+
+def _base(models: Sequence[Model], base: str | Path | None) -> StoredBase | None:
+    """The base: as asked for, or where a method needs it and the first adapter's config names a folder at hand."""
+    if base is not None:
+        return StoredBase(base)
+    named = models[0].stored.config.get("base_model_name_or_path")
+    needed = any(model.needs_base(model.paths[0]) for model in models if model.paths)
+    return StoredBase(named) if needed and named and Path(named).is_dir() else None
+
+
+def _changes(
+    rule: Rule, inputs: Inputs, rank: int | None, advance: Any
+) -> tuple[Parts, dict[str, float], dict[str, float]]:
+    """The merged change of every layer as a LoRA, the error of its rank, and its norm."""
+    found, errors, norms = {}, {}, {}
+    run = Run(rule, lambda: inputs)
+    with torch.no_grad():
+        for site, change in run:
+            limit = sum(c.rank if isinstance(c, Factored) else min(c.shape) for c in site.changes)
+            _check_finite(site.path, change)
+            found[site.path], errors[site.path] = as_factors(change, rank or limit)
+            norms[site.path] = size(change)
+            advance(1)
+    return (
+        {path: _lora(inputs.site(path), factors.scaled(run.factor)) for path, factors in found.items()},
+        errors,
+        norms,
+    )
+
+
+def as_factors(change: Change, rank: int) -> tuple[Factored, float]:
+    """The change with at most `rank` columns and rows (but at least one), and the relative error of that."""
+    rank = max(1, min(rank, *change.shape))
+    if not isinstance(change, Factored):
+        return from_dense(change, rank)
+    if change.rank > rank:
+        return truncated(change, rank)
+    if change.rank == 0:
+        B, A = change
+        change = Factored(B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1]))
+    return change, 0.0
+
+
+def _lora(site: Site, factors: Factored) -> tuple[Site, Settings, Adapter]:
+    settings = LoRA(rank=factors.rank)
+    return site, settings, settings.adapter(factors.A.contiguous(), factors.B.contiguous(), site)
+
+
+def _rotations(rule: RotationRule, inputs: Inputs, advance: Any) -> Parts:
+    found: Parts = {}
+    for path in inputs.paths:
+        owners = [(model.weight, model.adapter(path)) for model in inputs.owners(path)]
+        site = owners[0][1][0]
+        parts = [(settings, adapter) for _, (_, settings, adapter) in owners]
+        found[path] = (site, *rule.merge(site, parts, [weight for weight, _ in owners]))
+        advance(1)
+    return found
+
+
+def merged_modules(models: Sequence[Model], policy: str | None) -> State:
+    """The modules trained in full that the merged adapter holds, by path.
+
+    Those that are the same in all adapters that have them are kept; for others the policy decides.
+    """
+    names = [model.name for model in models]
+    if policy == "drop":
+        return {}
+    if policy in names:
+        return models[names.index(policy)].stored.trained
+    if policy not in (None, "average"):
+        raise OptionError(f"modules={policy!r} is unknown; say average, drop, or an adapter: {', '.join(names)}")
+    found: State = {}
+    for path in dict.fromkeys(p for model in models for p in model.stored.trained):
+        owners = [(model.weight, model.stored.trained[path]) for model in models if path in model.stored.trained]
+        first = owners[0][1]
+        shapes = {tuple((key, tuple(t.shape)) for key, t in sorted(state.items())) for _, state in owners}
+        if len(shapes) == 1 and all(state[key].equal(first[key]) for _, state in owners for key in first):
+            found[path] = first
+        elif policy is None or len(shapes) > 1:
+            why = "of different shapes" if len(shapes) > 1 else "with different values"
+            averaged = "" if len(shapes) > 1 else "modules=average (--modules average), "
+            raise CheckpointError(
+                f"{len(owners)} adapters hold the module {path!r}, trained in full, {why}; say what to do: {averaged}"
+                "modules=drop, or the name of the adapter whose modules to keep"
+            )
+        else:
+            found[path] = {key: _average([(w, state[key]) for w, state in owners], path) for key in first}
+    return found
+
+
+def _average(owners: Sequence[tuple[float, Tensor]], path: str) -> Tensor:
+    total = sum(weight for weight, _ in owners)
+    if total == 0:
+        raise OptionError(f"the weights sum to zero, so that there is no average of the module {path!r}")
+    mean = sum((weight / total * tensor.float() for weight, tensor in owners), torch.zeros(()))
+    return mean.to(owners[0][1].dtype)
+
+
+def _task_file(models: Sequence[Model], policy: str | None) -> dict[str, str]:
+    """What `isotune evaluate` needs to know, where all adapters agree on it or one lends its modules."""
+    files = {model.name: model.stored.path / TASK for model in models}
+    if policy in files:
+        files = {policy: files[policy]}
+    texts = {file.read_text() if file.is_file() else None for file in files.values()}
+    (text, *others) = texts
+    return {TASK: text} if text is not None and not others else {}
+
+
+def _check_finite(path: str, change: Change) -> None:
+    if not math.isfinite(size(change)):
+        raise CheckpointError(f"the merged change of {path!r} is not finite; the weights are too large for float32")
+
+
+def _overall(errors: dict[str, float], norms: dict[str, float]) -> float:
+    total = math.fsum(norms[path] ** 2 for path in errors)
+    return math.sqrt(math.fsum((errors[p] * norms[p]) ** 2 for p in errors) / total) if total else 0.0
