@@ -37,7 +37,7 @@ Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 class Federated(Options):
-    """How rounds go; the defaults are those of the paper's runs without privacy."""
+    """How rounds go; the defaults are those of the authors' scripts, without privacy."""
 
     name: ClassVar[str] = "federated"
 
@@ -183,7 +183,7 @@ def _rate(options: Federated, size: int) -> float:
 
 
 def _spent(steps: list[int], sizes: list[int], options: Federated) -> float:
-    """The largest ε of a client: each has only its own examples, and its own number of steps."""
+    """The largest ε of a client, by the steps that it took: the server knows when it took none."""
     spent = {(count, _rate(options, size)) for count, size in zip(steps, sizes, strict=True)}
     return max(epsilon(options.noise, rate, count, options.delta) for count, rate in spent)
 
