@@ -1,6 +1,6 @@
 """`python -m benchmarks.merging`: ten domains, ten adapters, one merged adapter, by every rule.
 
-all-MiniLM-L6-v2 on CLINC150: for each of the ten domains an adapter on all attention projections and a head of its own
+all-MiniLM-L6-v2 on CLINC150: for each of the ten domains an adapter on the query and value projections and a head of its own
 (15 intents), trained separately; then one adapter merged from the ten, measured on every domain with that domain's
 head. Finished runs and merges are kept: stop it, and start it again to go on.
 """
@@ -76,7 +76,7 @@ OPENING = """# Ten adapters into one
 
 Written by `python -m benchmarks.merging`, from `merging-compared.json`; do not edit.
 
-all-MiniLM-L6-v2 on CLINC150 (CC BY 3.0): for each of the ten domains an adapter on all attention projections and a head
+all-MiniLM-L6-v2 on CLINC150 (CC BY 3.0): for each of the ten domains an adapter on the query and value projections and a head
 for its 15 intents, both from a random start, {per_intent} training rows an intent, {epochs} epochs, trained apart from
 the others. Then the ten adapters are merged into one, and every domain is measured with the merged adapter and its own
 head. The merged change is multiplied by one of {scales}, chosen on validation rows ({eval_rows} a domain at most);
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--domains", type=int, default=10, help="how many domains, 2 to 10")
     parser.add_argument("--per-intent", type=int, default=50, help="training rows an intent, at most 100")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of training")
-    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate of all adapters and heads")
+    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of all adapters and heads")
     parser.add_argument("--eval-rows", type=int, default=60, help="validation rows a domain, for the scale")
     parser.add_argument("--test-rows", type=int, default=300, help="test rows a domain, at most 450")
     parser.add_argument("--train-only", action="store_true", help="train the adapters, and merge nothing")
@@ -161,10 +161,10 @@ def runs_of(
                 "data.test": str(files["test"]),
                 "data.max_length": 32,
                 "method": options,
-                "targets": "attention",
+                "targets": "query-value",
                 "head": "random",
                 "training.num_train_epochs": given.epochs,
-                "training.per_device_train_batch_size": 16,
+                "training.per_device_train_batch_size": 32,
                 "training.learning_rate": given.rate,
                 "save_second_moments": True if method == "lora" else None,
                 "output": str(folder),
@@ -250,3 +250,12 @@ def _merged(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]
         "seconds": seconds,
         "memory_bytes": memory,
     }
+
+
+def _at(output: Path, scale: float, each: bool) -> Path:
+    """Where the merged adapter is; rules on rotations give one for every scale."""
+    return output / f"{scale:g}" if each else output
+
+
+if __name__ == "__main__":
+    main()
