@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import isotune
 from isotune import HRA, LoRA
+from isotune.adapters.low_rank.vera import VeRA
 from isotune.checkpoint import export, save
 from isotune.checkpoint import files as adapter_files
 from isotune.checkpoint.files import CARD, CONFIG, OURS, TENSORS
+from isotune.checkpoint.parts import stored_parts
+from isotune.checkpoint.save import write_parts
+from isotune.checkpoint.stored import read_stored
 from isotune.errors import CheckpointError
 from support import adapted, files, minilm, output, stories
 
@@ -166,3 +171,46 @@ def test_export_that_fails_leaves_the_old_folder(old: Path, monkeypatch: Any) ->
         isotune.export_lora(model, old)
     assert files(old) == before
     assert [entry.name for entry in old.parent.iterdir()] == ["adapter"]
+
+
+class Odd(nn.Module):
+    """Layers of which a stored adapter alone cannot tell everything: groups, and the matrices of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, groups=2)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.randn(3, 6, 8))
+        self.head = nn.Linear(8, 2)
+
+
+CASES: dict[str, Any] = {
+    "hra": (stories, HRA(rank=2, start="anchored"), ["q_proj", "v_proj"], {"overrides": {"v_proj": {"rank": 3}}}),
+    "lora": (stories, LoRA(rank=3), ["q_proj"], {"train_also": ["norm"]}),
+    "vera": (minilm, VeRA(rank=4), ["query"], {}),
+    "only not in peft": (Odd, HRA(rank=2), ["conv", "experts.up"], {"train_also": ["head"]}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_written_again_without_its_model_is_the_same_to_the_byte(tmp_path: Path, case: str) -> None:
+    make, method, targets, options = CASES[case]
+    first = isotune.save(adapted(make(), method, targets, **options), tmp_path / "first", base_model="some/base")
+    stored = read_stored(first)
+    assert stored.header is not None
+    parts = {p: (site, stored.settings[p], adapters[0]) for p, site, adapters in stored_parts(stored, None)}
+    header, config = stored.header, stored.config
+    write_parts(
+        tmp_path / "second", parts, stored.trained, config["base_model_name_or_path"], header["base_config"],
+        sites=header["sites"],
+    )  # fmt: skip
+    assert files(tmp_path / "second") == files(first)
+
+
+def test_what_is_known_to_keep_peft_from_loading_it_is_kept(tmp_path: Path) -> None:
+    first = isotune.save(adapted(stories(), HRA(rank=2), ["q_proj"]), tmp_path / "first")
+    stored = read_stored(first)
+    parts = {p: (site, stored.settings[p], adapters[0]) for p, site, adapters in stored_parts(stored, None)}
+    again = read_stored(write_parts(tmp_path / "second", parts, {}, None, refused="strides went missing"))
+    assert again.config["peft_type"] == "ISOTUNE_HRA"
+    assert "strides went missing" in (tmp_path / "second" / CARD).read_text()

@@ -117,7 +117,7 @@ def _from_model(model: nn.Module) -> _Source:
     if any(layer.folded for _, layer in adapted_layers(model)):
         raise CheckpointError("the adapters are folded into the weights; call unfold before exporting them")
     check_one_weight(model, "export")
-    trained = {p: module.current for p, module in trained_modules(model) if module.running()}
+    trained = {p: dict(m.current.state_dict()) for p, m in trained_modules(model) if m.running()}
     refused = {p: why for p, site, _ in parts if (why := refused_by_peft(site))}
     return _Source(lambda: parts, refused, trained_tensors(trained), sorted(trained), base_model_name(model))
 
@@ -133,7 +133,7 @@ def _from_folder(stored: StoredAdapter, base: str | Path | None) -> _Source:
     weights = StoredBase(name)
     entries = stored.header["sites"] if stored.header else {}
     refused = {p: entry["refused"] for p, entry in entries.items() if "refused" in entry}
-    trained = {f"{PREFIX}{p}.{key}": t for p, found in stored.trained.items() for key, t in found.items()}
+    trained = trained_tensors(stored.trained)
     return _Source(lambda: stored_parts(stored, weights), refused, trained, sorted(stored.trained), str(name))
 
 

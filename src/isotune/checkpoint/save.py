@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import isotune
+from isotune.adapters.contract import Adapter
 from isotune.adapters.registry import method_class
 from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapter
-from isotune.checkpoint.stored import FULL, MODEL, PREFIX, own_type
+from isotune.checkpoint.stored import FULL, MODEL, PREFIX, State, own_type
 from isotune.errors import CheckpointError
 from isotune.matrix import Matrix
-from isotune.model.layers import AdaptedLayer, adapted_layers, trained_modules
+from isotune.model.layers import adapted_layers, trained_modules
 from isotune.model.switch import active_names, adapter_names
 from isotune.sites import Site
 
@@ -43,25 +45,57 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
         CheckpointError: No such adapter, a folder that is not an adapter's, no permission, or a full disk.
     """
     name = name or _only_adapter(model)
-    layers = {p: layer for p, layer in adapted_layers(model) if name in layer.parts}
-    trained = {p: module.parts[name] for p, module in trained_modules(model) if name in module.parts}
-    if not layers and not trained:
+    parts = {
+        p: (layer.bare, layer.settings[name], layer.adapter(name))
+        for p, layer in adapted_layers(model)
+        if name in layer.parts
+    }
+    trained = {p: dict(m.parts[name].state_dict()) for p, m in trained_modules(model) if name in m.parts}
+    if not parts and not trained:
         raise CheckpointError(
             f"the model has no adapter {name!r}; it has: {', '.join(adapter_names(model)) or 'none'}"
         )
-    settings = {p: layer.settings[name] for p, layer in layers.items()}
-    config, reason = _config(settings, layers, list(trained), base_model or base_model_name(model))
+    return write_parts(path, parts, trained, base_model or base_model_name(model), base_config_hash(model))
+
+
+def write_parts(
+    path: str | Path,
+    parts: Mapping[str, tuple[Site, Settings, Adapter]],
+    trained: State,
+    base_model: str | None,
+    base_config: str = "",
+    sites: Mapping[str, Mapping[str, Any]] | None = None,
+    refused: str | None = None,
+) -> Path:
+    """Write an adapter to the folder `path` as `save` does, with or without a model.
+
+    Args:
+        path: The folder; it may be absent, empty, or hold an older adapter, which is then replaced.
+        parts: By layer path the bare site, the settings and the adapter; all of one method.
+        trained: By module path the tensors of the modules trained in full.
+        base_model: Name or path of the base for the config, where it is known.
+        base_config: `base_config_hash` of the base; empty where it is not known.
+        sites: Where the sites were rebuilt from a stored adapter, what its header says of them. A rebuilt site has
+            lost which expert it is, for one, and the groups of a convolution.
+        refused: Why PEFT would not load it, where that is known beforehand.
+
+    Raises:
+        CheckpointError: A folder that is not an adapter's, no permission, or a full disk.
+    """
+    settings = {p: own for p, (_, own, _) in parts.items()}
+    entries = {p: _entry(site, (sites or {}).get(p)) for p, (site, _, _) in parts.items()}
+    config, reason = _config(parts, entries, list(trained), base_model, refused)
     tensors = {
         f"{PREFIX}{p}.{key}": tensor
-        for p, layer in layers.items()
-        for key, tensor in layer.adapter(name).peft_state(layer.bare).items()
+        for p, (site, _, adapter) in parts.items()
+        for key, tensor in adapter.peft_state(site).items()
     }
     # All layers have the same; one of them tells.
-    for shared in [layer.adapter(name).shared for p, layer in layers.items() if settings[p].stores_shared][:1]:
+    for shared in [adapter.shared for _, own, adapter in parts.values() if own.stores_shared][:1]:
         tensors |= {f"{MODEL}{key}": _compact(tensor) for key, tensor in shared.tensors().items()}
     tensors |= trained_tensors(trained)
     with replaced_folder(path) as folder:
-        write_adapter(folder, config, tensors, _header(model, layers, settings, list(trained)))
+        write_adapter(folder, config, tensors, _header(settings, entries, list(trained), base_config))
         (folder / CARD).write_text(adapter_card(config, settings, tensors, reason))
     return Path(path)
 
@@ -74,9 +108,9 @@ def _compact(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def trained_tensors(trained: dict[str, nn.Module]) -> dict[str, Tensor]:
+def trained_tensors(trained: State) -> dict[str, Tensor]:
     """The tensors of modules trained in full, under PEFT's names."""
-    return {f"{PREFIX}{p}.{key}": t for p, module in trained.items() for key, t in module.state_dict().items()}
+    return {f"{PREFIX}{p}.{key}": tensor for p, found in trained.items() for key, tensor in found.items()}
 
 
 def base_model_name(model: nn.Module) -> str | None:
@@ -123,19 +157,21 @@ def peft_fields(kinds: dict[str, str], trained: list[str], base_model: str | Non
 
 
 def _config(
-    settings: dict[str, Settings], layers: dict[str, AdaptedLayer], trained: list[str], base_model: str | None
+    parts: Mapping[str, tuple[Site, Settings, Adapter]],
+    entries: Mapping[str, dict[str, Any]],
+    trained: list[str],
+    base_model: str | None,
+    reason: str | None,
 ) -> tuple[dict[str, Any], str | None]:
-    """The adapter's config and, where PEFT cannot load it, why."""
-    sites = {path: layer.bare for path, layer in layers.items()}
+    """The adapter's config and, where PEFT cannot load it, why; `reason` where that is known beforehand."""
+    settings = {p: own for p, (_, own, _) in parts.items()}
     method = method_class(next(iter(settings.values())).name) if settings else None
-    common = peft_fields({path: site.kind for path, site in sites.items()}, trained, base_model)
-    reason = None
-    if method is not None:
+    common = peft_fields({p: entry["kind"] for p, entry in entries.items()}, trained, base_model)
+    if method is not None and reason is None:
         try:
-            for path, site in sites.items():
-                own = settings[path]
-                if why := refused_by_peft(site) or own.refused_by_peft(site) or own.differs_in_peft(site):
-                    raise NotInPEFTError(f"{path} {why}")
+            for p, (site, own, _) in parts.items():
+                if why := entries[p].get("refused") or own.refused_by_peft(site) or own.differs_in_peft(site):
+                    raise NotInPEFTError(f"{p} {why}")
             return {"peft_type": method.peft_type, **common, **method.peft_config(settings)}, None
         except NotInPEFTError as error:
             reason = str(error)
@@ -159,27 +195,32 @@ def refused_by_peft(site: Site) -> str | None:
     return None
 
 
+def _entry(site: Site, stored: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the header says of a site beside its settings; `stored` is what it said when the site was saved before."""
+    if stored is not None:
+        return {key: value for key, value in stored.items() if key != "settings"}
+    entry: dict[str, Any] = {"kind": site.kind, "shape": list(site.shape)}
+    if isinstance(site.layer, Matrix):
+        entry["matrix"] = {"index": site.layer.index, "transposed": site.layer.transposed}
+    if why := refused_by_peft(site):
+        entry["refused"] = why
+    return entry
+
+
 def _header(
-    model: nn.Module, layers: dict[str, AdaptedLayer], settings: dict[str, Settings], trained: list[str]
+    settings: dict[str, Settings], entries: Mapping[str, dict[str, Any]], trained: list[str], base_config: str
 ) -> dict[str, Any]:
     options = {path: s.model_dump(exclude_defaults=True) for path, s in settings.items()}
     common = next(iter(options.values()), {})
-    sites: dict[str, dict[str, Any]] = {}
-    for path, layer in layers.items():
-        site = layer.bare
-        sites[path] = {"kind": site.kind, "shape": list(site.shape)}
-        if options[path] != common:
-            sites[path]["settings"] = options[path]
-        if isinstance(site.layer, Matrix):
-            sites[path]["matrix"] = {"index": site.layer.index, "transposed": site.layer.transposed}
-        if why := refused_by_peft(site):
-            sites[path]["refused"] = why
     return {
         "format": FORMAT,
         "isotune": isotune.__version__,
         "method": next(iter(settings.values())).name if settings else FULL,
         "settings": common,
-        "sites": sites,
+        "sites": {
+            path: entry if options[path] == common else {**entry, "settings": options[path]}
+            for path, entry in entries.items()
+        },
         "trained": sorted(trained),
-        "base_config": base_config_hash(model),
+        "base_config": base_config,
     }
