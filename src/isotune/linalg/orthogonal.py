@@ -22,14 +22,21 @@ import torch
 from torch import Tensor
 
 
-def nearest_orthogonal(X: Tensor) -> tuple[Tensor, Tensor]:
-    """The orthogonal matrices nearest to X (..., k, k) (polar factors), and the least singular value of each (...).
+def nearest_orthogonal(X: Tensor) -> Tensor:
+    """The orthogonal matrices nearest to X (..., k, k): the polar factors. They are unique where X is invertible."""
+    U, _, Vh = torch.linalg.svd(X)
+    return U @ Vh
 
-    Where that is zero, there is no one nearest matrix.
+
+def _nearest_with_determinant(X: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest orthogonal matrices with determinants of this sign (...), and how unique they are (...).
+
+    The second is zero where there are several, else positive (Kabsch 1976; Umeyama 1991).
     """
     U, S, Vh = torch.linalg.svd(X)
-    least = S[..., -1] if S.shape[-1] else X.new_ones(S.shape[:-1])
-    return U @ Vh, least
+    last = torch.sign(torch.linalg.det(U @ Vh) * sign)
+    U = torch.cat([U[..., :-1], U[..., -1:] * last[..., None, None]], dim=-1)
+    return U @ Vh, S[..., -2] + last * S[..., -1] if S.shape[-1] > 1 else torch.ones_like(last)
 
 
 def log_orthogonal(R: Tensor) -> Tensor:
@@ -77,10 +84,10 @@ def mean(rotations: Sequence[Tensor], weights: Sequence[float], steps: int = 100
             "some of them have the determinant 1 and some -1 (an even and an odd number of reflections), and no path "
             "of orthogonal matrices joins these"
         )
-    M, least = nearest_orthogonal((w * R).sum(dim=0))
+    M, unique = _nearest_with_determinant((w * R).sum(dim=0), determinants[0])
     too_far = "they lie too far apart for one mean: "
-    if least.numel() and float(least.min()) < torch.finfo(R.dtype).eps ** 0.5:
-        raise ValueError(f"{too_far}in some direction their weighted sum is zero")
+    if float(unique.min()) < torch.finfo(R.dtype).eps ** 0.5:
+        raise ValueError(f"{too_far}there is no one orthogonal matrix nearest to their weighted sum")
     tolerance = 1e3 * torch.finfo(R.dtype).eps
     for _ in range(steps):
         try:
@@ -89,7 +96,7 @@ def mean(rotations: Sequence[Tensor], weights: Sequence[float], steps: int = 100
             raise ValueError(f"{too_far}seen from their mean, one turns something by 180 degrees") from None
         M = M @ torch.linalg.matrix_exp(step)
         if torch.linalg.vector_norm(step, dim=(-2, -1)).max() <= tolerance * max(R.shape[-1], 1):
-            return nearest_orthogonal(M)[0]
+            return nearest_orthogonal(M)
     raise ValueError(f"{too_far}no convergence in {steps} steps")
 
 
