@@ -67,7 +67,7 @@ def power(R: Tensor, w: float) -> Tensor:
     return torch.linalg.matrix_exp(w * log_orthogonal(R))
 
 
-def mean(rotations: Sequence[Tensor], weights: Sequence[float], steps: int = 100) -> Tensor:
+def mean(rotations: Sequence[Tensor], weights: Sequence[float], steps: int = 500) -> Tensor:
     """The Karcher mean of orthogonal matrices (..., k, k), whose weights are positive and sum to 1.
 
     It starts at the orthogonal matrix nearest to the weighted sum, so that the order does not matter. It is the one

@@ -31,7 +31,7 @@ class Karcher(MergedRotations):
 
     name: ClassVar[str] = "karcher"
 
-    steps: int = Field(100, gt=0, description="Steps after which it has to have converged.")
+    steps: int = Field(500, gt=0, description="Steps after which it has to have converged.")
 
     def normalised(self, weights: Sequence[float]) -> list[float]:
         total = sum(weights)
