@@ -30,7 +30,7 @@ from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, upper_of
 from isotune.linalg.householder import dense_reflections
 from isotune.merging.contract import RotationRule
-from isotune.merging.registry import rule
+from isotune.merging.registry import rule, rule_class, rule_names
 from isotune.sites import LinearSite, Site, require_site
 from peers import peft_load
 from support import adapted, assert_same_output, move, output, stories
@@ -51,7 +51,7 @@ METHODS: dict[str, Settings] = {
     "oft, shared": OFT(block=4, share=True),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-both_rules = pytest.mark.parametrize("name", ["compose", "karcher"])
+every_rule = pytest.mark.parametrize("name", [n for n in rule_names() if issubclass(rule_class(n), RotationRule)])
 
 
 def site(n_in: int = 16, n_out: int = 24) -> Site:
@@ -127,7 +127,7 @@ def assert_same(found: Adapter, expected: Sequence[Tensor], tolerance: float = 1
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
-@both_rules
+@every_rule
 @every_method
 def test_the_result_is_orthogonal_and_of_the_same_method(name: str, method: Settings) -> None:
     settings, adapter = merged(name, three(method), [0.5, 1.0, 1.0] if name == "karcher" else None)
@@ -136,7 +136,7 @@ def test_the_result_is_orthogonal_and_of_the_same_method(name: str, method: Sett
         assert (R.mT @ R - torch.eye(len(R), dtype=torch.float64)).abs().max() < 1e-10
 
 
-@both_rules
+@every_rule
 @every_method
 def test_one_adapter_alone_is_itself(name: str, method: Settings) -> None:
     given = part(method, 1)
@@ -341,7 +341,21 @@ class NothingLarge(TorchDispatchMode):
         return out
 
 
-@both_rules
+@every_rule
+@pytest.mark.parametrize("method", ["hra", "hra, outputs", "hoft", "oft"])
+def test_singular_values_stay_as_no_average_of_weights_leaves_them(name: str, method: str) -> None:
+    parts = [part(METHODS[method], seed) for seed in (1, 2)]
+    W = torch.randn(24, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    expected = torch.linalg.svdvals(W)
+    found = torch.linalg.svdvals(merged(name, parts)[1].weight(W))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    # mergekit's "karcher" is the mean on the sphere that the flattened weights of one norm lie on.
+    middle = parts[0][1].weight(W) + parts[1][1].weight(W)
+    on_sphere = torch.linalg.svdvals(middle * W.norm() / middle.norm())
+    assert ((on_sphere - expected) / expected).abs().max() > 0.01
+
+
+@every_rule
 def test_no_square_of_the_layer_is_formed(name: str) -> None:
     parts = three(HRA(rank=4), at=site(400, 10), size=0.02)
     with NothingLarge(400 * 100):

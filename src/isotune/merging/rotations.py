@@ -10,6 +10,7 @@ how such matrices become one; here they are found in the adapters, and the resul
     oft     block by block, back through the inverse Cayley transform
 
 All in fp64; the result has the dtype of what was merged. No d x d matrix is formed unless the ranks add up to d.
+What only concerns training (starts, `strict`, penalties, COFT's radius, dropout) is not carried over.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ for reflections of k columns in all the result has at most k; blocks are average
 have the determinant 1 and some -1 (an even and an odd number of reflections) have no mean, nor have some that lie
 180 degrees apart. On truncated series (OFT's `terms`, HOFT's `inverse`) the nearest orthogonal matrices are averaged.
 
+mergekit's rule of this name is another: the mean of whole weights, flattened, on a sphere, which keeps their length
+and not their singular values.
+
 Sources: Karcher, "Riemannian center of mass and mollifier smoothing" (1977); Manton, "A globally convergent numerical
 algorithm for computing the centre of mass on compact Lie groups" (2004). Cost: O(d k² + T k³) a site and step.
 """
