@@ -43,6 +43,18 @@ def cayley(Q: Tensor) -> Tensor:
         return torch.linalg.solve(eye - Q, eye + Q)
 
 
+def inverse_cayley(R: Tensor) -> Tensor:
+    """Skew-symmetric Q (..., b, b) with `cayley(Q) = R`: `(R + I)⁻¹ (R - I)`, for rotations R without eigenvalue -1.
+
+    Raises ValueError where R has that eigenvalue to within the root of the dtype's precision: Q would be infinite.
+    """
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    if bool((torch.linalg.svdvals(R + eye) < 2 * torch.finfo(R.dtype).eps ** 0.5).any()):
+        raise ValueError("it has the eigenvalue -1, which no Cayley transform has")
+    Q = torch.linalg.solve(R + eye, R - eye)
+    return (Q - Q.mT) / 2
+
+
 def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
     """The Neumann series of `cayley` with at least three terms; its error is of the order of |Q|^(terms - 1)."""
     with without_autocast(Q):

@@ -12,6 +12,8 @@ from isotune.merging.contract import AnyRule
 
 BUILT_IN = {
     "sum": "isotune.merging.rules.sum:Sum",
+    "compose": "isotune.merging.rules.compose:Compose",
+    "karcher": "isotune.merging.rules.karcher:Karcher",
 }
 
 
