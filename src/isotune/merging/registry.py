@@ -12,6 +12,9 @@ from isotune.merging.contract import AnyRule
 
 BUILT_IN = {
     "sum": "isotune.merging.rules.sum:Sum",
+    "fisher": "isotune.merging.rules.fisher:Fisher",
+    "ffg": "isotune.merging.rules.ffg:FFG",
+    "ota": "isotune.merging.rules.ota:OTA",
 }
 
 
