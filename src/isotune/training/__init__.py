@@ -18,9 +18,10 @@ _HOMES = {
     "train": "run",
     "evaluate": "evaluation",
     "fit_probe": "probe",
+    "collect_fisher": "statistics",
 }
 
-__all__ = ["Interrupted", "Recipe", "Result", "build_recipe", "evaluate", "fit_probe", "train"]
+__all__ = ["Interrupted", "Recipe", "Result", "build_recipe", "collect_fisher", "evaluate", "fit_probe", "train"]
 
 
 def __getattr__(name: str) -> Any:
