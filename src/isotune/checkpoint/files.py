@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import filecmp
 import hashlib
 import json
 import os
@@ -26,6 +27,8 @@ TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 FORMAT = 1
 OURS = {CONFIG, TENSORS, CARD}
+STATISTICS = {"fisher": "fisher.safetensors", "second_moment": "second_moment.safetensors"}
+"""What may lie beside an adapter for merging: statistics of its weights, which are of no use to another adapter."""
 
 
 def check_writable(path: str | Path, replaces: str | None = CONFIG) -> Path:
@@ -54,7 +57,8 @@ def check_writable(path: str | Path, replaces: str | None = CONFIG) -> Path:
 def replaced_folder(path: str | Path, replaces: str | None = CONFIG) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write into; on success it takes the place of `path` in one step.
 
-    Files of an older folder that are not an adapter's are carried over. Whatever fails, the older folder stays.
+    Files of an older folder that are not an adapter's are carried over, statistics of its weights only where the
+    tensors are still the same. Whatever fails, the older folder stays.
     Raises CheckpointError where the disk is full or the folder not writable.
     """
     path = check_writable(path, replaces).absolute()
@@ -82,8 +86,11 @@ def replaced_folder(path: str | Path, replaces: str | None = CONFIG) -> Iterator
 
 
 def _carry_over(old: Path, new: Path) -> None:
+    both = (old / TENSORS).is_file() and (new / TENSORS).is_file()
+    same = both and filecmp.cmp(old / TENSORS, new / TENSORS, shallow=False)
+    left = OURS if same else OURS | set(STATISTICS.values())
     for entry in old.iterdir():
-        if entry.name not in OURS and not (new / entry.name).exists():
+        if entry.name not in left and not (new / entry.name).exists():
             if entry.is_dir():
                 shutil.copytree(entry, new / entry.name, symlinks=True)
             else:

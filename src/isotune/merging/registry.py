@@ -14,6 +14,9 @@ BUILT_IN = {
     "sum": "isotune.merging.rules.sum:Sum",
     "compose": "isotune.merging.rules.compose:Compose",
     "karcher": "isotune.merging.rules.karcher:Karcher",
+    "fisher": "isotune.merging.rules.fisher:Fisher",
+    "ffg": "isotune.merging.rules.ffg:FFG",
+    "ota": "isotune.merging.rules.ota:OTA",
 }
 
 

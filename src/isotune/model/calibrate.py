@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +14,7 @@ from isotune.adapters.contract import Adapter
 from isotune.errors import IsotuneError, OptionError
 from isotune.linalg.thin import without_autocast
 from isotune.model.layers import AdaptedLayer, adapted_layers
-from isotune.progress import counting
+from isotune.model.passes import arguments_of, batch_bar, evaluating
 from isotune.sites import Site, device_of
 
 
@@ -64,8 +63,7 @@ def calibrate(
             "give a list or a DataLoader"
         )
     parts = [[path] for path in layers] if one_layer_at_a_time else [list(layers)]
-    total = len(batches) * len(parts) if isinstance(batches, Sized) else None
-    with _evaluating(model), counting("calibrating", total, progress) as advance:
+    with evaluating(model), batch_bar(batches, len(parts), progress, "calibrating") as advance:
         for number, part in enumerate(parts):
             # The first pass counts what every layer sees, so that nothing has changed where that is too little.
             watched = layers if number == 0 else {path: layers[path] for path in part}
@@ -153,31 +151,21 @@ def _measured(
     batches: Iterable[Any],
     layers: Mapping[str, AdaptedLayer],
     wanted: Iterable[str],
-    advance: Callable[[int], None],
+    advance: Callable[[], None],
 ) -> dict[str, _Inputs]:
     """One pass: the rows that every layer saw, and the sums of those wanted."""
     gatherer = _Gatherer(layers, wanted)
     handles = [layer.register_forward_pre_hook(gatherer.hook(path)) for path, layer in layers.items()]
     try:
         for batch in batches:
-            args, named = _arguments(batch, device_of(model))
+            args, named = arguments_of(batch, device_of(model))
             gatherer.mask, gatherer.last = named.get("attention_mask"), None
             model(*args, **named)
-            advance(1)
+            advance()
     finally:
         for handle in handles:
             handle.remove()
     return gatherer.inputs
-
-
-def _arguments(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        return (), {name: moved(value) for name, value in batch.items()}
-    args = batch if isinstance(batch, tuple | list) else (batch,)
-    return tuple(map(moved, args)), {}
 
 
 def _rows(x: Tensor, site: Site, mask: Tensor | None) -> Tensor:
@@ -213,15 +201,3 @@ def _check_usable(inputs: Mapping[str, _Inputs], part: Iterable[str]) -> None:
                 f"the inputs of {path!r} have no usable covariance: they are all zero, not finite, or too large for "
                 "fp32; look at the data, and at the model's outputs on it"
             )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the context, and every module's own mode after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -21,6 +21,7 @@ _HOMES = {
     "Federated": "federated",
     "dirichlet_split": "federated",
     "federated_rounds": "federated",
+    "collect_fisher": "statistics",
 }
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Recipe",
     "Result",
     "build_recipe",
+    "collect_fisher",
     "dirichlet_split",
     "evaluate",
     "federated_rounds",

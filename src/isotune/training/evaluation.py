@@ -59,12 +59,12 @@ def evaluate(
     """
     quiet_libraries()
     screen = Screen(progress)
-    adapter, recipe = _find(Path(path))
+    adapter, recipe = find_adapter(Path(path))
     spec = TaskSpec.read(adapter)
     spec = replace(spec, model=model) if model else spec
     if predictions is not None:
         _check_predictions(Path(predictions))
-    rows = _rows(data, spec, recipe, columns or _NO_CHANGES)
+    rows = rows_for(data, spec, recipe, columns or _NO_CHANGES, ("test", "validation"))
     if spec.task == "classification":
         check_labels(rows, spec.labels, "the data")
     session = Session(spec)
@@ -98,7 +98,7 @@ def measured(
     return {name.removeprefix("test_"): value for name, value in metrics.items()}, np.asarray(output.predictions)
 
 
-def _find(path: Path) -> tuple[Path, Recipe | None]:
+def find_adapter(path: Path) -> tuple[Path, Recipe | None]:
     """The adapter's folder, and the recipe of the run it belongs to, where there is one."""
     if not path.is_dir():
         raise IsotuneError(f"no run or adapter folder at {path}")
@@ -111,15 +111,18 @@ def _find(path: Path) -> tuple[Path, Recipe | None]:
     return path, around.recipe() if around.is_run() else None
 
 
-def _rows(data: str | None, spec: TaskSpec, recipe: Recipe | None, columns: dict[str, str]) -> list[Row]:
+def rows_for(
+    data: str | None, spec: TaskSpec, recipe: Recipe | None, columns: dict[str, str], splits: Sequence[str]
+) -> list[Row]:
+    """The rows of `data`, or else of the first of the run's splits that has some."""
     if data is None:
         if recipe is None:
-            raise IsotuneError("say which rows to evaluate on: --data FILE")
+            raise IsotuneError("the adapter's run is not at hand: say which rows to take, with --data FILE")
         settings = DataSettings(**{**recipe.data.model_dump(), **columns})
-        splits = load_splits(settings, spec.task, recipe.seed)
-        rows = splits.test or splits.validation
-        if not rows:
-            raise IsotuneError("the run has neither test nor validation rows; give some with --data FILE")
+        loaded = load_splits(settings, spec.task, recipe.seed)
+        rows = next((found for name in splits if (found := getattr(loaded, name))), None)
+        if rows is None:
+            raise IsotuneError(f"the run has no {' or '.join(splits)} rows; give some with --data FILE")
         return rows
     known = recipe.data.model_dump() if recipe is not None else {}
     return load_rows(data, DataSettings(**{**known, "train": data, **columns}), spec.task)

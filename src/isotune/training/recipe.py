@@ -63,6 +63,9 @@ class Recipe(Section):
         default="float32", description="Data type of the frozen base model."
     )
     training: dict[str, Any] = Field(default={}, description="Fields of transformers.TrainingArguments.")
+    save_second_moments: bool = Field(
+        default=False, description="Write Adam's second moments beside the adapter, for merging (ota, ffg)."
+    )
     output: str = Field(description="Folder for the run; it must not exist, be empty, or be a run's folder.")
     seed: int = Field(default=0, ge=0, description="Seeds the split, the adapter, the head and the order.")
 

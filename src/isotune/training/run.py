@@ -18,6 +18,7 @@ from isotune.adapters.registry import method_class
 from isotune.checkpoint.load import load_weights
 from isotune.checkpoint.save import save
 from isotune.errors import IsotuneError
+from isotune.merging.second_moment import check_informative
 from isotune.model.calibrate import wants_calibration
 from isotune.training.arguments import resolve_training, training_arguments
 from isotune.training.data import Splits, load_splits
@@ -27,6 +28,7 @@ from isotune.training.probe import Probe, extract_features, fit_probe
 from isotune.training.progress import ProgressLine, Screen, is_first_process, quiet_libraries
 from isotune.training.recipe import Recipe
 from isotune.training.session import TASK_FILE, Session, TaskSpec, task_metrics
+from isotune.training.statistics import check_keeps_second_moments, write_second_moments
 from isotune.training.tasks import Example
 from isotune.training.trainer import AdapterTrainer, StopOnInterrupt, resume_command
 
@@ -121,6 +123,8 @@ def _check(recipe: Recipe, resume: bool, overwrite: bool, screen: Screen) -> tup
             f"learning rate {settings.learning_rate:g}, {settings.name}'s default (training.learning_rate sets it)"
         )
     recipe = resolve_training(recipe, settings.learning_rate)
+    if recipe.save_second_moments:
+        check_keeps_second_moments(recipe)
     folder = RunFolder(recipe.output)
     if is_first_process():
         folder.check(resume, overwrite)
@@ -165,6 +169,8 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
         train_also=[*head, *recipe.train_also],
         seed=recipe.seed,
     )
+    if recipe.save_second_moments:
+        check_informative(session.model)
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in examples.items() if rows)
     screen.say(f"{recipe.method['name']} on {recipe.model}: {sum(_trainable(session.model)):,} trainable parameters")
     screen.say(f"examples: {counts}" + (f"; labels: {', '.join(splits.labels)}" if splits.labels else ""))
@@ -237,6 +243,8 @@ def _fit(run: _Run, trainer: AdapterTrainer, checkpoint: Path | None) -> None:
         if step >= last:  # killed between the last checkpoint and the metrics
             load_weights(run.session.model, checkpoint / "adapter")
             trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if run.recipe.save_second_moments:
+                trainer.create_optimizer().load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
             return
     with run.stop.installed():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -249,6 +257,10 @@ def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
     if is_first_process():
         save(run.session.model, run.folder.adapter, base_model=run.recipe.model)
         write_atomically(run.folder.adapter / TASK_FILE, run.session.spec.to_json())
+        if run.recipe.save_second_moments:
+            write_second_moments(
+                run.folder.adapter, run.session.model, trainer.optimizer, steps=trainer.state.global_step
+            )
     for name in ("validation", "test"):
         if run.examples[name]:
             metrics |= _measured(run, trainer, name)

@@ -1,0 +1,349 @@
+"""The diagonal of the Fisher information of adapted weights, per example and exactly where that can be had.
+
+    F = 1/N Σ_n E_{y ~ p(.|x_n)} (∂ log p(y | x_n) / ∂W)²,    ∂/∂W = Σ_t g_t x_tᵀ
+
+g_t is the gradient at the output of the layer, x_t its input, at token t; the sum over the tokens of an example is
+taken before the square. Examples of a batch share a backward pass; their gradients are told apart by their rows.
+
+For a classifier with probabilities p, `Σ_c p_c (∂ log p_c)² = (Jᵀ S)²` summed over the columns of S, with J the
+Jacobian of the logits and `S Sᵀ = diag(p) - p pᵀ`. Its Cholesky factor S has C - 1 columns and a closed form (Tanabe
+and Sagae, JRSS B 1992), so that the expectation over C classes takes C - 1 backward passes, exactly.
+
+Source: "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832. Cost for each backward pass:
+that pass, and 2 t in out flops for each layer and example. Memory: an example's gradient of the largest layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from isotune.errors import IsotuneError, OptionError
+from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.thin import without_autocast
+from isotune.matrix import Matrix
+from isotune.model.layers import AdaptedLayer, TrainedModule, base_modules, check_one_weight
+from isotune.model.passes import arguments_of, batch_bar, evaluating
+from isotune.sites import Site, device_of, site_of
+
+Expectation = Literal["exact", "sample", "empirical"]
+
+IGNORED = -100
+_AT_ONCE = 2**24
+"""Entries of per-example gradients that are held at a time, or those of one example."""
+
+
+def fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    expectation: Expectation = "exact",
+    *,
+    examples: int | None = None,
+    whole_model: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """The diagonal Fisher information of the adapted weights W' of a model, where its adapters have taken them.
+
+    The model runs in evaluation mode, with dropout off, and nothing of it is changed. What it returns, or its
+    `logits`, are scores of shape (n, classes), or (n, tokens, vocabulary) for a causal language model. There an
+    example is a whole sequence: the score at each position is for the next token, and `log p(y | x)` is the sum
+    over those positions whose next token is in `labels` (not -100), or else in the `attention_mask`.
+
+    Args:
+        model: A model with adapters in use, or any model with `whole_model`.
+        batches: What the model is called with, as for `isotune.calibrate`; `labels` are taken out before.
+        expectation: Over y. "exact": all classes of a classifier. "sample": one label drawn from the model's own
+            p(y | x), for a language model one token at each position, given the true ones before it: unbiased.
+            "empirical": the `labels` of the batch, which is not the Fisher information but often used for it.
+        examples: How many examples to take; by default all.
+        whole_model: All linear and convolutional layers, and their biases, not only adapted ones. A weight that
+            several of them share counts once; embeddings are left out.
+        seed: Of the labels drawn.
+        progress: Whether to show a progress bar, on standard error where that is a terminal.
+
+    Returns:
+        By path, in fp32 or better on the CPU: (out, in) for an adapted layer; for layers of modules trained in full,
+        and of the whole model, in the shape of their weight, with `<path>.bias` beside.
+
+    Raises:
+        IsotuneError: Nothing to measure, a layer that mixes the examples of a batch, or values that are not finite.
+        OptionError: An expectation that the model or the batches do not allow.
+    """
+    check_one_weight(model, "measure")
+    watched = _watched(model, whole_model)
+    draw = torch.Generator().manual_seed(seed)
+    seen, checked = 0, False
+    with evaluating(model), torch.enable_grad(), _hooks(watched), _bar(batches, progress) as advance:
+        for batch in batches:
+            if examples is not None and seen >= examples:
+                break
+            args, named = arguments_of(batch, device_of(model))
+            labels = named.pop("labels", None)
+            logits = _logits(model(*args, **named))
+            n = len(logits)
+            if not checked and n > 1:
+                _check_apart(watched, logits)
+                checked = True
+            kept = n if examples is None else min(n, examples - seen)
+            directions = _directions(logits.detach(), labels, named.get("attention_mask"), expectation, draw)
+            for direction, last in directions:
+                direction[kept:] = 0
+                _add(watched, logits, direction, n, retain=not last)
+            for one in watched:
+                one.calls.clear()
+            seen += kept
+            advance()
+    if not seen:
+        raise IsotuneError("there are no examples to take the Fisher information over; give at least one batch")
+    return _means(watched, seen)
+
+
+@dataclass
+class _Watched:
+    """A weight, the modules that compute with it, what they saw in this batch, and the sum of squares so far."""
+
+    path: str
+    site: Site
+    adapted: bool
+    modules: list[nn.Module]
+    calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    sum: Tensor | None = None
+    bias: Tensor | None = None
+
+    def see(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The forward hook: keep input and output, and pass on a copy, which may be altered in place."""
+        y = output if output.requires_grad else output.detach().requires_grad_()
+        self.calls.append((args[0].detach(), y))
+        return y.clone()
+
+    def rows(self, x: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """x as (n, groups, t, in), and y, or its gradient, as (n, groups, t, out / groups)."""
+        d = self.site.in_features
+        if self.site.kind == "conv2d":
+            eye = torch.eye(d, dtype=x.dtype, device=x.device)
+            groups = int(self.site.layer.groups)
+            x = self.site.project(x, eye).reshape(n, groups, d, -1).mT
+            return x, y.reshape(n, groups, y.shape[-3] // groups, -1).mT
+        if self.site.kind == "embedding":
+            return x.reshape(n, 1, -1, 1), y.reshape(n, 1, -1, y.shape[-1])
+        return x.reshape(n, 1, -1, d), y.reshape(n, 1, -1, y.shape[-1])
+
+    def add(self, gradients: list[Tensor | None], n: int) -> None:
+        """Add the squared gradients of n examples; `gradients` has those at the output of each call."""
+        pairs = [
+            self.rows(x, gradient, n) for (x, _), gradient in zip(self.calls, gradients, strict=True)
+            if gradient is not None
+        ]  # fmt: skip
+        if not pairs:
+            return
+        # All calls are tokens of the same weight: their gradients add up before the square.
+        x = torch.cat([one for one, _ in pairs], dim=2)
+        g = at_least_fp32(torch.cat([other for _, other in pairs], dim=2))
+        squares = self._embedded(x, g) if self.site.kind == "embedding" else _squares(g, x.to(g.dtype))
+        self.sum = squares if self.sum is None else self.sum.add_(squares)
+        if not self.adapted and self.site.bias is not None:
+            bias = g.sum(dim=2).flatten(1).square().sum(dim=0)
+            self.bias = bias if self.bias is None else self.bias.add_(bias)
+
+    def _embedded(self, x: Tensor, g: Tensor) -> Tensor:
+        """Of an embedding, whose rows of x are one-hot, as indices: (dimension, number of embeddings)."""
+        total = g.new_zeros(self.site.in_features, self.site.out_features)
+        padding = self.site.layer.padding_idx
+        for tokens, own in zip(x[:, 0, :, 0], g[:, 0], strict=True):
+            present, place = tokens.unique(return_inverse=True)
+            sums = own.new_zeros(len(present), own.shape[-1]).index_add_(0, place, own)
+            if padding is not None:
+                sums[present == padding] = 0
+            total[present] += sums.square()
+        return total.mT
+
+
+def _squares(g: Tensor, x: Tensor) -> Tensor:
+    """`Σ_n (Σ_t g_t x_tᵀ)²`, (out, in), for g (n, groups, t, out / groups) and x (n, groups, t, in)."""
+    if g.shape[2] == 1:
+        total = torch.einsum("ngo,ngi->goi", g[:, :, 0].square(), x[:, :, 0].square())
+        return total.flatten(0, 1)
+    entries = g.shape[1] * g.shape[3] * x.shape[3]
+    size = max(1, _AT_ONCE // max(entries, 1))
+    total = g.new_zeros(g.shape[1], g.shape[3], x.shape[3])
+    for own_g, own_x in zip(g.split(size), x.split(size), strict=True):
+        total += (own_g.mT @ own_x).square_().sum(dim=0)
+    return total.flatten(0, 1)
+
+
+def _watched(model: nn.Module, whole_model: bool) -> list[_Watched]:
+    found: dict[int, _Watched] = {}
+    for path, module in base_modules(model):
+        if isinstance(module, AdaptedLayer) and module.running():
+            if isinstance(module.base_layer, Matrix):
+                raise IsotuneError(
+                    f"{path!r} is a parameter that its module computes with itself; the gradients of single examples "
+                    "cannot be told apart there, so that it has no Fisher information here"
+                )
+            found.setdefault(id(module), _Watched(path, module.bare, True, [module]))
+        elif isinstance(module, TrainedModule) and module.running():
+            for name, part in module.current.named_modules():
+                _watch(found, f"{path}.{name}" if name else path, part)
+        elif whole_model:
+            _watch(found, path, module.base_layer if isinstance(module, AdaptedLayer | TrainedModule) else module)
+    if not found:
+        raise IsotuneError(
+            "the model has no adapted layers in use, of which to take the Fisher information; put an adapter on it, "
+            "or ask for the whole model"
+        )
+    return list(found.values())
+
+
+def _watch(found: dict[int, _Watched], path: str, layer: nn.Module) -> None:
+    site = site_of(layer)
+    if site is None or site.kind == "embedding" or site.packed or isinstance(layer, Matrix):
+        return
+    one = found.setdefault(id(site.layer.weight), _Watched(path, site, False, []))
+    if layer not in one.modules:
+        one.modules.append(layer)
+
+
+@contextmanager
+def _hooks(watched: list[_Watched]) -> Iterator[None]:
+    handles = [module.register_forward_hook(one.see) for one in watched for module in one.modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bar(batches: Iterable[Any], progress: bool) -> Any:
+    return batch_bar(batches, 1, progress, "Fisher information")
+
+
+def _logits(output: Any) -> Tensor:
+    found = getattr(output, "logits", output)
+    found = found[0] if isinstance(found, tuple | list) else found
+    if not isinstance(found, Tensor) or found.dim() not in (2, 3) or found.shape[-1] < 2:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise IsotuneError(
+            f"the Fisher information needs the scores of a classifier, (n, classes), or of a language model, "
+            f"(n, tokens, vocabulary); this model gives {shape}"
+        )
+    return found
+
+
+Directions = Iterator[tuple[Tensor, bool]]  # what to multiply the logits' Jacobian with, and whether it is the last
+
+
+def _directions(
+    logits: Tensor, labels: Tensor | None, mask: Tensor | None, expectation: str, draw: torch.Generator
+) -> Directions:
+    if expectation not in ("exact", "sample", "empirical"):
+        raise OptionError(f"expectation={expectation!r} is unknown; choose exact, sample or empirical")
+    if expectation == "empirical" and labels is None:
+        raise OptionError("the empirical Fisher needs the labels of each batch, as its 'labels'; or choose 'sample'")
+    if logits.dim() == 3:
+        return _next_tokens(logits, labels, mask, expectation, draw)
+    p = at_least_fp32(logits).softmax(dim=-1)
+    if expectation == "exact":
+        return _all_classes(p, logits.dtype)
+    drawn = cast(Tensor, labels) if expectation == "empirical" else _drawn(p, draw)
+    return iter([((_one_hot(drawn, p) - p).to(logits.dtype), True)])
+
+
+def _all_classes(p: Tensor, dtype: torch.dtype) -> Directions:
+    """The columns of S, each (n, classes), with `S Sᵀ = diag(p) - p pᵀ` for every row of p."""
+    # q_k: what is left after the classes up to k, summed from the end, where it is small.
+    q = torch.cat([p.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(p[:, :1])], dim=1)
+    for k in range(p.shape[1] - 1):
+        before, after = q[:, k], q[:, k + 1]
+        column = torch.zeros_like(p)
+        column[:, k] = (p[:, k] * after / before).nan_to_num().sqrt()
+        below = (p[:, k + 1 :] / after[:, None]) * (p[:, k] * after / before).sqrt()[:, None]
+        column[:, k + 1 :] = -below.nan_to_num()
+        yield column.to(dtype), k == p.shape[1] - 2
+
+
+def _next_tokens(
+    logits: Tensor, labels: Tensor | None, mask: Tensor | None, expectation: str, draw: torch.Generator
+) -> Directions:
+    if expectation == "exact":
+        raise OptionError(
+            f"the exact Fisher of a language model takes {logits.shape[-1]} backward passes for each position; "
+            "choose expectation='sample', which has the same mean, or 'empirical'"
+        )
+    targets = labels[:, 1:] if labels is not None else None
+    if targets is not None:
+        used = targets != IGNORED
+    elif mask is not None:
+        used = mask[:, 1:].bool()
+    else:
+        used = torch.ones(logits.shape[0], logits.shape[1] - 1, dtype=torch.bool, device=logits.device)
+    p = at_least_fp32(logits[:, :-1][used]).softmax(dim=-1)
+    drawn = _drawn(p, draw) if expectation == "sample" else cast(Tensor, targets)[used]
+    direction = torch.zeros_like(logits)
+    direction[:, :-1][used] = (_one_hot(drawn, p) - p).to(logits.dtype)
+    yield direction, True
+
+
+def _drawn(p: Tensor, draw: torch.Generator) -> Tensor:
+    """A class for each row of p (n, classes), the same on every device."""
+    sums = p.cumsum(dim=-1)
+    u = torch.rand(len(p), 1, generator=draw).to(p) * sums[:, -1:]
+    return torch.searchsorted(sums, u, right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
+
+
+def _one_hot(labels: Tensor, p: Tensor) -> Tensor:
+    return torch.zeros_like(p).scatter_(-1, labels[..., None], 1.0)
+
+
+def _add(watched: list[_Watched], logits: Tensor, direction: Tensor, n: int, retain: bool) -> None:
+    gradients = iter(_gradients(watched, logits, direction, retain))
+    for one in watched:
+        own = [next(gradients) for _ in one.calls]
+        with without_autocast(direction), torch.no_grad():
+            one.add(own, n)
+
+
+def _gradients(watched: list[_Watched], logits: Tensor, direction: Tensor, retain: bool) -> list[Tensor | None]:
+    outputs = [y for one in watched for _, y in one.calls]
+    if not outputs or not logits.requires_grad:
+        raise IsotuneError("none of the layers took part in what the model computed on the batch")
+    return list(torch.autograd.grad(logits, outputs, direction, retain_graph=retain, allow_unused=True))
+
+
+def _check_apart(watched: list[_Watched], logits: Tensor) -> None:
+    """Raise IsotuneError unless what the first example computes depends on its own rows alone, in every layer."""
+    n = len(logits)
+    first = torch.zeros_like(logits)
+    first[0] = torch.randn(first[0].shape, generator=torch.Generator().manual_seed(0)).to(first)
+    gradients = iter(_gradients(watched, logits, first, retain=True))
+    for one in watched:
+        for (x, _), gradient in [(call, next(gradients)) for call in one.calls]:
+            try:
+                apart = gradient is None or not one.rows(x, gradient, n)[1][1:].any()
+            except RuntimeError:  # rows that cannot be shared out among the examples
+                apart = False
+            if not apart:
+                raise IsotuneError(
+                    f"{one.path!r} mixes the examples of a batch, so that their gradients cannot be told apart; "
+                    "give batches of one example each"
+                )
+
+
+def _means(watched: list[_Watched], count: int) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for one in watched:
+        shape = (one.site.out_features, one.site.in_features)
+        mean = torch.zeros(shape) if one.sum is None else (one.sum / count).cpu()
+        if not mean.isfinite().all():
+            raise IsotuneError(
+                f"the Fisher information of {one.path!r} is not finite; look at the data and the model"
+            )
+        found[one.path] = mean if one.adapted else one.site.layout(mean).contiguous()
+        if one.bias is not None:
+            found[f"{one.path}.bias"] = (one.bias / count).cpu()
+    return found

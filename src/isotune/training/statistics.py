@@ -1,0 +1,102 @@
+"""Statistics of a run's weights for merging: the Fisher information on rows, and the optimizer's second moments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isotune.checkpoint.load import load
+from isotune.errors import IsotuneError, OptionError
+from isotune.merging.fisher import Expectation, fisher
+from isotune.merging.second_moment import second_moments
+from isotune.merging.statistics import write_statistic
+from isotune.training.data import check_labels
+from isotune.training.evaluation import find_adapter, rows_for
+from isotune.training.progress import Screen, quiet_libraries
+from isotune.training.recipe import Recipe
+from isotune.training.session import Session, TaskSpec
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+"""Those of `training.optim` that keep whole second moments."""
+
+
+def collect_fisher(
+    path: str | Path,
+    data: str | None = None,
+    *,
+    model: str | None = None,
+    columns: dict[str, str] | None = None,
+    examples: int = 256,
+    expectation: Expectation | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    force: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Measure the diagonal Fisher information of a run's adapted weights; fisher.safetensors holds it from then on.
+
+    Args:
+        path: A run's folder, or its adapter folder, wherever that is now.
+        data: Rows to measure on; by default the run's training rows.
+        model: The pretrained model, where it is not what the adapter was trained on by name.
+        columns: Column names (`text`, `label`, `prompt`, `completion`) where they differ from the run's.
+        examples: How many examples to take, drawn by the seed; all where there are fewer.
+        expectation: Over the labels, as for `isotune.merging.fisher.fisher`; by default "exact" for a classification
+            and "sample" for causal-lm.
+        batch_size: Examples at a time.
+        seed: Of the examples, and of labels that are drawn.
+        force: Use the adapter on a base model that does not look like its own.
+        progress: Whether to show anything on standard error.
+
+    Returns:
+        The file, beside the adapter.
+
+    Raises:
+        IsotuneError: The adapter, the model or the data cannot be used.
+    """
+    if examples < 1 or batch_size < 1:
+        raise OptionError(f"examples={examples} and batch_size={batch_size} must be 1 or more")
+    quiet_libraries()
+    screen = Screen(progress)
+    adapter, recipe = find_adapter(Path(path))
+    spec = TaskSpec.read(adapter)
+    spec = replace(spec, model=model) if model else spec
+    expectation = expectation or ("exact" if spec.task == "classification" else "sample")
+    rows = rows_for(data, spec, recipe, columns or {}, ("train",))
+    if expectation == "empirical":
+        check_labels(rows, spec.labels if spec.task == "classification" else [], "the data")
+    else:
+        rows = [{key: value for key, value in row.items() if key != "label"} for row in rows]
+    session = Session(spec)
+    load(session.model, adapter, force=force)
+    if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        session.model.to(device)
+    known = session.examples(rows)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()[:examples]
+    chosen = [known[index] for index in order]
+    screen.say(f"measuring the Fisher information of {adapter} on {len(chosen)} examples")
+    batches = [session.collator(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+    found = fisher(session.model, batches, expectation, seed=seed, progress=screen.enabled)
+    return write_statistic(
+        adapter, "fisher", found, examples=len(chosen), expectation=expectation, seed=seed, data=data
+    )
+
+
+def check_keeps_second_moments(recipe: Recipe) -> None:
+    """Raise IsotuneError where the optimizer of the recipe would not leave whole second moments."""
+    optimizer = recipe.training.get("optim", OPTIMIZERS[0])
+    if optimizer not in OPTIMIZERS:
+        raise IsotuneError(
+            f"save_second_moments needs training.optim to be {' or '.join(OPTIMIZERS)}, not {optimizer!r}"
+        )
+    for key in ("fsdp", "deepspeed"):
+        if recipe.training.get(key):
+            raise IsotuneError(f"save_second_moments does not go with training.{key}, which shards the optimizer")
+
+
+def write_second_moments(adapter: Path, model: Any, optimizer: Any, **made: Any) -> Path:
+    """Write second_moment.safetensors beside a trained adapter: those of its weights, each of rank one."""
+    return write_statistic(adapter, "second_moment", second_moments(model, optimizer), **made)
