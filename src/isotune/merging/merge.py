@@ -159,9 +159,7 @@ def short_names(folders: Sequence[str | Path]) -> list[str]:
     depth = 1
     while len(set(names)) < len(names) and depth < max(map(len, parts)):
         depth += 1
-        names = [
-            name if names.count(name) == 1 else "/".join(own[-depth:]) for name, own in zip(names, parts, strict=True)
-        ]
+        names = [name if names.count(name) == 1 else "/".join(own[-depth:]) for name, own in zip(names, parts, strict=True)]
     if len(set(names)) < len(names):
         return [f"{name} ({number})" for number, name in enumerate(names, 1)]
     return names

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from isotune.adapters.contract import LowRank
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.checkpoint.base import StoredBase, stored_layer
 from isotune.checkpoint.files import check_writable, replaced_folder
-from isotune.checkpoint.parts import stored_parts
+from isotune.checkpoint.parts import StoredParts
 from isotune.checkpoint.save import write_parts
-from isotune.checkpoint.stored import State, StoredAdapter, read_stored
+from isotune.checkpoint.stored import StoredAdapter, read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
-from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.low_rank import Factored
+from isotune.merging.inputs import Model
 from isotune.merging.reversible import INDEX, Granularity, Reversible, compress
 from isotune.merging.sealed import Shapes, read_sealed, write_sealed
 from isotune.sites import require_site
@@ -58,8 +57,8 @@ def compress_adapters(
 
     Raises:
         OptionError: Options or names that cannot be used.
-        NoLowRankFormError: An adapter whose change has no exact low-rank form, or that changes a bias.
-        CheckpointError: Adapters that cannot be read, need the base, or do not fit together.
+        NoLowRankFormError: An adapter whose change has no exact low-rank form.
+        CheckpointError: Adapters that cannot be read, need the base, change a bias, or do not fit together.
     """
     names = _names(adapters, names)
     check_writable(output, INDEX)
@@ -69,7 +68,7 @@ def compress_adapters(
     models: dict[str, dict[str, Factored]] = {}
     for name, adapter in stored.items():
         models[name] = {}
-        for path, entry, change in _changes(adapter, weights):
+        for path, entry, change in _changes(Model(name, 1.0, adapter, StoredParts(adapter, weights)), weights):
             models[name][path] = change
             sites.setdefault(path, {})[name] = entry
     _check_sites(sites)
@@ -148,25 +147,23 @@ def _names(adapters: Sequence[str | Path], names: Sequence[str] | None) -> list[
     return found
 
 
-@torch.no_grad()
-def _changes(stored: StoredAdapter, base: StoredBase | None) -> Any:
+def _changes(model: Model, base: StoredBase | None) -> Iterator[tuple[str, dict[str, Any], Factored]]:
     """Path, what the header says of the site, and the change B A of each layer."""
-    entries = stored.header["sites"] if stored.header else {}
-    for path, site, (adapter,) in stored_parts(stored, base):
-        fixed = isinstance(adapter, LowRank) and type(adapter).factors is LowRank.factors
-        if base is None and not fixed:
+    entries = (model.stored.header or {"sites": {}})["sites"]
+    for path in model.paths:
+        if base is None and model.needs_base(path):
             raise CheckpointError(
-                f"{stored.path}: the change that {adapter.method} makes depends on the base's weights; "
+                f"{model.stored.path}: the change that {model.stored.method} makes depends on the base's weights; "
                 "name the base model with base=... (--base)"
             )
-        zero = torch.zeros(site.out_features) if site.bias is None else site.bias
-        bias = adapter.bias(zero)
-        pair = adapter.factors(at_least_fp32(site.weight))
-        if pair is None or (bias is not zero and not (bias is not None and bias.equal(zero))):
-            why = "has no exact low-rank form" if pair is None else "changes the layer's bias, too"
-            raise NoLowRankFormError(f"{stored.path}, at {path!r}: {adapter.method} {why}; it cannot be compressed")
-        entry = entries.get(path, {"kind": site.kind, "shape": list(site.shape)})
-        yield path, {key: value for key, value in entry.items() if key != "settings"}, Factored(*pair)
+        change = model.change(path)
+        if not isinstance(change, Factored):
+            raise NoLowRankFormError(
+                f"{model.stored.path}, at {path!r}: {model.stored.method} has no exact low-rank form, so that it "
+                "cannot be compressed; leave this adapter out"
+            )
+        entry = entries.get(path, {"kind": model.parts.kind(path), "shape": model.parts.shape(path)})
+        yield path, {key: value for key, value in entry.items() if key != "settings"}, change
 
 
 def _check_sites(sites: dict[str, dict[str, dict[str, Any]]]) -> None:
