@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from isotune.checkpoint.files import replaced_folder
-from isotune.errors import OptionError, nearest
+from isotune.errors import CheckpointError, OptionError, nearest
 from isotune.linalg.factor_stack import FactorStack, aligned, balanced, squares, stacked
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.low_rank import Factored
@@ -185,14 +185,26 @@ class Reversible:
         Raises CheckpointError for a folder that is no such folder, is incomplete, altered, or of another format.
         """
         index, tensors = read_sealed(Path(folder), NAME, _shapes)
-        sites = {}
-        for path, entry in index["sites"].items():
-            members = {
-                name: Member(rank, given, Error(*error)) for name, (rank, given, error) in entry["members"].items()
-            }
-            own = {key: tensors[f"{path}.{key}"] for key in entry["tensors"]}
-            sites[path] = ReversibleSite(tuple(entry["shape"]), members, own)
+        try:
+            sites = {path: _site(path, entry, tensors) for path, entry in index["sites"].items()}
+            if unknown := {name for site in sites.values() for name in site.members} - set(index["names"]):
+                raise ValueError(f"unknown models {', '.join(sorted(unknown))}")
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{Path(folder) / INDEX} does not make sense: {error!r}") from None
         return cls(index["names"], sites)
+
+
+def _site(path: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> ReversibleSite:
+    """A layer from its entry. Raises KeyError, TypeError, ValueError or RuntimeError where the two do not fit."""
+    members = {name: Member(rank, given, Error(*error)) for name, (rank, given, error) in entry["members"].items()}
+    m, n = entry["shape"]
+    site = ReversibleSite((m, n), members, {key: tensors[f"{path}.{key}"] for key in entry["tensors"]})
+    shadow = replace(site, tensors={key: tensor.to("meta") for key, tensor in site.tensors.items()})
+    for name, member in members.items():
+        change = shadow.recover(name)
+        if (change.shape, change.rank) != (site.shape, member.rank):
+            raise ValueError(f"{path!r} of {name!r} has another shape than it should")
+    return site
 
 
 def _shapes(index: dict[str, Any]) -> dict[str, tuple[int, ...]]:
