@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from isotune.linalg.dct import dct, dct_matrix, idct
+from isotune.linalg.dct import dct, dct_columns, dct_matrix, idct
 from isotune.linalg.fourier import real_fourier, real_fourier_transpose
 
 LENGTHS = [1, 2, 3, 4, 7, 8, 12, 13]
@@ -68,3 +68,15 @@ def test_nothing_of_the_rows_is_saved_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         real_fourier(idct(dct(x))).sum()
     assert saved == []
+
+
+@on_all_lengths
+def test_columns_on_demand_are_those_of_the_matrix(n: int) -> None:
+    columns = torch.arange(n).flip(0)
+    torch.testing.assert_close(dct_columns(n, columns), dct_matrix(n)[:, columns].mT, rtol=0, atol=1e-14)
+
+
+def test_columns_of_a_long_transform_keep_full_precision_where_large_angles_would_lose_it() -> None:
+    n = 30_001
+    C = dct_columns(n, torch.tensor([0, 17, n // 2, n - 1]))
+    torch.testing.assert_close(C @ C.mT, torch.eye(4, dtype=C.dtype), rtol=0, atol=1e-14)

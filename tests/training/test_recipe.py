@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from isotune.errors import IsotuneError
-from isotune.training.arguments import resolve_training, training_arguments
 from isotune.recipes import parse_yaml
+from isotune.training.arguments import resolve_training, training_arguments
 from isotune.training.recipe import DataSettings, Recipe, build_recipe
 
 FLAGS: dict[str, Any] = {"model": "base", "data.train": "rows.csv", "output": "run"}

@@ -33,6 +33,7 @@ BUILT_IN = {
     "dora": "isotune.adapters.low_rank.dora:DoRA",
     "doran": "isotune.adapters.low_rank.doran:DoRAN",
     "loraplus": "isotune.adapters.low_rank.loraplus:LoRAPlus",
+    "ortha": "isotune.adapters.low_rank.ortha:OrthA",
     "hydra": "isotune.adapters.low_rank.hydra:Hydra",
     "delora": "isotune.adapters.low_rank.delora:DeLoRA",
     "miss": "isotune.adapters.low_rank.miss:MiSS",

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,14 +135,24 @@ def write_adapter(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], header: dict[str, Any] | None = None
 ) -> None:
     """Write config and tensors of an adapter into `folder`; the digest of the tensors is added to the header."""
-    # Copies: two tensors of the file must not share memory.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    tensors = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     # One key only: safetensors writes several in any order, and the same adapter should give the same bytes.
     metadata = {"format": "pt"}
     if header is not None:
         metadata = {"isotune": json.dumps({**header, "digest": digest(tensors)}, sort_keys=True)}
     save_file(tensors, folder / TENSORS, metadata=metadata)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where two of them share memory or one is part of a larger one: no file may hold such."""
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {
+        name: tensor.clone()
+        if owners[tensor.untyped_storage().data_ptr()] > 1 or tensor.untyped_storage().nbytes() != tensor.nbytes
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:

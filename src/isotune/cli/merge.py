@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isotune.cli.output import print_json, print_table
+from isotune.cli.output import print_json
 from isotune.errors import OptionError
 
 Flag = typer.Option
@@ -43,7 +43,9 @@ def merge_command(
     names: Annotated[str | None, Flag(help="A name for each model: a,b,c.")] = None,
     sets: Annotated[list[str] | None, Flag("--set", help="An option of the rule: --set density=0.3.")] = None,
     output: Annotated[str | None, Flag("--output", "--out", help="Folder to write.")] = None,
-    rank: Annotated[int | None, Flag(help="Largest rank of the merged adapter; what it cuts off is reported.")] = None,
+    rank: Annotated[
+        int | None, Flag(help="Largest rank of the merged adapter; what it cuts off is reported.")
+    ] = None,
     base: Annotated[str | None, Flag(help="The base model, where it is needed and not found.")] = None,
     modules: Annotated[
         str | None, Flag(help="Modules trained in full: average, drop, or the model whose modules to keep.")

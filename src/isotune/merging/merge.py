@@ -109,7 +109,9 @@ def merge(
     trained = merged_modules(inputs.models, modules)
     with counting(f"merging, {rule.name}", len(inputs.paths), progress) as advance:
         if isinstance(rule, RotationRule):
-            parts, errors, norms = _rotations(rule, inputs, advance), {}, {}
+            parts = _rotations(rule, inputs, advance)
+            errors: dict[str, float] = {}
+            norms: dict[str, float] = {}
         else:
             assert isinstance(rule, Rule)
             parts, errors, norms = _changes(rule, inputs, rank, advance)
@@ -125,12 +127,17 @@ def merge(
         notes,
         time.perf_counter() - started,
     )
-    first = inputs.models[0].stored
-    base_model = first.config.get("base_model_name_or_path")
-    fingerprint = (first.header or {}).get("base_config", "")
+    headers = [model.stored.header for model in inputs.models if model.stored.header]
     report = json.dumps({**asdict(merged), "path": None}, indent=1, allow_nan=False)
-    extra = {REPORT: report} | _task_file(inputs.models, modules)
-    write_parts(output, parts, trained, base_model, fingerprint, extra)
+    write_parts(
+        output,
+        parts,
+        trained,
+        inputs.models[0].stored.config.get("base_model_name_or_path"),
+        next((header["base_config"] for header in headers if header["base_config"]), ""),
+        {path: entry for header in headers for path, entry in header["sites"].items()},
+        files={REPORT: report} | _task_file(inputs.models, modules),
+    )
     return merged
 
 
@@ -159,7 +166,9 @@ def short_names(folders: Sequence[str | Path]) -> list[str]:
     depth = 1
     while len(set(names)) < len(names) and depth < max(map(len, parts)):
         depth += 1
-        names = [name if names.count(name) == 1 else "/".join(own[-depth:]) for name, own in zip(names, parts, strict=True)]
+        names = [
+            name if names.count(name) == 1 else "/".join(own[-depth:]) for name, own in zip(names, parts, strict=True)
+        ]
     if len(set(names)) < len(names):
         return [f"{name} ({number})" for number, name in enumerate(names, 1)]
     return names

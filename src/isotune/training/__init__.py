@@ -18,9 +18,23 @@ _HOMES = {
     "train": "run",
     "evaluate": "evaluation",
     "fit_probe": "probe",
+    "Federated": "federated",
+    "dirichlet_split": "federated",
+    "federated_rounds": "federated",
 }
 
-__all__ = ["Interrupted", "Recipe", "Result", "build_recipe", "evaluate", "fit_probe", "train"]
+__all__ = [
+    "Federated",
+    "Interrupted",
+    "Recipe",
+    "Result",
+    "build_recipe",
+    "dirichlet_split",
+    "evaluate",
+    "federated_rounds",
+    "fit_probe",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

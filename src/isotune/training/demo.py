@@ -161,7 +161,8 @@ def compare(
 
     def run(name: str, rate: float, seed: int) -> dict[str, Any]:
         folder = output / f"{name}-lr{rate:g}-seed{seed}"
-        recipe = _recipe(folder, dict(methods[name]), rows, rate, seed)
+        # The search looks at the validation rows alone, and what it leads to is measured on the test rows alone.
+        recipe = _recipe(folder, dict(methods[name]), rows, rate, seed, "validation" if seed == 0 else "test")
         screen.say(f"{name}, learning rate {rate:g}, seed {seed}")
         return train(recipe, resume=RunFolder(folder).is_run(), progress=progress, probe=probe).metrics
 
@@ -191,17 +192,22 @@ def _prepare(progress: bool) -> Screen:
 
 
 def _recipe(
-    output: Path, method: dict[str, Any], rows: Mapping[str, int], rate: float = 3e-3, seed: int = 0
+    output: Path,
+    method: dict[str, Any],
+    rows: Mapping[str, int],
+    rate: float = 3e-3,
+    seed: int = 0,
+    only: str | None = None,
 ) -> Recipe:
+    """The recipe of one run; `only` "validation" or "test" leaves the other rows out."""
     data = importlib.resources.files("isotune.training") / "scicite"
     return build_recipe(
         flags={
             "model": MINILM,
             "data.train": str(data / "train.jsonl.gz"),
             "data.validation": str(data / "validation.jsonl.gz"),
-            "data.test": str(data / "test.jsonl.gz"),
+            "data.test": None if only == "validation" else str(data / "test.jsonl.gz"),
             "data.max_length": 64,
-            **rows,
             "method": method,
             "targets": "query-value",
             "head": "probe",
@@ -210,7 +216,9 @@ def _recipe(
             "training.learning_rate": rate,
             "output": str(output),
             "seed": seed,
-        }
+            **rows,
+        },
+        sets=["data.validation=null"] if only == "test" else [],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -22,6 +23,7 @@ from isotune.training.folder import RunFolder, write_atomically
 from isotune.training.progress import Screen, is_first_process, quiet_libraries
 from isotune.training.recipe import DataSettings, Recipe
 from isotune.training.session import Session, TaskSpec, task_metrics
+from isotune.training.tasks import Example
 
 _NO_CHANGES: dict[str, Any] = {}
 
@@ -69,7 +71,20 @@ def evaluate(
     load(session.model, adapter, force=force)
     examples = session.examples(rows)
     screen.say(f"evaluating {adapter} on {len(examples)} examples")
-    with tempfile.TemporaryDirectory(prefix="isotune-") as scratch, screen.console.status("evaluating"):
+    with screen.console.status("evaluating"):
+        metrics, scores = measured(session, examples, batch_size)
+    if predictions is not None and is_first_process():
+        lines = _predicted(rows, scores, spec)
+        write_atomically(Path(predictions), _table(lines, Path(predictions).suffix))
+        screen.say(f"predictions written to {predictions}")
+    return {**metrics, "rows": len(rows)}
+
+
+def measured(
+    session: Session, examples: Sequence[Example], batch_size: int = 64
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The metrics of the session's model on examples, by flat keys, and what it predicts for each of them."""
+    with tempfile.TemporaryDirectory(prefix="isotune-") as scratch:
         arguments = transformers.TrainingArguments(
             output_dir=scratch,
             per_device_eval_batch_size=batch_size,
@@ -78,13 +93,9 @@ def evaluate(
             remove_unused_columns=False,
             **machine_arguments(),
         )
-        output = session.trainer(arguments).predict(examples, metric_key_prefix="test")
-    if predictions is not None and is_first_process():
-        lines = _predicted(rows, np.asarray(output.predictions), spec)
-        write_atomically(Path(predictions), _table(lines, Path(predictions).suffix))
-        screen.say(f"predictions written to {predictions}")
+        output = session.trainer(arguments).predict(list(examples), metric_key_prefix="test")
     metrics = task_metrics(output.metrics, "test")
-    return {**{name.removeprefix("test_"): value for name, value in metrics.items()}, "rows": len(rows)}
+    return {name.removeprefix("test_"): value for name, value in metrics.items()}, np.asarray(output.predictions)
 
 
 def _find(path: Path) -> tuple[Path, Recipe | None]:

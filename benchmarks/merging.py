@@ -1,0 +1,252 @@
+"""`python -m benchmarks.merging`: ten domains, ten adapters, one merged adapter, by every rule.
+
+all-MiniLM-L6-v2 on CLINC150: for each of the ten domains an adapter on all attention projections and a head of its own
+(15 intents), trained separately; then one adapter merged from the ten, measured on every domain with that domain's
+head. Finished runs and merges are kept: stop it, and start it again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.__main__ import rounded
+from benchmarks.machine import machine, now, versions
+from benchmarks.tables import table
+from isotune.checkpoint.stored import read_stored
+from isotune.errors import IsotuneError
+from isotune.linalg.low_rank import norm
+from isotune.merging.merge import merge
+from isotune.training.demo import half_width
+from isotune.training.folder import RunFolder
+from isotune.training.measure import peak_memory_bytes, reset_peak_memory
+from isotune.training.merging import Tasks
+from isotune.training.models import MINILM
+from isotune.training.progress import Screen, quiet_libraries
+from isotune.training.recipe import build_recipe
+from isotune.training.run import train
+
+ROWS = Path(__file__).parent / "clinc150" / "rows.jsonl.gz"
+DOCS = Path(__file__).parent.parent / "docs"
+RANKS = (4, 16)
+SCALES = (0.1, 0.2, 0.3, 0.5, 1.0)
+"""Factors on the merged change that are tried on the validation rows."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way from ten adapters to one."""
+
+    rule: str
+    method: str = "lora"
+    options: dict[str, Any] = field(default_factory=dict)
+    scales: tuple[float, ...] = SCALES
+    """For rules on rotations these are the adapters' weights: part of each rotation."""
+
+    @property
+    def title(self) -> str:
+        """How the table calls it."""
+        return f"{self.rule} of {self.method}"
+
+
+CONTENDERS = (
+    *(
+        Contender(rule)
+        for rule in (
+            "sum", "svd", "ties", "dare", "dare_ties", "magnitude", "breadcrumbs", "della", "knots", "iso_c", "iso_cts",
+            "tsv_m", "opcm", "fisher", "ota", "ffg",
+        )
+    ),
+    Contender("sum", "ortha"),
+    Contender("sum", "hra"),
+    Contender("compose", "hra"),
+    Contender("karcher", "hra", scales=(1.0,)),
+)  # fmt: skip
+
+OPENING = """# Ten adapters into one
+
+Written by `python -m benchmarks.merging`, from `merging-compared.json`; do not edit.
+
+all-MiniLM-L6-v2 on CLINC150 (CC BY 3.0): for each of the ten domains an adapter on all attention projections and a head
+for its 15 intents, both from a random start, {per_intent} training rows an intent, {epochs} epochs, trained apart from
+the others. Then the ten adapters are merged into one, and every domain is measured with the merged adapter and its own
+head. The merged change is multiplied by one of {scales}, chosen on validation rows ({eval_rows} a domain at most);
+accuracy is that on {test_rows} test rows a domain: mean over the domains, with its 95 % t-interval over {seeds} seeds,
+and relative to the domains' own adapters. The merged adapter has at most the ranks' sum as its rank; the error is what
+that cut off. Seconds and memory are those of one merge from the files on disk to the file on disk.
+
+{where}
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the options, run what has not been run, and write the page."""
+    parser = argparse.ArgumentParser("benchmarks.merging", description="Merge ten adapters by every rule.")
+    parser.add_argument("--output", type=Path, default=Path("runs/merged"), help="folder of the runs: %(default)s")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the page: %(default)s")
+    parser.add_argument("--methods", nargs="+", default=["lora", "ortha", "hra"], help="adapters to train and merge")
+    parser.add_argument("--rules", nargs="+", default=None, help="some rules only")
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="ranks of the adapters")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds, 2 to 10")
+    parser.add_argument("--domains", type=int, default=10, help="how many domains, 2 to 10")
+    parser.add_argument("--per-intent", type=int, default=50, help="training rows an intent, at most 100")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of training")
+    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate of all adapters and heads")
+    parser.add_argument("--eval-rows", type=int, default=60, help="validation rows a domain, for the scale")
+    parser.add_argument("--test-rows", type=int, default=300, help="test rows a domain, at most 450")
+    parser.add_argument("--train-only", action="store_true", help="train the adapters, and merge nothing")
+    given = parser.parse_args(arguments)
+    quiet_libraries()
+    data = write_data(given)
+    if given.train_only:
+        for method in given.methods:
+            for rank, seed in _cells(given):
+                runs_of(given, data, method, rank, seed)
+        return
+    result = measure(given, data)
+    given.docs.mkdir(parents=True, exist_ok=True)
+    (given.docs / "merging-compared.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
+    (given.docs / "merging-compared.md").write_text(page(result))
+
+
+def _cells(given: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    return ((rank, seed) for rank in given.ranks for seed in range(1, given.seeds + 1))
+
+
+def write_data(given: argparse.Namespace) -> dict[str, dict[str, Path]]:
+    """The rows of each domain as files, by domain and split; the first of each intent."""
+    limits = {"train": given.per_intent, "validation": -(-given.eval_rows // 15), "test": -(-given.test_rows // 15)}
+    rows: dict[str, dict[str, dict[str, list[str]]]] = {}
+    with gzip.open(ROWS, "rt", encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            intents = rows.setdefault(line["domain"], {}).setdefault(line["split"], {})
+            texts = intents.setdefault(line["intent"], [])
+            if len(texts) < limits[line["split"]]:
+                texts.append(line["text"])
+    found: dict[str, dict[str, Path]] = {}
+    for domain in sorted(rows)[: given.domains]:
+        for split, intents in rows[domain].items():
+            path = given.output / "data" / domain / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps({"text": t, "label": intent}) for intent, texts in intents.items() for t in texts)
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            found.setdefault(domain, {})[split] = path
+    return found
+
+
+def runs_of(
+    given: argparse.Namespace, data: dict[str, dict[str, Path]], method: str, rank: int, seed: int
+) -> list[Path]:
+    """The folders of the ten runs, trained where they have not been."""
+    folders = []
+    for slot, (domain, files) in enumerate(data.items()):
+        folder = given.output / f"{method}-r{rank}-seed{seed}" / domain
+        options: dict[str, Any] = {"name": method, "rank": rank}
+        if method == "ortha":
+            options["slot"] = slot
+        recipe = build_recipe(
+            flags={
+                "model": MINILM,
+                "data.train": str(files["train"]),
+                "data.validation": str(files["validation"]),
+                "data.test": str(files["test"]),
+                "data.max_length": 32,
+                "method": options,
+                "targets": "attention",
+                "head": "random",
+                "training.num_train_epochs": given.epochs,
+                "training.per_device_train_batch_size": 16,
+                "training.learning_rate": given.rate,
+                "save_second_moments": True if method == "lora" else None,
+                "output": str(folder),
+                "seed": seed,
+            }
+        )
+        train(recipe, resume=RunFolder(folder).is_run())
+        folders.append(folder)
+    return folders
+
+
+def measure(given: argparse.Namespace, data: dict[str, dict[str, Path]]) -> dict[str, Any]:
+    """All figures of the page."""
+    about = {"date": now(), "machine": machine("cpu"), "versions": versions()}
+    contenders = [
+        one
+        for one in CONTENDERS
+        if one.method in given.methods and (given.rules is None or one.rule in given.rules)
+    ]
+    cells: list[dict[str, Any]] = []
+    for rank, seed in _cells(given):
+        for method in dict.fromkeys(one.method for one in contenders):
+            folders = runs_of(given, data, method, rank, seed)
+            cells.append(_kept(given, f"alone-{method}-r{rank}-seed{seed}", lambda: _alone(folders, method)))  # noqa: B023
+            cells[-1] |= {"rank": rank, "seed": seed}
+            for one in contenders:
+                if one.method == method:
+                    name = f"{one.rule}-{method}-r{rank}-seed{seed}"
+                    cells.append(_kept(given, name, lambda: _merged(one, folders, given.output / "merged" / name)))  # noqa: B023
+                    cells[-1] |= {"rank": rank, "seed": seed}
+    options = ("per_intent", "epochs", "rate", "eval_rows", "test_rows", "seeds", "domains")
+    return {**about, "settings": {name: getattr(given, name) for name in options}, "cells": cells}
+
+
+def _kept(given: argparse.Namespace, name: str, make: Any) -> dict[str, Any]:
+    """What was measured before under that name, or is measured now."""
+    file = given.output / "results" / f"{name}.json"
+    if not file.is_file():
+        Screen().say(name)
+        found = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_text())
+
+
+def _alone(folders: list[Path], method: str) -> dict[str, Any]:
+    """Each domain with its own adapter, and with none: the runs' test metrics, and the heads on the bare model."""
+    own = {folder.name: (RunFolder(folder).metrics() or {})["test_accuracy"] for folder in folders}
+    bare = {name: metrics["accuracy"] for name, metrics in Tasks(folders, "test").metrics(None).items()}
+    return {"title": f"alone, {method}", "method": method, "accuracy": own, "bare": bare}
+
+
+def _merged(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]:
+    """One merge, at the scale that does best on the validation rows."""
+    adapters = [RunFolder(folder).adapter for folder in folders]
+    names = [folder.name for folder in folders]
+    if one.rule == "fisher":
+        _fisher(adapters)
+    validation, test = Tasks(folders, "validation"), Tasks(folders, "test")
+    rotations = one.rule in ("compose", "karcher")
+    tried: dict[float, float] = {}
+    for scale in one.scales:
+        if rotations or not tried:
+            reset_peak_memory()
+            before, started = peak_memory_bytes() or 0, time.perf_counter()
+            result = merge(
+                adapters, one.rule, [scale if rotations else 1.0] * len(adapters), _at(output, scale, rotations),
+                options=one.options, names=names, modules="drop", progress=False,
+            )  # fmt: skip
+            seconds, memory = time.perf_counter() - started, (peak_memory_bytes() or 0) - before
+        tried[scale] = validation.score(_at(output, scale, rotations), 1.0 if rotations else scale)
+    best = max(tried, key=tried.__getitem__)
+    found = test.metrics(_at(output, best, rotations), 1.0 if rotations else best)
+    return {
+        "title": one.title,
+        "method": one.method,
+        "rule": one.rule,
+        "scale": best,
+        "tried": tried,
+        "accuracy": {name: metrics["accuracy"] for name, metrics in found.items()},
+        "merged_rank": max(result.ranks.values()),
+        "error": result.error,
+        "seconds": seconds,
+        "memory_bytes": memory,
+    }
