@@ -229,10 +229,34 @@ def test_the_folder_is_also_a_reversible_one(tmp_path: Path) -> None:
     assert files(tmp_path / "all") == before
 
 
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        saved(tmp_path / folder, "last", LoRA(rank=2), ["q_proj"])
+    found = compress_adapters([tmp_path / "x" / "last", tmp_path / "y" / "last"], tmp_path / "all")
+    assert found.names == ("x/last", "y/last")
+    recover_adapter(tmp_path / "all", "x/last", tmp_path / "out")
+
+
+def test_what_evaluation_needs_comes_back(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        saved(tmp_path, name, LoRA(rank=2), ["q_proj"])
+    (tmp_path / "one" / "task.json").write_text('{"task": "classification"}')
+    compress_adapters([tmp_path / "one", tmp_path / "two"], tmp_path / "all")
+    out = recover_adapter(tmp_path / "all", "one", tmp_path / "one again")
+    assert (out / "task.json").read_text() == '{"task": "classification"}'
+    assert not (recover_adapter(tmp_path / "all", "two", tmp_path / "two again") / "task.json").exists()
+
+
+def test_all_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    saved(tmp_path, "one", LoRA(rank=2), ["q_proj"])
+    with pytest.raises(CheckpointError, match=r"(?s)no adapter folder .*missing.*no adapter folder .*gone"):
+        compress_adapters([tmp_path / "missing", tmp_path / "one", tmp_path / "gone"], tmp_path / "all")
+
+
 def test_unusable_names_are_refused(tmp_path: Path) -> None:
     _, folders = three(tmp_path)
-    with pytest.raises(OptionError, match="several adapters are called one; give each a name of its own"):
-        compress_adapters([*folders, tmp_path / "other" / "one"], tmp_path / "all")
+    with pytest.raises(OptionError, match="several adapters are called x; give each a name of its own"):
+        compress_adapters(folders, tmp_path / "all", names=["x", "x", "y"])
     with pytest.raises(OptionError, match="2 names were given for 3 adapters"):
         compress_adapters(folders, tmp_path / "all", names=["x", "y"])
     with pytest.raises(OptionError, match="no adapters to compress"):

@@ -12,12 +12,13 @@ from torch.nn.functional import pad
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.checkpoint.base import StoredBase, stored_layer
 from isotune.checkpoint.files import check_writable, replaced_folder
-from isotune.checkpoint.parts import StoredParts
 from isotune.checkpoint.save import write_parts
-from isotune.checkpoint.stored import StoredAdapter, read_stored
+from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
 from isotune.linalg.low_rank import Factored
+from isotune.merging.checks import read_models
 from isotune.merging.inputs import Model
+from isotune.merging.merge import TASK, short_names
 from isotune.merging.reversible import INDEX, Granularity, Reversible, compress
 from isotune.merging.sealed import Shapes, read_sealed, write_sealed
 from isotune.sites import require_site
@@ -38,7 +39,8 @@ def compress_adapters(
 ) -> Reversible:
     """Compress the adapters in several folders, isotune's or PEFT's, into the folder `output`.
 
-    Modules trained in full, such as classifier heads, are kept as they are. The options are those of
+    Modules trained in full, such as classifier heads, are kept as they are, and so is what `isotune evaluate` needs
+    to know of the task. The options are those of
     `isotune.merging.reversible.compress`.
 
     Args:
@@ -62,25 +64,25 @@ def compress_adapters(
     """
     names = _names(adapters, names)
     check_writable(output, INDEX)
-    stored = dict(zip(names, map(read_stored, adapters), strict=True))
     weights = None if base is None else StoredBase(base)
+    stored = read_models(adapters, names, [1.0] * len(names), weights)
     sites: dict[str, dict[str, dict[str, Any]]] = {}
     models: dict[str, dict[str, Factored]] = {}
-    for name, adapter in stored.items():
-        models[name] = {}
-        for path, entry, change in _changes(Model(name, 1.0, adapter, StoredParts(adapter, weights)), weights):
-            models[name][path] = change
-            sites.setdefault(path, {})[name] = entry
+    for model in stored:
+        models[model.name] = {}
+        for path, entry, change in _changes(model, weights):
+            models[model.name][path] = change
+            sites.setdefault(path, {})[model.name] = entry
     _check_sites(sites)
     found = compress(models, basis, tolerance, granularity, center, align)
     index = {
-        "adapters": {name: _entry(adapter) for name, adapter in stored.items()},
+        "adapters": {model.name: _entry(model.stored) for model in stored},
         "sites": {path: next(iter(entries.values())) for path, entries in sites.items()},
     }
     trained = {
         f"{number}.{path}.{key}": tensor
-        for number, adapter in enumerate(stored.values())
-        for path, state in adapter.trained.items()
+        for number, model in enumerate(stored)
+        for path, state in model.stored.trained.items()
         for key, tensor in state.items()
     }
     with replaced_folder(output, INDEX) as folder:
@@ -127,13 +129,13 @@ def recover_adapter(folder: str | Path, name: str, output: str | Path) -> Path:
         for path, shapes in adapters[name]["trained"].items()
     }
     of = adapters[name]
-    return write_parts(
-        output, parts, trained, of["base_model"], of["base_config"], {path: sites[path] for path in parts}
-    )
+    task = {} if of["task"] is None else {TASK: of["task"]}
+    entries = {path: sites[path] for path in parts}
+    return write_parts(output, parts, trained, of["base_model"], of["base_config"], entries, files=task)
 
 
 def _names(adapters: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:
-    found = [Path(folder).absolute().name for folder in adapters] if names is None else list(names)
+    found = short_names(adapters) if names is None else list(names)
     if not found:
         raise OptionError("there are no adapters to compress; name their folders")
     if len(found) != len(adapters):
@@ -178,7 +180,9 @@ def _check_sites(sites: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 
 def _entry(stored: StoredAdapter) -> dict[str, Any]:
+    task = stored.path / TASK
     return {
+        "task": task.read_text() if task.is_file() else None,
         "base_model": stored.config.get("base_model_name_or_path"),
         "base_config": (stored.header or {}).get("base_config", ""),
         "trained": {path: {key: list(t.shape) for key, t in state.items()} for path, state in stored.trained.items()},
