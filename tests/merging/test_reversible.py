@@ -150,6 +150,17 @@ def test_storage_is_counted(center: bool) -> None:
         assert folder.values == sum(t.numel() for site in folder.sites.values() for t in site.tensors.values())
 
 
+def test_the_mean_model_alone_is_a_basis_of_one() -> None:
+    models = alike(noise=0.01)
+    found = compress(models, basis=1, center=True)
+    first = found.recover("m0")
+    for name in models:
+        for path, change in found.recover(name).items():
+            assert change.dense().equal(first[path].dense())
+    assert_as_told(found, models)
+    assert found.error < 0.1
+
+
 def test_what_saves_nothing_is_kept_as_it_is_bit_for_bit() -> None:
     models = alike(count=3, rank=4)
     found = compress(models, basis=2)  # 2 (4 + 3) numbers for each row in place of 12
@@ -344,6 +355,10 @@ def damaged(folder: Path, what: str) -> None:
         index.write_text(json.dumps({**said, "format": 2}))
     elif what == "renamed":
         index.write_text(index.read_text().replace('"m0"', '"m9"'))
+    elif what == "sorted":
+        members = said["sites"]["a"]["members"]
+        said["sites"]["a"]["members"] = dict(reversed(members.items()))
+        index.write_text(json.dumps(said))
     elif what == "altered":
         tensors["a.B.basis"][0, 0, 0] += 1
         save_file(tensors, values)
@@ -361,6 +376,7 @@ def damaged(folder: Path, what: str) -> None:
         ("no object", "is damaged"),
         ("newer", "format version 2, this isotune reads version 1; upgrade"),
         ("renamed", "do not match their digest"),
+        ("sorted", "do not match their digest"),
         ("altered", "do not match their digest"),
         ("one more", "do not match their digest"),
     ],

@@ -32,6 +32,7 @@ from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.low_rank import Factored
 from isotune.linalg.shared_basis import SharedBasis, shared_basis
 from isotune.merging.sealed import read_sealed, write_sealed
+from isotune.progress import counting
 
 Granularity = Literal["position", "layer"]
 NAME = "reversible"
@@ -223,6 +224,7 @@ def compress(
     granularity: Granularity = "position",
     center: bool = False,
     align: bool = True,
+    progress: bool = False,
 ) -> Reversible:
     """Compress the changes of several models, given by name and layer.
 
@@ -238,6 +240,7 @@ def compress(
         center: Take the mean model as one of the basis models.
         align: Bring the factors into one gauge first. Without it they are taken as they are given, which only fits
             adapters that were trained from one start.
+        progress: Whether to show a progress bar, on standard error where that is a terminal.
 
     Raises:
         OptionError: No models, options that cannot be used, or layers that are not of one shape in all models.
@@ -248,10 +251,12 @@ def compress(
     if problems:
         raise OptionError(f"the models do not fit together: {'; '.join(problems)}")
     size = basis if tolerance is None else float(tolerance)
-    return Reversible(
-        list(models),
-        {path: _compressed(_of(models, path), size, granularity, center, align) for path in paths},
-    )
+    sites = {}
+    with counting("compressing", len(paths), progress) as advance:
+        for path in paths:
+            sites[path] = _compressed(_of(models, path), size, granularity, center, align)
+            advance(1)
+    return Reversible(list(models), sites)
 
 
 def _check_options(models: Any, basis: int | None, tolerance: float | None, granularity: str) -> int:

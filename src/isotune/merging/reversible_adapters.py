@@ -36,6 +36,7 @@ def compress_adapters(
     center: bool = False,
     align: bool = True,
     base: str | Path | None = None,
+    progress: bool = True,
 ) -> Reversible:
     """Compress the adapters in several folders, isotune's or PEFT's, into the folder `output`.
 
@@ -53,6 +54,7 @@ def compress_adapters(
         center: Take the mean adapter as one of the basis models.
         align: Bring the factors into one gauge first.
         base: The base model's folder or hub id, for methods whose change depends on its weights.
+        progress: Whether to show a progress bar, on standard error where that is a terminal.
 
     Returns:
         What was written, with the errors and the storage.
@@ -74,7 +76,7 @@ def compress_adapters(
             models[model.name][path] = change
             sites.setdefault(path, {})[model.name] = entry
     _check_sites(sites)
-    found = compress(models, basis, tolerance, granularity, center, align)
+    found = compress(models, basis, tolerance, granularity, center, align, progress)
     index = {
         "adapters": {model.name: _entry(model.stored) for model in stored},
         "sites": {path: next(iter(entries.values())) for path, entries in sites.items()},
