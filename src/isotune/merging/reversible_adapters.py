@@ -1,0 +1,200 @@
+"""Adapters in folders, compressed into one folder from which each comes back as a LoRA, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from isotune.adapters.low_rank.lora import LoRA
+from isotune.checkpoint.base import StoredBase, stored_layer
+from isotune.checkpoint.files import check_writable, replaced_folder
+from isotune.checkpoint.save import write_parts
+from isotune.checkpoint.stored import StoredAdapter
+from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
+from isotune.linalg.low_rank import Factored
+from isotune.merging.checks import read_models
+from isotune.merging.inputs import Model
+from isotune.merging.merge import TASK, short_names
+from isotune.merging.reversible import INDEX, Granularity, Reversible, compress
+from isotune.merging.sealed import Shapes, read_sealed, write_sealed
+from isotune.sites import require_site
+
+NAME = "adapters"
+
+
+def compress_adapters(
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    names: Sequence[str] | None = None,
+    basis: int | None = None,
+    tolerance: float | None = None,
+    granularity: Granularity = "position",
+    center: bool = False,
+    align: bool = True,
+    base: str | Path | None = None,
+    progress: bool = True,
+) -> Reversible:
+    """Compress the adapters in several folders, isotune's or PEFT's, into the folder `output`.
+
+    Modules trained in full, such as classifier heads, are kept as they are, and so is what `isotune evaluate` needs
+    to know of the task. The options are those of
+    `isotune.merging.reversible.compress`.
+
+    Args:
+        adapters: The folders. The adapters may differ in method, rank and layers.
+        output: The folder to write: absent, empty, or one that holds older compressed adapters.
+        names: Names of the adapters; by default those of their folders.
+        basis: The number of basis models for each layer; by default 2, where no tolerance is given.
+        tolerance: In its place, the largest relative error of a layer's change.
+        granularity: "position" or "layer".
+        center: Take the mean adapter as one of the basis models.
+        align: Bring the factors into one gauge first.
+        base: The base model's folder or hub id, for methods whose change depends on its weights.
+        progress: Whether to show a progress bar, on standard error where that is a terminal.
+
+    Returns:
+        What was written, with the errors and the storage.
+
+    Raises:
+        OptionError: Options or names that cannot be used.
+        NoLowRankFormError: An adapter whose change has no exact low-rank form.
+        CheckpointError: Adapters that cannot be read, need the base, change a bias, or do not fit together.
+    """
+    names = _names(adapters, names)
+    check_writable(output, INDEX)
+    weights = None if base is None else StoredBase(base)
+    stored = read_models(adapters, names, [1.0] * len(names), weights)
+    sites: dict[str, dict[str, dict[str, Any]]] = {}
+    models: dict[str, dict[str, Factored]] = {}
+    for model in stored:
+        models[model.name] = {}
+        for path, entry, change in _changes(model, weights):
+            models[model.name][path] = change
+            sites.setdefault(path, {})[model.name] = entry
+    _check_sites(sites)
+    found = compress(models, basis, tolerance, granularity, center, align, progress)
+    index = {
+        "adapters": {model.name: _entry(model.stored) for model in stored},
+        "sites": {path: next(iter(entries.values())) for path, entries in sites.items()},
+    }
+    trained = {
+        f"{number}.{path}.{key}": tensor
+        for number, model in enumerate(stored)
+        for path, state in model.stored.trained.items()
+        for key, tensor in state.items()
+    }
+    with replaced_folder(output, INDEX) as folder:
+        found.write(folder)
+        write_sealed(folder, NAME, index, trained)
+    return found
+
+
+def recover_adapter(folder: str | Path, name: str, output: str | Path) -> Path:
+    """Write one of the adapters in a folder of `compress_adapters` as a LoRA in PEFT's layout.
+
+    One rank for all layers (zero-padded) and `lora_alpha = r`; modules trained in full come back bit for bit.
+
+    Args:
+        folder: The folder with the compressed adapters.
+        name: The adapter's name there.
+        output: The folder to write: absent, empty, or an adapter's.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        OptionError: There is no adapter of that name; the message lists those that there are.
+        CheckpointError: The folder is damaged, or the output cannot be written.
+    """
+    folder = Path(folder)
+    found = Reversible.load(folder)
+    changes = found.recover(name)
+    index, tensors = read_sealed(folder, NAME, _shapes)
+    sites, adapters = index["sites"], index["adapters"]
+    if list(adapters) != list(found.names) or not found.sites.keys() <= sites.keys():
+        raise CheckpointError(f"the files in {folder} do not belong together; restore them from their source")
+    check_writable(output)
+    settings = LoRA(rank=max((change.rank for change in changes.values()), default=0) or 1)
+    parts: dict[str, Any] = {}
+    for path, (B, A) in changes.items():
+        entry = sites[path]
+        site = require_site(stored_layer(entry["kind"], torch.empty(entry["shape"], device="meta")), path)
+        more = settings.rank - len(A)
+        parts[path] = (site, settings, settings.adapter(pad(A, (0, 0, 0, more)), pad(B, (0, more)), site))
+    number = found.names.index(name)
+    trained = {
+        path: {key: tensors[f"{number}.{path}.{key}"] for key in shapes}
+        for path, shapes in adapters[name]["trained"].items()
+    }
+    of = adapters[name]
+    task = {} if of["task"] is None else {TASK: of["task"]}
+    entries = {path: sites[path] for path in parts}
+    return write_parts(output, parts, trained, of["base_model"], of["base_config"], entries, files=task)
+
+
+def _names(adapters: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:
+    found = short_names(adapters) if names is None else list(names)
+    if not found:
+        raise OptionError("there are no adapters to compress; name their folders")
+    if len(found) != len(adapters):
+        raise OptionError(
+            f"{len(found)} names were given for {len(adapters)} adapters; give one each, in the same order"
+        )
+    if twice := sorted({name for name in found if found.count(name) > 1}):
+        raise OptionError(
+            f"several adapters are called {', '.join(twice)}; give each a name of its own, as names=..."
+        )
+    return found
+
+
+def _changes(model: Model, base: StoredBase | None) -> Iterator[tuple[str, dict[str, Any], Factored]]:
+    """Path, what the header says of the site, and the change B A of each layer."""
+    entries = (model.stored.header or {"sites": {}})["sites"]
+    for path in model.paths:
+        if base is None and model.needs_base(path):
+            raise CheckpointError(
+                f"{model.stored.path}: the change that {model.stored.method} makes depends on the base's weights; "
+                "name the base model with base=... (--base)"
+            )
+        change = model.change(path)
+        if not isinstance(change, Factored):
+            raise NoLowRankFormError(
+                f"{model.stored.path}, at {path!r}: {model.stored.method} has no exact low-rank form, so that it "
+                "cannot be compressed; leave this adapter out"
+            )
+        entry = entries.get(path, {"kind": model.parts.kind(path), "shape": model.parts.shape(path)})
+        yield path, {key: value for key, value in entry.items() if key != "settings"}, change
+
+
+def _check_sites(sites: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Raise CheckpointError where a layer is not the same in all adapters that have it."""
+    problems = []
+    for path, entries in sites.items():
+        said = {name: f"{' x '.join(map(str, e['shape']))} ({e['kind']})" for name, e in entries.items()}
+        if len(set(said.values())) > 1:
+            problems.append(f"{path!r} is " + ", ".join(f"{what} in {name}" for name, what in said.items()))
+    if problems:
+        raise CheckpointError(f"these adapters do not fit together: {'; '.join(problems)}")
+
+
+def _entry(stored: StoredAdapter) -> dict[str, Any]:
+    task = stored.path / TASK
+    return {
+        "task": task.read_text() if task.is_file() else None,
+        "base_model": stored.config.get("base_model_name_or_path"),
+        "base_config": (stored.header or {}).get("base_config", ""),
+        "trained": {path: {key: list(t.shape) for key, t in state.items()} for path, state in stored.trained.items()},
+    }
+
+
+def _shapes(index: dict[str, Any]) -> Shapes:
+    return {
+        f"{number}.{path}.{key}": tuple(shape)
+        for number, entry in enumerate(index["adapters"].values())
+        for path, shapes in entry["trained"].items()
+        for key, shape in shapes.items()
+    }
