@@ -12,6 +12,11 @@ from isotune.merging.contract import AnyRule
 
 BUILT_IN = {
     "sum": "isotune.merging.rules.sum:Sum",
+    "svd": "isotune.merging.rules.svd:Svd",
+    "iso_c": "isotune.merging.rules.iso_c:IsoC",
+    "iso_cts": "isotune.merging.rules.iso_cts:IsoCTS",
+    "tsv_m": "isotune.merging.rules.tsv_m:TSVM",
+    "opcm": "isotune.merging.rules.opcm:OPCM",
 }
 
 
