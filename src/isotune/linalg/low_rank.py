@@ -169,7 +169,7 @@ def inner(one: Factored, other: Factored) -> float:
 
 
 def norm(matrix: Factored) -> float:
-    """The Frobenius norm of B A. By QR of both sides: the root of `inner` is only half as exact where terms cancel."""
+    """The Frobenius norm of B A. By QR: the root of `inner` has half the digits where terms cancel."""
     left, right = torch.linalg.qr(matrix.B, mode="r").R, torch.linalg.qr(matrix.A.mT, mode="r").R
     return float((left.double() @ right.double().mT).norm())
 

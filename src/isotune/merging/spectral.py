@@ -13,19 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from isotune.linalg.low_rank import SVD, Factored, dense_svd, rounding, svd
 from isotune.merging.contract import Aligned, Change, dense, scaled, total
+
+Tolerance = Annotated[
+    float, Field(ge=0, lt=1, description="singular values up to this share of the largest count as zero")
+]
+"""An option for changes of low rank that come as differences of stored weights, with the noise of their dtype."""
 
 
 @dataclass(frozen=True)
 class Reduced:
     """Changes in joint bases, each multiplied by its weight; those of weight zero are left out."""
 
-    changes: list[Change]
+    changes: Sequence[Change]
     dtype: torch.dtype
     """That of the given changes."""
     tolerance: float
@@ -43,7 +50,8 @@ class Reduced:
         Those are the ones up to the tolerance times the largest, or times `least` if that is larger.
         """
         found = svd(change) if isinstance(change, Factored) else dense_svd(change)
-        return found.first(int((found.S > self.tolerance * found.S[:1].clamp(min=least)).sum()))
+        threshold = self.tolerance * found.S[:1].clamp(min=least)
+        return found.first(int((threshold < found.S).sum()))
 
     def composed(self, parts: Sequence[SVD], S: Tensor) -> Change:
         """The change `U diag(S) Vᵀ` of singular vectors side by side, the U and the V made orthonormal each."""
@@ -72,14 +80,14 @@ def reduced(changes: Sequence[Change], weights: Sequence[float], tolerance: floa
     pairs = [(change, w) for change, w in zip(changes, weights, strict=True) if w] or [(changes[0], 0.0)]
     factors = [change for change, _ in pairs if isinstance(change, Factored)]
     if len(factors) < len(pairs):
-        matrices: list[Change] = [w * dense(change) for change, w in pairs]
+        matrices = [w * dense(change) for change, w in pairs]
         dtype, size = matrices[0].dtype, max(matrices[0].shape)
         return Reduced(matrices, dtype, max(tolerance, rounding(size, dtype)))
     Q, left = torch.linalg.qr(torch.cat([term.B for term in factors], dim=1))
     P, right = torch.linalg.qr(torch.cat([term.A for term in factors], dim=0).mT)
     ranks = [term.rank for term in factors]
     parts = zip(left.double().split(ranks, dim=1), right.double().split(ranks, dim=1), pairs, strict=True)
-    cores: list[Change] = [Factored(w * B, A.mT) for B, A, (_, w) in parts]
+    cores = [Factored(w * B, A.mT) for B, A, (_, w) in parts]
     return Reduced(cores, Q.dtype, max(tolerance, rounding(sum(ranks), Q.dtype)), (Q, P))
 
 
@@ -91,4 +99,3 @@ def flattened(S: Tensor, flatness: float) -> Tensor:
 def mean(site: Aligned) -> Change:
     """`Σ w_i ΔW_i / T` over the T models whose weight is not zero."""
     return scaled(total(site.changes, site.weights), 1 / max(1, sum(w != 0 for w in site.weights)))
-

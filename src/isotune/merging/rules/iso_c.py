@@ -17,7 +17,7 @@ from pydantic import Field
 
 from isotune.linalg.low_rank import SVD, dense_svd
 from isotune.merging.contract import Aligned, Change, Rule, dense, scaled, total
-from isotune.merging.spectral import flattened, mean, reduced
+from isotune.merging.spectral import Tolerance, flattened, mean, reduced
 
 
 class IsoC(Rule):
@@ -33,9 +33,7 @@ class IsoC(Rule):
 
     scale: float = Field(default=1.0, description="a factor on the merged change")
     flatness: float = Field(default=1.0, ge=0, le=1, description="how equal singular values become; 0: the plain sum")
-    tolerance: float = Field(
-        default=0.0, ge=0, lt=1, description="singular values up to this share of the largest count as zero"
-    )
+    tolerance: Tolerance = 0.0
     compat: bool = Field(default=False, description="flatten all min(out, in) singular values, as the paper's code")
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from isotune.linalg.low_rank import Factored
 from isotune.merging.contract import Aligned, Change, Rule, scaled
-from isotune.merging.spectral import flattened, mean, reduced
+from isotune.merging.spectral import Tolerance, flattened, mean, reduced
 
 
 class IsoCTS(Rule):
@@ -40,9 +40,7 @@ class IsoCTS(Rule):
     common: float = Field(default=0.8, ge=0, le=1, description="share of directions taken from the sum of all models")
     scale: float = Field(default=1.0, description="a factor on the merged change")
     flatness: float = Field(default=1.0, ge=0, le=1, description="how equal singular values become; 0: not at all")
-    tolerance: float = Field(
-        default=0.0, ge=0, lt=1, description="singular values up to this share of the largest count as zero"
-    )
+    tolerance: Tolerance = 0.0
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
         if not site.matrix:

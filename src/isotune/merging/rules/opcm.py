@@ -86,7 +86,6 @@ class OPCM(Rule):
 
     def _protected(self, s: Tensor) -> int:
         """How many singular values come before the first at which their sum exceeds alpha of the whole."""
-        exceeds = s.cumsum(dim=0) > self.alpha * s.sum()
-        if exceeds.any():
-            return int(exceeds.int().argmax())
-        return 0 if self.compat else len(s)
+        if self.alpha == 1 and not self.compat:
+            return len(s)
+        return int((s.cumsum(dim=0) / s.sum() > self.alpha).int().argmax()) if len(s) else 0

@@ -26,7 +26,9 @@ class Svd(Rule):
 
     name: ClassVar[str] = "svd"
 
-    rank: int | None = Field(default=None, ge=1, description="rank of the result; by default the largest of the inputs")
+    rank: int | None = Field(
+        default=None, ge=1, description="rank of the result; by default the largest of the inputs"
+    )
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
         return self.merge_with_error(site)[0]

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from isotune.merging.contract import Aligned, Change, Rule, scaled
-from isotune.merging.spectral import mean, reduced
+from isotune.merging.spectral import Tolerance, mean, reduced
 
 
 class TSVM(Rule):
@@ -31,6 +31,7 @@ class TSVM(Rule):
 
     name: ClassVar[str] = "tsv_m"
 
+    tolerance: Tolerance = 0.0
     scale: float = Field(default=1.0, description="a factor on the merged change")
     share: float | None = Field(
         default=None, gt=0, le=1, description="share of min(out, in) that each model may keep; by default 1 / models"
@@ -39,7 +40,7 @@ class TSVM(Rule):
     def merge(self, site: Aligned, surveyed: Any) -> Change:
         if not site.matrix:
             return scaled(mean(site), self.scale)
-        joint = reduced(site.changes, site.weights)
+        joint = reduced(site.changes, site.weights, self.tolerance)
         p = min(site.changes[0].shape)
         kept = max(1, int(p * self.share) if self.share else p // len(joint.changes))
         parts = [joint.decomposed(change).first(kept) for change in joint.changes]
