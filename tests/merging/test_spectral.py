@@ -164,6 +164,24 @@ def test_svd_is_the_best_approximation_and_says_its_error() -> None:
             assert error == pytest.approx(float((whole - best).norm() / whole.norm()), abs=1e-12)
 
 
+@pytest.mark.parametrize("svd_rank", [None, 2])
+def test_svd_agrees_with_peft(svd_rank: int | None) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(12, 10)), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"]), "one"
+    )
+    model.add_adapter("two", peft.LoraConfig(r=4, lora_alpha=2, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    changes = []
+    for name in ("one", "two"):
+        torch.nn.init.normal_(layer.lora_B[name].weight)
+        B, A = (side[name].weight.detach() for side in (layer.lora_B, layer.lora_A))
+        changes.append(Factored(layer.scaling[name] * B, A))
+    model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "both", combination_type="svd", svd_rank=svd_rank)
+    options = {} if svd_rank is None else {"rank": svd_rank}
+    assert_same(merged("svd", changes, [0.7, 0.3], **options), layer.get_delta_weight("both").detach(), 1e-5)
+
+
 def test_svd_keeps_the_largest_rank_of_the_inputs_by_default() -> None:
     changes = factors(14, 11, (3, 2, 4))
     for inputs in (changes, [dense(change) for change in changes]):
@@ -216,6 +234,17 @@ def test_iso_cts_gives_models_their_own_directions_only_where_there_are_enough()
     # One direction to share between five models: round(1 / 5) = 0, as in the paper's code.
     assert_same(merged("iso_cts", few), merged("iso_c", few))
     assert float((merged("iso_cts", few, common=0.0) - merged("iso_c", few)).norm()) > 1e-3
+
+
+@pytest.mark.parametrize("as_dense", [False, True])
+def test_iso_cts_takes_no_direction_from_a_model_that_has_only_common_ones(as_dense: bool) -> None:
+    U, V = (torch.linalg.qr(matrix).Q for matrix in (*matrices(30, 10, 1), *matrices(20, 10, 1, seed=1)))
+    S = torch.arange(10, 0, -1, dtype=torch.float64)
+    wide, narrow = Factored(U * S, V.mT), Factored(U[:, :3] * S[:3], V[:, :3].mT)
+    found = merged("iso_cts", [dense(wide), dense(narrow)] if as_dense else [wide, narrow])
+    # p = 10, n = 1, k = 8: the eight of the sum, and the ninth from the first model.
+    values = torch.cat([2 * S[:3], S[3:9]])
+    assert_same(found, values.mean() * U[:, :9] @ V[:, :9].mT, 1e-9)
 
 
 def test_iso_cts_takes_no_more_directions_than_there_are() -> None:

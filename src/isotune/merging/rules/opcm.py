@@ -31,7 +31,8 @@ class OPCM(Rule):
 
     The order of the models matters. Weights multiply the changes before they are projected and added; the size of
     the result does not depend on them, since in the end the whole change is scaled to the mean norm of the models'
-    own. Tensors that are no layer's weight are added without projection.
+    own. (A model of weight zero adds its norm to that mean, and nothing else.) Tensors that are no layer's weight
+    are added without projection.
     """
 
     name: ClassVar[str] = "opcm"
