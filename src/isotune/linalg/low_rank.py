@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,6 +82,14 @@ class Factored(NamedTuple):
         return Factored(B, self.A if right is None else self.A @ right)
 
 
+def rounding(size: int, dtype: torch.dtype) -> float:
+    """Below this share of the largest, a computed singular value of a matrix of that larger side is rounding.
+
+    The singular values of a dense matrix of low rank that should be zero come out near 0.2 √size eps.
+    """
+    return max(8.0, size**0.5 / 2) * torch.finfo(dtype).eps
+
+
 class SVD(NamedTuple):
     """`U diag(S) Vᵀ`, with U (m, k) and V (n, k) of orthonormal columns and S (k) descending."""
 
@@ -98,12 +107,12 @@ class SVD(NamedTuple):
         return SVD(self.U[:, :k], self.S[:k], self.V[:, :k])
 
     def supported(self, tolerance: float | None = None) -> SVD:
-        """Without the triplets whose singular value is below `tolerance` times the largest: those are rounding.
+        """Without the triplets whose singular value is at most `tolerance` times the largest: those are rounding.
 
-        By default the tolerance is `max(m, n) eps` of the dtype. A zero matrix keeps none.
+        By default the tolerance is that of `rounding` for the dtype. A zero matrix keeps none.
         """
         if tolerance is None:
-            tolerance = max(len(self.U), len(self.V)) * torch.finfo(self.S.dtype).eps
+            tolerance = rounding(max(len(self.U), len(self.V)), self.S.dtype)
         return self.first(int((tolerance * self.S[:1] < self.S).sum()))
 
 
@@ -120,16 +129,23 @@ def weighted_sum(terms: Sequence[Factored], weights: Sequence[float]) -> Factore
 def svd(matrix: Factored) -> SVD:
     """The thin SVD of B A with k = min(r, m, n) triplets, by QR of both sides and one SVD of their small core.
 
-    Signs are fixed: the entry of largest size in each column of U is positive. Cost: O((m + n) r² + r³).
+    The core is float64. Signs are fixed: the entry of largest size in each column of U is positive.
+    Cost: O((m + n) r² + r³).
     """
     Q, left = torch.linalg.qr(matrix.B)
     P, right = torch.linalg.qr(matrix.A.mT)
-    U, S, Vh = torch.linalg.svd(left @ right.mT, full_matrices=False)
-    U, V = Q @ U, P @ Vh.mT
-    if len(S) == 0 or len(U) == 0:
-        return SVD(U, S, V)
+    U, S, Vh = torch.linalg.svd(left.double() @ right.double().mT, full_matrices=False)
+    U, V = Q @ U.to(Q), P @ Vh.mT.to(P)
+    if len(S) == 0:
+        return SVD(U, S.to(U), V)
     signs = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()
-    return SVD(U * signs, S, V * signs)
+    return SVD(U * signs, S.to(U), V * signs)
+
+
+def dense_svd(W: Tensor) -> SVD:
+    """The thin SVD of a dense matrix, with min(m, n) triplets and whatever signs come out."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return SVD(U, S, Vh.mT)
 
 
 def truncated(matrix: Factored, rank: int) -> tuple[Factored, float]:
@@ -148,13 +164,14 @@ def tail(S: Tensor, rank: int) -> float:
 
 
 def inner(one: Factored, other: Factored) -> float:
-    """The Frobenius inner product `<B A, D C> = Σ (BᵀD) ∘ (A Cᵀ)`, summed in float64."""
-    return float(((one.B.mT @ other.B).double() * (one.A @ other.A.mT).double()).sum())
+    """The Frobenius inner product `<B A, D C> = Σ (BᵀD) ∘ (A Cᵀ)`, in float64."""
+    return float(((one.B.double().mT @ other.B.double()) * (one.A.double() @ other.A.double().mT)).sum())
 
 
 def norm(matrix: Factored) -> float:
-    """The Frobenius norm of B A."""
-    return max(inner(matrix, matrix), 0.0) ** 0.5
+    """The Frobenius norm of B A. By QR: the root of `inner` has half the digits where terms cancel."""
+    left, right = torch.linalg.qr(matrix.B, mode="r").R, torch.linalg.qr(matrix.A.mT, mode="r").R
+    return float((left.double() @ right.double().mT).norm())
 
 
 def principal_cosines(U: Tensor, V: Tensor) -> Tensor:
@@ -173,17 +190,18 @@ def from_dense(W: Tensor, rank: int, generator: torch.Generator | None = None) -
     """
     m, n = W.shape
     width = rank + 16
-    total = float(W.double().norm())
+    total = float(torch.linalg.vector_norm(W, dtype=torch.float64))
     if total == 0:
         return Factored(W.new_zeros(m, rank), W.new_zeros(rank, n)), 0.0
     if 4 * width >= min(m, n):
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        return SVD(U, S, Vh.mT).first(rank).factored(), tail(S, rank)
+        found = dense_svd(W)
+        return found.first(rank).factored(), tail(found.S, rank)
     generator = generator or torch.Generator().manual_seed(0)
     Q, _ = torch.linalg.qr(W @ torch.randn(n, width, generator=generator).to(W))
     for _ in range(2):
         Q, _ = torch.linalg.qr(W.mT @ Q)
         Q, _ = torch.linalg.qr(W @ Q)
-    found = svd(Factored(Q, Q.mT @ W)).first(rank)
-    left = max(total**2 - float(found.S.double().square().sum()), 0.0)
-    return found.factored(), left**0.5 / total
+    inside = Factored(Q, Q.mT @ W)
+    outside = float(torch.linalg.vector_norm(W - inside.dense(), dtype=torch.float64))
+    found = svd(inside)
+    return found.first(rank).factored(), math.hypot(outside, float(found.S[rank:].double().norm())) / total

@@ -17,6 +17,11 @@ BUILT_IN = {
     "fisher": "isotune.merging.rules.fisher:Fisher",
     "ffg": "isotune.merging.rules.ffg:FFG",
     "ota": "isotune.merging.rules.ota:OTA",
+    "svd": "isotune.merging.rules.svd:Svd",
+    "iso_c": "isotune.merging.rules.iso_c:IsoC",
+    "iso_cts": "isotune.merging.rules.iso_cts:IsoCTS",
+    "tsv_m": "isotune.merging.rules.tsv_m:TSVM",
+    "opcm": "isotune.merging.rules.opcm:OPCM",
 }
 
 
