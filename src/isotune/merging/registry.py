@@ -12,6 +12,16 @@ from isotune.merging.contract import AnyRule
 
 BUILT_IN = {
     "sum": "isotune.merging.rules.sum:Sum",
+    "linear": "isotune.merging.rules.linear:Linear",
+    "task_arithmetic": "isotune.merging.rules.task_arithmetic:TaskArithmetic",
+    "slerp": "isotune.merging.rules.slerp:Slerp",
+    "ties": "isotune.merging.rules.ties:TIES",
+    "magnitude": "isotune.merging.rules.magnitude:Magnitude",
+    "breadcrumbs": "isotune.merging.rules.breadcrumbs:Breadcrumbs",
+    "dare": "isotune.merging.rules.dare:DARE",
+    "dare_ties": "isotune.merging.rules.dare_ties:DARETIES",
+    "della": "isotune.merging.rules.della:DELLA",
+    "knots": "isotune.merging.rules.knots:KnOTS",
 }
 
 
