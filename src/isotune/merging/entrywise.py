@@ -24,8 +24,9 @@ Average = Literal["mean", "count", "sum", "max"]
 Step = Callable[[Tensor], Tensor]
 """Makes a block of rows (b, in) of one model's change sparse; called on its blocks in their order."""
 
-BLOCK = 2**20
-"""Entries in a block, over all models."""
+BLOCK = 2**17
+"""Entries of each model in a block. However many models there are, so that a product of factors has the same bits in
+the walk that finds a threshold and in the walk that applies it."""
 ELECT = (
     "What elects an entry's sign: the sum, the number of models, or the weighted sum. A weight below 0 turns signs."
 )
@@ -76,7 +77,7 @@ def walk(changes: Sequence[Change]) -> Iterator[tuple[slice, list[Tensor]]]:
     """Blocks of the same rows of all changes, seen as matrices; a tensor of one dimension is one row."""
     rows, columns = _rows_and_columns(changes[0].shape)
     views = [c if isinstance(c, Factored) else c.reshape(rows, columns) for c in changes]
-    step = max(1, BLOCK // max(1, len(changes) * columns))
+    step = max(1, BLOCK // max(1, columns))
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
         yield block, [v.B[block] @ v.A if isinstance(v, Factored) else v[block] for v in views]
