@@ -1,91 +1,138 @@
-"""What the rules that weigh the single entries of a weight by a statistic have in common."""
+"""Rules on single entries: each change is made sparse, then every entry is merged by itself.
+
+The weights are walked in blocks of rows, so that a block of each model and the result are all that is in memory,
+also where the changes are factored. What is drawn is drawn row after row, whatever the size of a block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from isotune.errors import OptionError
-from isotune.linalg.low_rank import Factored, singular_values
-from isotune.linalg.spectral_norm import spectral_norm
-from isotune.merging.contract import Aligned, Change, Rule, dense, size
-from isotune.merging.statistics import missing
+from isotune.linalg.low_rank import Factored
+from isotune.merging.contract import Aligned, Change, Rule
 
-BINS, LOWEST, HIGHEST = 2**16, -256, 256
+Elect = Literal["total", "frequency", "weighted"]
+Average = Literal["mean", "count", "sum", "max"]
+Step = Callable[[Tensor], Tensor]
+"""Makes a block of rows (b, in) of one model's change sparse; called on its blocks in their order."""
+
+BLOCK = 2**17
+"""Entries of each model in a block. However many models there are, so that a product of factors has the same bits in
+the walk that finds a threshold and in the walk that applies it."""
+ELECT = (
+    "What elects an entry's sign: the sum, the number of models, or the weighted sum. A weight below 0 turns signs."
+)
+AVERAGE = (
+    "Of the models that agree: the weighted mean; the weighted sum over their number, which weights that sum to 1 "
+    "shrink (PEFT's); the weighted sum; or the largest."
+)
+UNBIASED = "Divide what is kept by its probability, so that the mean over seeds is the change itself."
 
 
-def statistics_of(site: Aligned, rule: Rule) -> list[Tensor | None]:
-    """Each model's statistic of the weight; None for a model that left the weight alone, and has no say in it.
+class Entrywise(Rule):
+    """Each change is made sparse, then the weighted sum is taken."""
 
-    Raises OptionError where a model changed the weight and has none, and for a negative weight of a model.
+    exact_rank: ClassVar[bool] = False
+
+    scale: float = Field(1.0, description="Factor on the merged change.")
+
+    @abstractmethod
+    def steps(self, site: Aligned, surveyed: Any) -> Sequence[Step]:
+        """What makes each model's change sparse, one for each model."""
+
+    def combine(self, blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The merged block, from each model's block of the same rows."""
+        return sum_of(blocks, weights)
+
+    def merge(self, site: Aligned, surveyed: Any) -> Change:
+        steps = self.steps(site, surveyed)
+        dtype = reduce(torch.promote_types, [_a_tensor(change).dtype for change in site.changes])
+        shape = site.changes[0].shape
+        merged = _a_tensor(site.changes[0]).new_empty(_rows_and_columns(shape), dtype=dtype)
+        for rows, blocks in walk(site.changes):
+            sparse = [step(block.to(dtype)) for step, block in zip(steps, blocks, strict=True)]
+            merged[rows] = self.combine(sparse, site.weights).mul_(self.scale)
+        return merged.view(shape)
+
+
+class Elected(Entrywise):
+    """Each change is made sparse, then each entry's sign is elected, and the models that agree are averaged."""
+
+    elect: Elect = Field("total", description=ELECT)
+    average: Average = Field("mean", description=AVERAGE)
+
+    def combine(self, blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        return agreed(blocks, weights, self.elect, self.average)
+
+
+def walk(changes: Sequence[Change]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Blocks of the same rows of all changes, seen as matrices; a tensor of one dimension is one row."""
+    rows, columns = _rows_and_columns(changes[0].shape)
+    views = [c if isinstance(c, Factored) else c.reshape(rows, columns) for c in changes]
+    step = max(1, BLOCK // max(1, columns))
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        yield block, [v.B[block] @ v.A if isinstance(v, Factored) else v[block] for v in views]
+
+
+def sum_of(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`Σ w_i x_i`."""
+    total = torch.zeros_like(blocks[0])
+    for x, w in zip(blocks, weights, strict=True):
+        total.add_(x, alpha=w)
+    return total
+
+
+def agreed(blocks: Sequence[Tensor], weights: Sequence[float], elect: Elect, average: Average) -> Tensor:
+    """The disjoint average of TIES: over the models whose entry, times its weight, has the elected sign.
+
+    Where no sign is elected, because the sum is 0, so is the result. A tie by frequency is decided by the sum. Hence
+    turning all signs turns the result, and a model of weight 0 has no say.
     """
-    if min(site.weights) < 0:
-        raise OptionError(f"{rule.name} is a weighted mean: its weights are 0 or more, not {min(site.weights):g}")
-    found = list(site.statistics) or [None] * len(site.names)
-    for name, change, own in zip(site.names, site.changes, found, strict=True):
-        if own is None and size(change) > 0:
-            raise missing(rule.name, str(rule.statistic), name, site.path)
-    return found
+    signs = [math.copysign(1.0, w) if w else 0.0 for w in weights]
+    election = sum_of(blocks, weights if elect == "weighted" else signs).sign_()
+    if elect == "frequency":
+        election.add_(sum_of([x.sign() for x in blocks], signs), alpha=2).sign_()
+    merged, share = torch.zeros_like(election), torch.zeros_like(election)
+    for x, w, sign in zip(blocks, weights, signs, strict=True):
+        agreeing = (x * election).mul_(sign).clamp_(min=0)
+        if average == "max":
+            torch.maximum(merged, agreeing.mul_(abs(w)), out=merged)
+            continue
+        merged.add_(agreeing, alpha=abs(w))
+        if average != "sum":
+            share.add_(agreeing.sign_(), alpha=abs(w) if average == "mean" else 1.0)
+    if average in ("mean", "count") and any(weights):
+        # A share that is not 0 is at least the smallest weight.
+        merged.div_(share.clamp_(min=min(abs(w) for w in weights if w) if average == "mean" else 1.0))
+    return merged.mul_(election)
 
 
-def weighted_mean(changes: Sequence[Tensor], weights: Sequence[Tensor], otherwise: Tensor) -> Tensor:
-    """`Σ w_i ΔW_i / Σ w_i`, entry by entry, for weights of 0 or more; `otherwise` where all of them are 0."""
-    above, below = torch.zeros_like(otherwise), torch.zeros_like(otherwise)
-    for change, w in zip(changes, weights, strict=True):
-        above += w * change
-        below += w
-    return torch.where(below > 0, above / below, otherwise)
+def drawn(x: Tensor, keep: float | Tensor, generator: torch.Generator, unbiased: bool) -> Tensor:
+    """x with each entry kept with probability `keep`, else 0; divided by `keep` if its mean over draws shall be x.
 
-
-def plain_mean(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`Σ c_i ΔW_i / Σ c_i`; zero where the weights are."""
-    first, total = torch.zeros_like(changes[0]), sum(weights)
-    return sum((c / total * change for change, c in zip(changes, weights, strict=True) if total > 0), first)
-
-
-class LogHistogram:
-    """How many numbers there are of each size, by their binary logarithm in 65,536 bins, each 0.5 % wide.
-
-    From 2⁻²⁵⁶ to 2²⁵⁶; what is smaller, such as 0, is in the first bin. Finds quantiles over a whole model, of which
-    no more than one weight is ever in memory.
+    Drawn on the CPU, in fp32, whatever the device and the dtype of x.
     """
-
-    def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.int64)
-
-    def add(self, values: Tensor) -> None:
-        """Count the entries of a tensor, all 0 or more."""
-        places = ((values.double().flatten().log2() - LOWEST) * (BINS / (HIGHEST - LOWEST))).clamp(0, BINS - 1)
-        self.counts += torch.bincount(places.long(), minlength=BINS).cpu()
-
-    def threshold(self, share: float) -> float:
-        """The largest edge of a bin with at least that share of all numbers at or above it; 0 for all of them."""
-        above = self.counts.flip(0).cumsum(0).flip(0)
-        reached = int((above >= share * above[0]).sum()) - 1
-        return 2.0 ** (LOWEST + reached * (HIGHEST - LOWEST) / BINS) if reached > 0 else 0.0
+    mask = (torch.rand(x.shape, generator=generator).to(x.device) < keep).to(x.dtype)
+    return mask.mul_(x).div_(keep) if unbiased else mask.mul_(x)
 
 
-def saliency(change: Tensor, v: Tensor) -> Tensor:
-    """`v ΔW²` in float64, for it may be too small for fp32: about what taking the entry back would cost."""
-    return v.to(change.device).double() * change.double().square()
+def dropping(site: Aligned, keep: float, unbiased: bool) -> list[Step]:
+    """For each model, the step that drops entries at random; drawn for its name at this site."""
+    return [partial(drawn, keep=keep, generator=site.generator(name), unbiased=unbiased) for name in site.names]
 
 
-def rescaled(masked: Tensor, before: Change, matrix: bool) -> Tensor:
-    """The masked change, scaled to the operator norm of what it was `before`; zeros stay.
-
-    For a matrix the largest singular value, for another tensor of two dimensions (an embedding) its longest row, and
-    else the Euclidean norm.
-    """
-    now = _operator_norm(masked, matrix)
-    return masked * (_operator_norm(before, matrix) / now) if now > 0 else masked
+def _a_tensor(change: Change) -> Tensor:
+    return change.B if isinstance(change, Factored) else change
 
 
-def _operator_norm(change: Change, matrix: bool) -> float:
-    if matrix and isinstance(change, Factored):
-        return float(singular_values(*change)[0]) if change.rank else 0.0
-    full = dense(change)
-    if matrix:
-        return spectral_norm(full)
-    return float(torch.linalg.vector_norm(full, dim=1).max() if full.dim() == 2 else full.norm())
+def _rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))

@@ -22,6 +22,16 @@ BUILT_IN = {
     "iso_cts": "isotune.merging.rules.iso_cts:IsoCTS",
     "tsv_m": "isotune.merging.rules.tsv_m:TSVM",
     "opcm": "isotune.merging.rules.opcm:OPCM",
+    "linear": "isotune.merging.rules.linear:Linear",
+    "task_arithmetic": "isotune.merging.rules.task_arithmetic:TaskArithmetic",
+    "slerp": "isotune.merging.rules.slerp:Slerp",
+    "ties": "isotune.merging.rules.ties:TIES",
+    "magnitude": "isotune.merging.rules.magnitude:Magnitude",
+    "breadcrumbs": "isotune.merging.rules.breadcrumbs:Breadcrumbs",
+    "dare": "isotune.merging.rules.dare:DARE",
+    "dare_ties": "isotune.merging.rules.dare_ties:DARETIES",
+    "della": "isotune.merging.rules.della:DELLA",
+    "knots": "isotune.merging.rules.knots:KnOTS",
 }
 
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from isotune.merging.contract import Aligned, Change, Rule, Statistic
-from isotune.merging.entrywise import LogHistogram, plain_mean, rescaled, saliency, statistics_of
+from isotune.merging.weighed import LogHistogram, plain_mean, rescaled, saliency, statistics_of
 
 
 class FFG(Rule):

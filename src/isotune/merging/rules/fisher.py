@@ -20,7 +20,7 @@ from pydantic import Field
 
 from isotune.errors import OptionError, nearest
 from isotune.merging.contract import Aligned, Change, Rule, Statistic
-from isotune.merging.entrywise import plain_mean, statistics_of, weighted_mean
+from isotune.merging.weighed import plain_mean, statistics_of, weighted_mean
 
 
 @dataclass
