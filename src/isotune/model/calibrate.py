@@ -9,14 +9,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter
 from isotune.errors import IsotuneError, OptionError
 from isotune.linalg.thin import without_autocast
 from isotune.model.layers import AdaptedLayer, adapted_layers
+from isotune.progress import counting
 from isotune.sites import Site, device_of
 
 
@@ -65,7 +64,8 @@ def calibrate(
             "give a list or a DataLoader"
         )
     parts = [[path] for path in layers] if one_layer_at_a_time else [list(layers)]
-    with _evaluating(model), _bar(batches, len(parts), progress) as advance:
+    total = len(batches) * len(parts) if isinstance(batches, Sized) else None
+    with _evaluating(model), counting("calibrating", total, progress) as advance:
         for number, part in enumerate(parts):
             # The first pass counts what every layer sees, so that nothing has changed where that is too little.
             watched = layers if number == 0 else {path: layers[path] for path in part}
@@ -153,7 +153,7 @@ def _measured(
     batches: Iterable[Any],
     layers: Mapping[str, AdaptedLayer],
     wanted: Iterable[str],
-    advance: Callable[[], None],
+    advance: Callable[[int], None],
 ) -> dict[str, _Inputs]:
     """One pass: the rows that every layer saw, and the sums of those wanted."""
     gatherer = _Gatherer(layers, wanted)
@@ -163,7 +163,7 @@ def _measured(
             args, named = _arguments(batch, device_of(model))
             gatherer.mask, gatherer.last = named.get("attention_mask"), None
             model(*args, **named)
-            advance()
+            advance(1)
     finally:
         for handle in handles:
             handle.remove()
@@ -225,12 +225,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _bar(batches: Iterable[Any], passes: int, progress: bool) -> Iterator[Callable[[], None]]:
-    console = Console(stderr=True)
-    total = len(batches) * passes if isinstance(batches, Sized) else None
-    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
-        task = bar.add_task("calibrating", total=total)
-        yield lambda: bar.advance(task)
