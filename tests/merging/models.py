@@ -122,7 +122,7 @@ class Seen(Rule):
     """The sum, noting every site."""
 
     name: ClassVar[str] = "seen"
-    sites: dict[str, tuple[tuple[int, ...], bool]] = {}
+    sites: dict[str, tuple[tuple[int, ...], bool]] = Field(default_factory=dict)
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
         self.sites[site.path] = tuple(site.changes[0].shape), site.matrix
