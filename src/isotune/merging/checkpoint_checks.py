@@ -97,11 +97,16 @@ def check_checkpoints(
     found = Inputs(origin, tuple(models), kinds, merged, copied, (), ())
     rows: dict[str, Tensor | None] = {}
     notes: list[str] = []
+    tokens = None
+    try:
+        tokens = _tokens(origin)
+    except CheckpointError as error:
+        problems.append(str(error))
     for model in others:
         problems += _architecture(model, origin)
         problems += _tensors(model, found, vocabulary)
         try:
-            rows[model.label], note = _rows(model, origin, vocabulary)
+            rows[model.label], note = _rows(model, origin, tokens, vocabulary)
             notes += note
         except CheckpointError as error:
             problems.append(str(error))
@@ -221,15 +226,15 @@ def _tensors(model: StoredModel, inputs: Inputs, vocabulary: Vocabulary) -> list
     if shapes:
         problems.append(f"{model.label} has other shapes than {origin.label}: {'; '.join(shapes)}")
     if kinds:
-        problems.append(
-            f"{model.label} has integers where {origin.label} has numbers with a fraction: {_listed(kinds)}"
-        )
+        problems.append(f"{model.label} has integers where {origin.label} has floats: {_listed(kinds)}")
     return problems
 
 
-def _rows(model: StoredModel, origin: StoredModel, vocabulary: Vocabulary) -> tuple[Tensor | None, list[str]]:
+def _rows(
+    model: StoredModel, origin: StoredModel, wanted: Mapping[str, int] | None, vocabulary: Vocabulary
+) -> tuple[Tensor | None, list[str]]:
     """The model's row for each of the origin's, or None for the same rows; and what to say about it."""
-    own, wanted = token_ids(model.folder), token_ids(origin.folder)
+    own = _tokens(model)
     if own is None or wanted is None:
         if any(_sizes_differ(model, origin, name) for name in origin.headers):
             raise CheckpointError(
@@ -256,6 +261,13 @@ def _rows(model: StoredModel, origin: StoredModel, vocabulary: Vocabulary) -> tu
     rows[rows >= min(count for _, count in counts)] = -1
     said = f"{int((rows >= 0).sum())} of {len(rows)} embeddings of {model.label} are merged, the others left out"
     return rows, [f"{said} ({found})" if found else said]
+
+
+def _tokens(model: StoredModel) -> dict[str, int] | None:
+    try:
+        return token_ids(model.folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{model.label}: {error}") from None
 
 
 def _sizes_differ(model: StoredModel, origin: StoredModel, name: str) -> bool:

@@ -80,9 +80,9 @@ class Unfinished:
                     sync(self.model)
                     self.model.rename(self.output)  # an empty folder gives way
                     sync(self.output.parent)
-                    self.done = Done()
+                    (self.folder / "done.json").unlink()
                 finally:
-                    if not self.done.shards and not self.done.tensors:
+                    if not (self.folder / "done.json").exists():
                         shutil.rmtree(self.folder, ignore_errors=True)
         except OSError as error:
             raise CheckpointError(
