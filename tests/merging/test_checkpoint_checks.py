@@ -143,6 +143,14 @@ def test_an_index_that_names_more_than_there_is(tmp_path: Path, monkeypatch: pyt
     assert "its index names tensors that its files lack: more" in refusal(models, base, monkeypatch)
 
 
+def test_an_index_that_leads_out_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, models = family(tmp_path)
+    index = base / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-', '"../model0/model-'))
+    assert "the base (" in (message := refusal(models, base, monkeypatch))
+    assert "names a file outside its folder: ../model0/model-" in message
+
+
 def test_configs_may_differ_in_what_does_not_compute(tmp_path: Path) -> None:
     base, models = family(tmp_path)
     reconfigure(models[0], transformers_version="4.0", use_cache=False, attention_dropout=0.1, _name_or_path="x",

@@ -159,6 +159,23 @@ def test_rules_that_say_they_are_linear_give_the_weighted_sum(name: str) -> None
     assert rule.rescale([1.0, 2.0, 3.0], 5.0) == 1.0
 
 
+def test_what_lies_beside_the_weights_is_the_bases(tmp_path: Path) -> None:
+    base, models = family(tmp_path)
+    beside = {"chat_template.jinja": "x", "special_tokens_map.json": "{}", "merges.txt": "a b", "spiece.model": "y"}
+    for name in (*beside, "README.md", "trainer_state.json", "optimizer.bin"):
+        (base / name).write_text(beside.get(name, "no"))
+    (base / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text("{}")
+    merge(models, Sum(), tmp_path / "out", base)
+    found = files(tmp_path / "out")
+    made = {"model.safetensors", "merge.json", "config.json", "generation_config.json", "tokenizer.json"}
+    assert found.keys() == beside.keys() | made | {"modules.json", "1_Pooling/config.json"}
+    assert all(
+        found[name] == (base / name).read_bytes() for name in found.keys() - {"model.safetensors", "merge.json"}
+    )
+
+
 def test_a_factored_answer_is_written_dense(tmp_path: Path) -> None:
     class Split(Rule):
         name: ClassVar[str] = "split"

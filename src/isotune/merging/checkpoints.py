@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from isotune.progress import counting
 
 RECORD = "merge.json"
 _COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_OF_TRAINING = re.compile(r"trainer_state\.json|.*_results\.json|.*\.index\.json")
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _entry(inputs: Inputs, name: str, stored_as: torch.dtype | None) -> Entry:
 def _copy_companions(origin: Path, folder: Path, stored_as: torch.dtype | None) -> None:
     """Copy the config, the tokenizer and the like, and of a sentence-transformers model the folders of its parts."""
     for file in origin.iterdir():
-        if file.is_file() and file.suffix in _COMPANIONS and not file.name.endswith(".index.json"):
+        if file.is_file() and file.suffix in _COMPANIONS and not _OF_TRAINING.fullmatch(file.name):
             shutil.copyfile(file, folder / file.name)
     if (origin / "modules.json").is_file():
         for part in json.loads((origin / "modules.json").read_text(encoding="utf-8")):

@@ -134,7 +134,10 @@ def check_digest(path: Path, expected: str) -> None:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{path} of the interrupted merge cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            f"{path} of the interrupted merge cannot be read ({error.strerror}); remove {path.parent.parent} and "
+            "merge again"
+        ) from None
     if found != expected:
         raise CheckpointError(
             f"{path} of the interrupted merge was altered or damaged; remove {path.parent.parent} and merge again"

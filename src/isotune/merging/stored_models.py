@@ -118,6 +118,8 @@ def read_model(name: str | Path, label: str) -> StoredModel:
     aliases: dict[str, str] = {}
     fingerprint = {}
     for file in sorted(set(stored.file_of.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{label} ({name}): its index names a file outside its folder: {file}")
         found, metadata, fingerprint[file] = _header(stored.folder / file, label)
         headers |= found
         aliases |= {alias: own for alias, own in metadata.items() if own in found and alias not in found}
