@@ -38,6 +38,15 @@ def bert() -> Any:
     return transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
 
 
+def gpt2() -> Any:
+    """A drawn GPT-2, whose layers store their weights (in, out)."""
+    torch.manual_seed(13)
+    config = transformers.GPT2Config(
+        vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
 def save(model: nn.Module, folder: Path, shard: str = "6KB", tokens: Sequence[str] | None = None) -> Path:
     """Save a model in shards, with a tokenizer of one token for each row of its embeddings, or the given ones."""
     model.save_pretrained(folder, max_shard_size=shard)

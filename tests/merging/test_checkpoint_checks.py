@@ -12,7 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 import transformers
-from models import Toy, bert, family, llama, reconfigure, rewrite, save, stored, tuned
+from models import Toy, bert, family, gpt2, llama, reconfigure, rewrite, save, stored, tuned
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isotune.errors import CheckpointError, OptionError
@@ -252,6 +253,62 @@ def test_options_that_cannot_be_used(options: dict[str, Any], said: str, tmp_pat
     with pytest.raises(OptionError, match=said):
         merge(models, **{"rule": Sum(), "output": tmp_path / "out", "base": base, **options})
     assert not (tmp_path / "out").exists()
+
+
+class Averaged(Fisher):
+    """`Σ F_i ΔW_i / Σ F_i`."""
+
+    name: ClassVar[str] = "averaged"
+
+    def merge(self, site: Aligned, surveyed: Any) -> Change:
+        F = [torch.ones_like(site.dense()[0]) if f is None else f for f in site.statistics]
+        return sum((f * d for f, d in zip(F, site.dense(), strict=True)), torch.zeros(())) / sum(F)
+
+
+def statistics_of(models: list[Path], odd: Callable[[dict[str, Tensor]], Any] = lambda _: None) -> list[Path]:
+    """Drawn statistics of every tensor but the norms, under the layers' paths for most."""
+    made = []
+    for i, model in enumerate(models):
+        torch.manual_seed(i)
+        drawn = {n.removesuffix(".weight"): torch.rand(t.shape) for n, t in stored(model).items() if "norm" not in n}
+        drawn[HEAD] = drawn.pop("lm_head")
+        odd(drawn)
+        save_file(drawn, model.parent / f"statistics{i}.safetensors")
+        made.append(model.parent / f"statistics{i}.safetensors")
+    return made
+
+
+@pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "gpt2"])
+def test_statistics_reach_the_rule_in_the_shape_of_the_weight(build: Callable[[], Any], tmp_path: Path) -> None:
+    base, models = family(tmp_path, build)
+    if build is gpt2:
+        for folder in (base, *models):
+            rewrite(folder, lambda t: t.update({HEAD: t["transformer.wte.weight"].clone()}))
+    measured = statistics_of(models)
+    merge(models, Averaged(), tmp_path / "out", base, statistics=measured)
+    W0, own, F = stored(base), [stored(m) for m in models], [load_file(file) for file in measured]
+    for name, got in stored(tmp_path / "out").items():
+        f = [found.get(name, found.get(name.removesuffix(".weight"), torch.ones(1))) for found in F]
+        change = sum(f_i * (W[name] - W0[name]) for f_i, W in zip(f, own, strict=True)) / sum(f)
+        torch.testing.assert_close(got, W0[name] + change)
+
+
+def test_statistics_that_cannot_be_used(tmp_path: Path) -> None:
+    base, models = family(tmp_path)
+    with pytest.raises(OptionError, match="uses no statistics"):
+        merge(models, Sum(), tmp_path / "out", base, statistics=statistics_of(models))
+    for odd, said in (
+        (
+            lambda t: t.update({HEAD: torch.ones(3)}),
+            r"model1 .* other shapes than the model: lm_head.weight \[3\], not",
+        ),
+        (lambda t: t[HEAD].sub_(1), "hold values in 'lm_head.weight' that are negative or not finite"),
+        (lambda t: [t.pop(name) for name in list(t)], "are of none of the model's tensors"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            merge(models, Averaged(), tmp_path / "out", base, statistics=statistics_of(models, odd))
+    with pytest.raises(CheckpointError, match="it is missing or truncated"):
+        merge(models, Averaged(), tmp_path / "out", base, statistics=[tmp_path / "none"] * 2)
 
 
 def test_names_are_the_shortest_ends_that_tell_paths_apart(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
-from models import Seen, Toy, bert, family, in_memory, llama, rewrite, save, stored, tuned
+from models import Seen, Toy, bert, family, gpt2, in_memory, llama, rewrite, save, stored, tuned
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -250,9 +250,6 @@ def test_tied_tensors_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_layers_are_matrices_as_out_by_in(tmp_path: Path) -> None:
-    gpt2 = lambda: transformers.GPT2LMHeadModel(  # noqa: E731
-        transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)
-    )
     base, models = family(tmp_path, gpt2, count=1)
     merge(models, rule := Seen(), tmp_path / "out", base, [0.5])
     sites = rule.sites
@@ -267,9 +264,6 @@ def test_layers_are_matrices_as_out_by_in(tmp_path: Path) -> None:
 
 
 def test_without_the_model_class_names_and_model_type_decide(tmp_path: Path) -> None:
-    gpt2 = lambda: transformers.GPT2LMHeadModel(  # noqa: E731
-        transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)
-    )
     for name, build in (("gpt2", gpt2), ("llama", llama)):
         base, models = family(tmp_path / name, build, count=1)
         merge(models, by_class := Seen(), tmp_path / name / "out", base, [0.5])

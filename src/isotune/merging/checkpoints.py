@@ -24,6 +24,7 @@ from isotune.errors import OptionError
 from isotune.merging.checkpoint_checks import Inputs, Vocabulary, check_checkpoints, model_names, no_space, refuse
 from isotune.merging.contract import Rule
 from isotune.merging.shards import Entry, by_file, by_size, parse_size, write_index
+from isotune.merging.stored_statistics import read_statistics
 from isotune.merging.tensorwise import Tensorwise
 from isotune.merging.unfinished import Unfinished
 from isotune.progress import counting
@@ -61,6 +62,7 @@ def merge_checkpoints(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
+    statistics: Sequence[str | Path] | None = None,
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str | None = "5GB",
@@ -86,6 +88,8 @@ def merge_checkpoints(
             is then `Σ w_i W_i`, with weights that sum to 1.
         weights: One for each model; by default 1 each, and without a base 1/T each.
         names: What to call the models; by default what tells their paths apart. What is drawn depends on them.
+        statistics: For rules that need them, a safetensors file for each model with the statistic of each of its
+            weights (Fisher information, say), by the tensor's name or its layer's path, in the tensor's shape.
         seed: For rules that draw.
         dtype: What to store: float32, float16 or bfloat16; by default as the base does.
         max_shard_size: The largest size of a file, such as "5GB"; None for the files that the base has.
@@ -101,16 +105,19 @@ def merge_checkpoints(
     """
     names = model_names(folders, names)
     weights = _weights(rule, names, weights, base is not None)
+    _check_statistics(rule, names, statistics)
     most = None if max_shard_size is None else parse_size(max_shard_size)
     output = check_writable(output, replaces=None)
     stored_as = _dtype(dtype)
     inputs = check_checkpoints(folders, base, names, vocabulary)
+    measured = read_statistics(statistics, inputs) if statistics is not None else []
     entries = [_entry(inputs, name, stored_as) for name in inputs.names]
     shards = by_file(entries, inputs.origin.file_of) if most is None else by_size(entries, most)
     plan = {
         "rule": rule.name, "options": rule.model_dump(mode="json"), "weights": weights, "names": names, "seed": seed,
         "vocabulary": vocabulary, "base": base is not None,
         "models": [model.fingerprint for model in inputs.models], "base model": inputs.origin.fingerprint,
+        "statistics": [found.fingerprint for found in measured],
         "files": {shard.file: [[e.name, str(e.dtype)] for e in shard.entries] for shard in shards},
         "isotune": isotune.__version__, "torch": torch.__version__,
     }  # fmt: skip
@@ -124,7 +131,7 @@ def merge_checkpoints(
         unfinished.opened(plan, resume),
         counting("merging", passes * total, progress) as advance,
     ):
-        merging = Tensorwise(inputs, rule, weights, seed, shards, unfinished, advance)
+        merging = Tensorwise(inputs, measured, rule, weights, seed, shards, unfinished, advance)
         merging.run_to_end()
         write_index(unfinished.model, shards)
         _copy_companions(inputs.origin.folder, unfinished.model, stored_as)
@@ -149,11 +156,6 @@ def _weights(rule: Rule, names: Sequence[str], weights: Sequence[float] | None, 
     if len(names) < least or (most is not None and len(names) > most):
         wanted = f"{least} or more" if most is None else f"{least} to {most}"
         raise OptionError(f"the rule {rule.name!r} takes {wanted} models; {len(names)} were given")
-    if rule.statistic is not None:
-        raise OptionError(
-            f"the rule {rule.name!r} needs a statistic of every weight ({rule.statistic}), which model folders do "
-            "not hold; choose another rule, or merge adapters"
-        )
     if not has_base and not rule.linear:
         raise OptionError(
             f"the rule {rule.name!r} works on what changed since pretraining; name the pretrained model with "
@@ -169,6 +171,16 @@ def _weights(rule: Rule, names: Sequence[str], weights: Sequence[float] | None, 
             "name the pretrained model with base=... (--base)"
         )
     return [float(weight) for weight in weights]
+
+
+def _check_statistics(rule: Rule, names: Sequence[str], statistics: Sequence[str | Path] | None) -> None:
+    if rule.statistic is not None and len(statistics or ()) != len(names):
+        raise OptionError(
+            f"the rule {rule.name!r} needs a statistic of every weight ({rule.statistic}): give statistics=..., one "
+            f"safetensors file for each of the {len(names)} models"
+        )
+    if rule.statistic is None and statistics is not None:
+        raise OptionError(f"the rule {rule.name!r} uses no statistics; leave them out")
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -120,7 +120,7 @@ def read_model(name: str | Path, label: str) -> StoredModel:
     for file in sorted(set(stored.file_of.values())):
         if Path(file).name != file:
             raise CheckpointError(f"{label} ({name}): its index names a file outside its folder: {file}")
-        found, metadata, fingerprint[file] = _header(stored.folder / file, label)
+        found, metadata, fingerprint[file] = read_header(stored.folder / file, label)
         headers |= found
         aliases |= {alias: own for alias, own in metadata.items() if own in found and alias not in found}
     lacking = sorted(set(stored.file_of) - headers.keys())
@@ -130,7 +130,8 @@ def read_model(name: str | Path, label: str) -> StoredModel:
     return StoredModel(label, stored.folder, config, stored.file_of, headers, fingerprint, aliases, dict(aliases))
 
 
-def _header(file: Path, label: str) -> tuple[dict[str, Header], Mapping[str, str], list[Any]]:
+def read_header(file: Path, label: str) -> tuple[dict[str, Header], Mapping[str, str], list[Any]]:
+    """The tensors, the metadata and the fingerprint of a safetensors file. Raises CheckpointError if it is none."""
     try:
         with safe_open(file, framework="pt"):
             pass  # refuses what is truncated or no safetensors file

@@ -15,6 +15,7 @@ from isotune.merging.checkpoint_checks import Inputs
 from isotune.merging.contract import Aligned, Rule, dense
 from isotune.merging.run import Run
 from isotune.merging.shards import Entry, Shard, write_shard
+from isotune.merging.stored_statistics import StoredStatistics
 from isotune.merging.unfinished import Merged, Unfinished
 
 
@@ -24,6 +25,7 @@ class Tensorwise:
     def __init__(
         self,
         inputs: Inputs,
+        statistics: Sequence[StoredStatistics],
         rule: Rule,
         weights: Sequence[float],
         seed: int,
@@ -32,6 +34,7 @@ class Tensorwise:
         advance: Callable[[int], None],
     ) -> None:
         self.inputs, self.weights, self.seed, self.shards = inputs, tuple(weights), seed, shards
+        self.statistics = statistics
         self.unfinished, self.done, self.advance = unfinished, unfinished.done, advance
         self.run = Run(rule, self.sites, self.done.norms)
         self.names = tuple(model.label for model in inputs.models)
@@ -145,15 +148,29 @@ class Tensorwise:
             return None
         none = next(torch.zeros_like(change) for change in changes if change is not None)
         kinds, matrix = self.inputs.kinds, name in self.inputs.kinds.matrices
-        laid = (none if change is None else change for change in changes)
+
+        def laid(tensor: Tensor) -> Tensor:
+            return as_matrix(tensor, transposed=name in kinds.transposed) if matrix else tensor
+
+        measured = (self.measured(index, name, none) for index in range(len(self.statistics)))
         return Aligned(
             path=kinds.path(name),
             names=self.names,
-            changes=tuple(as_matrix(t, transposed=name in kinds.transposed) if matrix else t for t in laid),
+            changes=tuple(laid(none if change is None else change) for change in changes),
             weights=self.weights,
             matrix=matrix,
+            statistics=tuple(None if found is None else laid(found) for found in measured),
             seed=self.seed,
         )
+
+    def measured(self, index: int, name: str, like: Tensor) -> Tensor | None:
+        """A model's statistic of a tensor, in the shape and dtype of `like`; 0 in rows of tokens that it lacks."""
+        found, rows = self.statistics[index].tensor(name), self.inputs.rows[index]
+        if found is None or rows is None or not self.inputs.is_vocabulary(name):
+            return None if found is None else found.to(like.dtype)
+        mapped = torch.zeros_like(like)
+        mapped[rows >= 0] = found[rows[rows >= 0]].to(like.dtype)
+        return mapped
 
     def change(self, index: int, name: str, W0: Tensor) -> Tensor | None:
         """`W_i - W_0` in fp32 or better, or None if that is zero."""
