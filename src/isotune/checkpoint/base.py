@@ -92,7 +92,9 @@ def _folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+        )
     except Exception as error:  # the hub client raises many kinds, from bad names to a network that is down
         raise CheckpointError(
             f"the base model {str(name)!r} is no folder here and could not be had from the hub "

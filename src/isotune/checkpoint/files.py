@@ -29,6 +29,8 @@ FORMAT = 1
 OURS = {CONFIG, TENSORS, CARD}
 STATISTICS = {"fisher": "fisher.safetensors", "second_moment": "second_moment.safetensors"}
 """What may lie beside an adapter for merging: statistics of its weights, which are of no use to another adapter."""
+TEMPORARY = ".isotune-"
+"""How the names of files begin that are written to be renamed."""
 
 
 def check_writable(path: str | Path, replaces: str | None = CONFIG) -> Path:
@@ -104,6 +106,22 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that a crash leaves the old one or the new one.
+
+    Raises:
+        CheckpointError: The file cannot be written; the disk may be full.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _put_in_place(new: Path, path: Path) -> None:

@@ -89,6 +89,8 @@ class Rule(AnyRule):
 
     exact_rank: ClassVar[bool] = True
     """Whether factored changes give a factored change; False for rules on single entries of the weight."""
+    linear: ClassVar[bool] = False
+    """Whether it gives `Σ w_i ΔW_i`: weights that sum to 1 then need no base model."""
     equal_ranks: ClassVar[bool] = False
     """Whether it can only take changes of the same rank at a site."""
     statistic: ClassVar[Statistic | None] = None
@@ -141,7 +143,12 @@ def total(changes: Sequence[Change], weights: Sequence[float]) -> Change:
     factors = [change for change in changes if isinstance(change, Factored)]
     if factors and len(factors) == len(changes):
         return weighted_sum(factors, weights)
-    return sum((w * dense(change) for change, w in zip(changes, weights, strict=True)), torch.zeros(()))
+    if not changes:
+        return torch.zeros(())
+    found = weights[0] * dense(changes[0])
+    for change, w in zip(changes[1:], weights[1:], strict=True):
+        found.add_(dense(change), alpha=w)
+    return found
 
 
 def size(change: Change) -> float:

@@ -4,28 +4,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 from isotune.merging.contract import Aligned, Change, Rule, size
+
+
+@dataclass
+class Norms:
+    """Frobenius norms over the sites merged so far."""
+
+    models: dict[str, float] = field(default_factory=dict)
+    """Of each model's changes, by its name."""
+    merged: float = 0.0
+    """Of the merged changes."""
 
 
 class Run:
     """The merged changes, computed as they are iterated over; `factor`, known after the last, belongs on all."""
 
-    def __init__(self, rule: Rule, sites: Callable[[], Iterable[Aligned]]) -> None:
-        """`sites` gives a fresh walk over the same sites each time: one for the survey, one for the merging."""
+    def __init__(self, rule: Rule, sites: Callable[[], Iterable[Aligned]], norms: Norms | None = None) -> None:
+        """`sites` gives a fresh walk over the same sites each time: one for the survey, one for the merging.
+
+        With `norms`, a run goes on for which some sites were merged before.
+        """
         self.rule, self.sites = rule, sites
-        self.factor = math.nan
+        self.norms = norms or Norms()
+        self.rescales = type(rule).rescale is not Rule.rescale
+        self.surveys = type(rule).survey is not Rule.survey
+        self._surveyed: Any = None
 
     def __iter__(self) -> Iterator[tuple[Aligned, Change]]:
-        surveyed = self.rule.survey(self.sites())
-        rescales = type(self.rule).rescale is not Rule.rescale
-        norms: dict[str, float] = {}
-        merged = 0.0
+        self.survey()
         for site in self.sites():
-            change = self.rule.merge(site, surveyed)
-            if rescales:
-                merged = math.hypot(merged, size(change))
-                for name, own in zip(site.names, site.changes, strict=True):
-                    norms[name] = math.hypot(norms.get(name, 0.0), size(own))
-            yield site, change
-        self.factor = self.rule.rescale(list(norms.values()), merged) if rescales else 1.0
+            yield site, self.merge(site)
+
+    def survey(self) -> None:
+        """The rule's walk over all sites, which comes before the first `merge`."""
+        self._surveyed = self.rule.survey(self.sites())
+
+    def merge(self, site: Aligned) -> Change:
+        """The merged change of one site, which counts for `factor`."""
+        change = self.rule.merge(site, self._surveyed)
+        if self.rescales:
+            self.norms.merged = math.hypot(self.norms.merged, size(change))
+            for name, own in zip(site.names, site.changes, strict=True):
+                self.norms.models[name] = math.hypot(self.norms.models.get(name, 0.0), size(own))
+        return change
+
+    @property
+    def factor(self) -> float:
+        """The factor on all merged changes, once every site is merged."""
+        return self.rule.rescale(list(self.norms.models.values()), self.norms.merged) if self.rescales else 1.0

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 import transformers
 
+from isotune.checkpoint.files import write_atomically
 from isotune.checkpoint.load import load
 from isotune.errors import DataError, IsotuneError
 from isotune.training.arguments import machine_arguments
 from isotune.training.data import Row, check_labels, load_rows, load_splits
-from isotune.training.folder import RunFolder, write_atomically
+from isotune.training.folder import RunFolder
 from isotune.training.progress import Screen, is_first_process, quiet_libraries
 from isotune.training.recipe import DataSettings, Recipe
 from isotune.training.session import Session, TaskSpec, task_metrics

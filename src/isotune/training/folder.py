@@ -9,19 +9,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from isotune.checkpoint.files import sync
+from isotune.checkpoint.files import TEMPORARY, sync, write_atomically
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.training.recipe import Recipe, build_recipe
 
 _MARK = "# A resolved isotune recipe: `isotune evaluate` and `isotune train --resume` read it.\n"
 _COMPLETE = "complete"
-_TEMPORARY = ".isotune-"
 
 
 class RunFolder:
@@ -62,7 +60,7 @@ class RunFolder:
 
     def _foreign(self) -> bool:
         try:
-            return self.path.is_dir() and any(not entry.name.startswith(_TEMPORARY) for entry in self.path.iterdir())
+            return self.path.is_dir() and any(not entry.name.startswith(TEMPORARY) for entry in self.path.iterdir())
         except OSError as error:
             raise IsotuneError(f"output {self.path} cannot be read: {error.strerror}") from None
 
@@ -71,7 +69,7 @@ class RunFolder:
         while not existing.exists():
             existing = existing.parent
         try:
-            tempfile.TemporaryFile(dir=existing, prefix=_TEMPORARY).close()
+            tempfile.TemporaryFile(dir=existing, prefix=TEMPORARY).close()
         except OSError as error:
             raise IsotuneError(f"output {self.path} cannot be written: {error.strerror}") from None
 
@@ -136,22 +134,6 @@ def checkpoint_step(checkpoint: Path) -> tuple[int, int]:
         return int(state["global_step"]), int(state["max_steps"])
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint}: the trainer's state cannot be read: {error}") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a crash leaves the old one or the new one.
-
-    Raises:
-        CheckpointError: The file cannot be written; the disk may be full.
-    """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _step(checkpoint: Path) -> int:

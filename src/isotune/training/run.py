@@ -15,6 +15,7 @@ from torch import Tensor
 
 import isotune
 from isotune.adapters.registry import method_class
+from isotune.checkpoint.files import write_atomically
 from isotune.checkpoint.load import load_weights
 from isotune.checkpoint.save import save
 from isotune.errors import IsotuneError
@@ -22,7 +23,7 @@ from isotune.merging.second_moment import check_informative
 from isotune.model.calibrate import wants_calibration
 from isotune.training.arguments import resolve_training, training_arguments
 from isotune.training.data import Splits, load_splits
-from isotune.training.folder import RunFolder, checkpoint_step, write_atomically
+from isotune.training.folder import RunFolder, checkpoint_step
 from isotune.training.measure import StepTimer, peak_memory_bytes, reset_peak_memory
 from isotune.training.probe import Probe, extract_features, fit_probe
 from isotune.training.progress import ProgressLine, Screen, is_first_process, quiet_libraries

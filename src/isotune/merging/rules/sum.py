@@ -17,6 +17,7 @@ class Sum(Rule):
     """The weighted sum of the changes, exactly."""
 
     name: ClassVar[str] = "sum"
+    linear: ClassVar[bool] = True
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
         return total(site.changes, site.weights)

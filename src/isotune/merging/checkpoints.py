@@ -1,0 +1,228 @@
+"""Full models into one, tensor by tensor: no model is ever in memory as a whole.
+
+What is in memory: the changes of all models to one tensor (fp32), the tensor itself, and what the rule makes of them.
+Files are written as they are computed; see `shards` and `unfinished`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import isotune
+from isotune.checkpoint.export import DTYPES
+from isotune.checkpoint.files import check_writable
+from isotune.errors import OptionError
+from isotune.merging.checkpoint_checks import Inputs, Vocabulary, check_checkpoints, model_names, no_space, refuse
+from isotune.merging.contract import Rule
+from isotune.merging.shards import Entry, by_file, by_size, parse_size, write_index
+from isotune.merging.stored_statistics import read_statistics
+from isotune.merging.tensorwise import Tensorwise
+from isotune.merging.unfinished import Unfinished
+from isotune.progress import counting
+
+RECORD = "merge.json"
+_COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_OF_TRAINING = re.compile(r"trainer_state\.json|.*_results\.json|.*\.index\.json")
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """What `merge_checkpoints` wrote."""
+
+    path: Path
+    rule: str
+    weights: dict[str, float]
+    """Of each model, by its name."""
+    tensors: int
+    """How many tensors the model has."""
+    changed: int
+    """How many of them some model had changed; the others are the base's."""
+    parameters: int
+    bytes: int
+    factor: float
+    """The rule's factor on all merged changes; 1 for rules that have none."""
+    notes: tuple[str, ...]
+    """What was found that is no error: other dtypes, tokens that were left out or could not be compared."""
+
+
+@torch.no_grad()
+def merge_checkpoints(
+    folders: Sequence[str | Path],
+    rule: Rule,
+    output: str | Path,
+    base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
+    names: Sequence[str] | None = None,
+    statistics: Sequence[str | Path] | None = None,
+    seed: int = 0,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str | None = "5GB",
+    vocabulary: Vocabulary = "error",
+    resume: bool = False,
+    progress: bool = True,
+) -> MergedCheckpoint:
+    """Merge fine-tuned models by a rule on their changes `ΔW_i = W_i - W_0`, and write a transformers model folder.
+
+    One tensor at a time is read, merged in fp32 (float64 where it is stored so) and written in its stored dtype.
+    Integers and booleans are the base's; tied tensors are merged once; a tensor that no model changed is copied, and
+    the rule does not see it. Where the merged change is exactly that of one model, that model's tensor is written,
+    not `W_0 + (W_i - W_0)`, which rounding makes another. Config and tokenizer are the base's.
+
+    Interrupted, even by a kill, it can be continued with the same arguments and `resume`: finished files are checked
+    against their digests and kept, and the result is the same bit for bit. The output appears in one step at the end.
+
+    Args:
+        folders: Model folders or hub ids, in one file or in shards.
+        rule: A rule on changes.
+        output: The folder to write; it must be absent or empty.
+        base: The pretrained model that all were fine-tuned from. Rules that give `Σ w_i ΔW_i` need none: the result
+            is then `Σ w_i W_i`, with weights that sum to 1.
+        weights: One for each model; by default 1 each, and without a base 1/T each.
+        names: What to call the models; by default what tells their paths apart. What is drawn depends on them.
+        statistics: For rules that need them, a safetensors file for each model with the statistic of each of its
+            weights (Fisher information, say), by the tensor's name or its layer's path, in the tensor's shape.
+        seed: For rules that draw.
+        dtype: What to store: float32, float16 or bfloat16; by default as the base does.
+        max_shard_size: The largest size of a file, such as "5GB"; None for the files that the base has.
+        vocabulary: Where tokenizers differ: "error" refuses; "intersect" merges the rows of embeddings and output
+            heads that have the same token as the base, and leaves the base's other rows as they are.
+        resume: Continue an interrupted merge into this output, if there is one.
+        progress: Whether to show a progress bar, on standard error where that is a terminal.
+
+    Raises:
+        OptionError: The rule cannot take these models, a weight, name, dtype or size that is not usable.
+        CheckpointError: The models do not fit each other (every reason in one message), a tensor that is not finite
+            or becomes so, or an output that cannot be written.
+    """
+    names = model_names(folders, names)
+    weights = _weights(rule, names, weights, base is not None)
+    _check_statistics(rule, names, statistics)
+    most = None if max_shard_size is None else parse_size(max_shard_size)
+    output = check_writable(output, replaces=None)
+    stored_as = _dtype(dtype)
+    inputs = check_checkpoints(folders, base, names, vocabulary)
+    measured = read_statistics(statistics, inputs) if statistics is not None else []
+    entries = [_entry(inputs, name, stored_as) for name in inputs.names]
+    shards = by_file(entries, inputs.origin.file_of) if most is None else by_size(entries, most)
+    plan = {
+        "rule": rule.name, "options": rule.model_dump(mode="json"), "weights": weights, "names": names, "seed": seed,
+        "vocabulary": vocabulary, "base": base is not None,
+        "models": [model.fingerprint for model in inputs.models], "base model": inputs.origin.fingerprint,
+        "statistics": [found.fingerprint for found in measured],
+        "files": {shard.file: [[e.name, str(e.dtype)] for e in shard.entries] for shard in shards},
+        "isotune": isotune.__version__, "torch": torch.__version__,
+    }  # fmt: skip
+    unfinished = Unfinished(output)
+    total = sum(entry.nbytes for entry in entries)
+    rescales = type(rule).rescale is not Rule.rescale
+    scratch = sum(4 * math.prod(e.shape) for e in entries if e.name in inputs.merged) if rescales else 0
+    refuse(no_space(output.absolute().parent, total + scratch - unfinished.written))
+    passes = 1 + rescales + (type(rule).survey is not Rule.survey)
+    with (
+        unfinished.opened(plan, resume),
+        counting("merging", passes * total, progress) as advance,
+    ):
+        merging = Tensorwise(inputs, measured, rule, weights, seed, shards, unfinished, advance)
+        merging.run_to_end()
+        write_index(unfinished.model, shards)
+        _copy_companions(inputs.origin.folder, unfinished.model, stored_as)
+        found = MergedCheckpoint(
+            path=output,
+            rule=rule.name,
+            weights=dict(zip(names, weights, strict=True)),
+            tensors=len(entries),
+            changed=sum(merged is not None for merged in unfinished.done.tensors.values()),
+            parameters=sum(math.prod(entry.shape) for entry in entries),
+            bytes=total,
+            factor=merging.run.factor,
+            notes=inputs.notes,
+        )
+        _write_record(unfinished.model / RECORD, found, plan, folders, base)
+    return found
+
+
+def _weights(rule: Rule, names: Sequence[str], weights: Sequence[float] | None, has_base: bool) -> list[float]:
+    """The weights, once it is clear that the rule can take these models with or without a base."""
+    least, most = rule.models
+    if len(names) < least or (most is not None and len(names) > most):
+        wanted = f"{least} or more" if most is None else f"{least} to {most}"
+        raise OptionError(f"the rule {rule.name!r} takes {wanted} models; {len(names)} were given")
+    if not has_base and not rule.linear:
+        raise OptionError(
+            f"the rule {rule.name!r} works on what changed since pretraining; name the pretrained model with "
+            "base=... (--base)"
+        )
+    if weights is None:
+        return [1.0 if has_base else 1.0 / len(names)] * len(names)
+    if len(weights) != len(names) or not all(math.isfinite(weight) for weight in weights):
+        raise OptionError(f"{len(names)} models need as many weights, all finite; given: {list(weights)}")
+    if not has_base and abs(sum(weights) - 1) > 1e-6:
+        raise OptionError(
+            f"without a base the weights must sum to 1, and {list(weights)} sum to {sum(weights):g}; change them, or "
+            "name the pretrained model with base=... (--base)"
+        )
+    return [float(weight) for weight in weights]
+
+
+def _check_statistics(rule: Rule, names: Sequence[str], statistics: Sequence[str | Path] | None) -> None:
+    if rule.statistic is not None and len(statistics or ()) != len(names):
+        raise OptionError(
+            f"the rule {rule.name!r} needs a statistic of every weight ({rule.statistic}): give statistics=..., one "
+            f"safetensors file for each of the {len(names)} models"
+        )
+    if rule.statistic is None and statistics is not None:
+        raise OptionError(f"the rule {rule.name!r} uses no statistics; leave them out")
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in DTYPES:
+        raise OptionError(f"dtype {name!r} is not usable; choose from {', '.join(DTYPES)}")
+    return None if dtype is None else DTYPES[name]
+
+
+def _entry(inputs: Inputs, name: str, stored_as: torch.dtype | None) -> Entry:
+    header = inputs.origin.headers[name]
+    assert header.dtype is not None
+    return Entry(name, stored_as if stored_as and header.floating else header.dtype, header.shape)
+
+
+def _copy_companions(origin: Path, folder: Path, stored_as: torch.dtype | None) -> None:
+    """Copy the config, the tokenizer and the like, and of a sentence-transformers model the folders of its parts."""
+    for file in origin.iterdir():
+        if file.is_file() and file.suffix in _COMPANIONS and not _OF_TRAINING.fullmatch(file.name):
+            shutil.copyfile(file, folder / file.name)
+    if (origin / "modules.json").is_file():
+        for part in json.loads((origin / "modules.json").read_text(encoding="utf-8")):
+            if part["path"] and (origin / part["path"]).is_dir():
+                shutil.copytree(origin / part["path"], folder / part["path"], dirs_exist_ok=True)
+    if stored_as is not None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(stored_as).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_record(
+    file: Path, merge: MergedCheckpoint, plan: dict[str, Any], folders: Sequence[str | Path], base: str | Path | None
+) -> None:
+    """Write what made this model."""
+    record = {
+        "rule": merge.rule, "options": plan["options"], "base": None if base is None else str(base),
+        "models": [
+            {"name": name, "folder": str(folder), "weight": weight}
+            for folder, (name, weight) in zip(folders, merge.weights.items(), strict=True)
+        ],
+        "seed": plan["seed"], "vocabulary": plan["vocabulary"], "factor": merge.factor, "changed": merge.changed,
+        "notes": list(merge.notes), "isotune": plan["isotune"], "torch": plan["torch"],
+    }  # fmt: skip
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
