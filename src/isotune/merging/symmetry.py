@@ -113,12 +113,15 @@ def _aligned(
             raise CheckpointError(f"only one of the two models has a bias at {prefix}.{half}.{name}; they do not fit")
     dtype = max((t.dtype for t in (*ours.values(), *theirs.values())), key=lambda dtype: dtype.itemsize)
     ours, theirs = ({name: W.to(dtype) for name, W in rows.items()} for rows in (ours, theirs))
-    found = fit_mlp(prefix, ours, theirs, used) if half == "mlp" else fit_attention(prefix, ours, theirs, sizes, used)
-    maps = found.rows | found.columns
-    moved = {name: maps[f"{prefix}.{half}.{name}"].rows(own) for name, own in ours.items()}
-    before, after = _distance(ours, theirs), _distance(moved, theirs)
-    if after >= before:
-        found, after = Symmetry(), before
+    before = after = _distance(ours, theirs)
+    found = Symmetry()
+    if used:
+        mlp = half == "mlp"
+        fitted = fit_mlp(prefix, ours, theirs, used) if mlp else fit_attention(prefix, ours, theirs, sizes, used)
+        maps = fitted.rows | fitted.columns
+        moved = {name: maps[f"{prefix}.{half}.{name}"].rows(own) for name, own in ours.items()}
+        if (distance := _distance(moved, theirs)) < before:
+            found, after = fitted, distance
     found.distances[f"{prefix}.{half}"] = Distance(before, after)
     return found
 

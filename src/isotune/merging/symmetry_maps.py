@@ -141,6 +141,9 @@ def architecture(config: Any) -> Architecture:
         raise OptionError(
             f"this {kind} model rotates only a part of each head (partial_rotary_factor), not supported"
         )
+    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    if missing := [name for name in needed if not fields.get(name)]:
+        raise OptionError(f"the configuration of this {kind} model does not tell {', '.join(missing)}")
     heads = int(fields["num_attention_heads"])
     return Architecture(
         kind,
