@@ -14,6 +14,7 @@ neurons, 4 (heads head)² columns for heads where they may change places, and an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -160,18 +161,29 @@ def fit_attention(
 def _fit(terms: tuple[Tensor, Tensor, Tensor, Tensor], rotates: bool, scales: bool) -> tuple[float, Tensor]:
     """The unitary R times a positive s that minimise `|s R X - Y|² + |R P / s - Q|²`, and the part that they decide.
 
-    `terms` are |X|² (...), Y Xᴴ (..., d, d), |P|² and Q Pᴴ. R and s are fitted in turns.
+    `terms` are |X|² (k), Y Xᴴ (k, d, d), |P|² and Q Pᴴ. R and s are fitted in turns, from the best R for s = 1 and
+    from the best s for R = 1, for each of the k the better.
     """
     a, C, e, D = terms
-    s = torch.ones_like(a)
-    R = torch.eye(C.shape[-1], dtype=C.dtype).expand(C.shape)
-    for _ in range(_TURNS if rotates and scales else 1):
-        if rotates:
-            R = polar(C * s[..., None, None] + D / s[..., None, None])
+    one = torch.eye(C.shape[-1], dtype=C.dtype).expand(C.shape)
+
+    def scale_for(R: Tensor) -> tuple[Tensor, Tensor]:
         b, f = ((R.conj() * x).real.sum((-2, -1)) for x in (C, D))
-        if scales:
-            s = best_scale(a, b, e, f)
-    return float(misfit(s, a, b, e, f).sum()), R * s[..., None, None]
+        s = best_scale(a, b, e, f) if scales else torch.ones_like(a)
+        return s, misfit(s, a, b, e, f)
+
+    s, left = scale_for(one)
+    if not rotates:
+        return float(left.sum()), one * s[..., None, None]
+    best, least = one, torch.full_like(left, math.inf)
+    for start in (torch.ones_like(s), s) if scales else (s,):
+        s = start
+        for _ in range(_TURNS if scales else 1):
+            R = polar(C * s[..., None, None] + D / s[..., None, None])
+            s, left = scale_for(R)
+        best = torch.where((left < least)[..., None, None], R * s[..., None, None], best)
+        least = torch.minimum(left, least)
+    return float(least.sum()), best
 
 
 def _likeness(cross: _Heads, source: _Heads, target: _Heads, repeats: int) -> Tensor:

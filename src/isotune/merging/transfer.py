@@ -206,18 +206,20 @@ def _left_out(target: Tensors, base: Tensors, skilled: Tensors) -> dict[str, str
             f"the head is tied to the embeddings (or missing) in {tied}, but not in the others, so that its change "
             "has no place of its own; save all of the models with the head tied or all without"
         )
+    models = {"target": target, "source_base": base, "source_skilled": skilled}
     for name in dict.fromkeys([*target, *base, *skilled]):
-        shapes = {own.folder: own.shape(name) for own in (target, base, skilled) if name in own}
+        shapes = {role: own.shape(name) for role, own in models.items() if name in own}
         if differing and name in _VOCABULARY:
             found[name] = f"the vocabularies of {differing.folder} and {target.folder} differ"
         elif len(shapes) < 3 and name.startswith("layers.") and name.endswith((".weight", ".bias")):
-            wrong.append(f"{name} is only in {' and '.join(map(str, shapes))}")
+            wrong.append(f"{name} is only in {' and '.join(shapes)}")
         elif len(shapes) < 3:
-            found[name] = f"it is only in {' and '.join(map(str, shapes))}"
+            found[name] = f"it is only in {' and '.join(shapes)}"
         elif len(set(shapes.values())) > 1:
-            wrong.append(f"{name} is " + ", ".join(f"{shape} in {folder}" for folder, shape in shapes.items()))
+            wrong.append(f"{name} is " + ", ".join(f"{shape} in {role}" for role, shape in shapes.items()))
     if wrong:
-        raise CheckpointError(f"the models do not fit each other: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - 8} more tensors" if len(wrong) > 8 else ""
+        raise CheckpointError(f"the models do not fit each other: {'; '.join(wrong[:8])}{more}")
     return found
 
 
@@ -241,10 +243,12 @@ def _sum(
 ) -> Tensor | None:
     """`θ_T + λ π(θ_skilled - θ_base)` in the target's dtype; None where it is θ_T, or no tensor of weights."""
     target, base, skilled = theirs[name], ours[name], tuned[name]
-    if not all(tensor.dtype.is_floating_point for tensor in (target, base, skilled)) or skilled.equal(base):
-        return None
     if any(tensor.dtype not in DENSE for tensor in (target, base, skilled)):
+        if not name.endswith((".weight", ".bias")):
+            return None  # positions and the like
         raise CheckpointError(f"{name} is stored quantised; transfer unquantised models")
+    if skilled.equal(base):
+        return None
     exact = torch.float64 if torch.float64 in (target.dtype, base.dtype, skilled.dtype) else torch.float32
     change = symmetry.apply_tensor(name, skilled.to(exact) - base.to(exact))
     found = (target.to(exact) + scale * change).to(target.dtype)
