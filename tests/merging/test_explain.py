@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from math import sqrt
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+import isotune
+from isotune import LoRA
+from isotune.checkpoint.stored import read_stored
 from isotune.errors import OptionError
 from isotune.linalg.low_rank import Factored
 from isotune.merging import explain as module
 from isotune.merging.contract import Aligned, Change, RotationRule, Rule
 from isotune.merging.explain import Agreement, Explanation, explain
+from isotune.merging.merge import open_inputs
+from isotune.merging.registry import rule
+from support import adapted, stories
 
 
 def drawn(*shape: int) -> Tensor:
@@ -313,6 +320,24 @@ def test_unknown_rules_and_no_layers_are_refused() -> None:
         explain(two_layers(), "sun")
     with pytest.raises(OptionError, match="no layers to compare"):
         explain([], "sum")
+
+
+def test_adapters_in_folders_are_explained(tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        isotune.save(adapted(stories(), LoRA(rank=3), ["q_proj"], seed=seed), tmp_path / name)
+    inputs, _ = open_inputs([tmp_path / "one", tmp_path / "two"], rule("sum"), [1.0, 1.0], ["one", "two"])
+    explanation = explain(inputs, "sum")
+    assert [of.path for of in explanation.sites] == [f"model.layers.{i}.self_attn.q_proj" for i in range(5)]
+    assert {rank for of in explanation.sites for rank in of.ranks.values()} == {3}
+    assert set(explanation.overall.truncation or {}) == {3, 6}
+    for name in ("one", "two"):
+        changes = [factors.dense() for factors in recovered(tmp_path / name)]
+        assert explanation.overall.norms[name] == pytest.approx(float(torch.stack(changes).norm()))
+
+
+def recovered(folder: Path) -> list[Factored]:
+    state = read_stored(folder).state
+    return [Factored(t["lora_B.weight"], t["lora_A.weight"]) for t in state.values()]
 
 
 def test_seeds_move_the_sample_only() -> None:
