@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isotune.cli import adapters, demo, methods, train
+from isotune.cli import adapters, demo, merge, methods, train
 from isotune.errors import IsotuneError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 train.register(app)
 methods.register(app)
 adapters.register(app)
+merge.register(app)
 demo.register(app)
 
 

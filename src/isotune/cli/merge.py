@@ -1,14 +1,17 @@
-"""`isotune merge` and `isotune recover`."""
+"""`isotune merge` and what goes with it: `recover`, `rules` and `statistics`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isotune.cli.output import print_json
+from isotune.cli.output import print_json, print_table
 from isotune.errors import OptionError
+
+if TYPE_CHECKING:
+    from isotune.merging.recipe import MergeRecipe
 
 Flag = typer.Option
 AsJson = Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")]
@@ -73,7 +76,7 @@ def merge_command(
         raise OptionError("--weights and --names go with folders; in a recipe each model has its own weight and name")
     recipe = build_merge_recipe(file, flags, [f"rule.{item}" for item in sets or ()])
     if explain:
-        _explain(recipe, as_json)
+        _explain(recipe, as_json, force)
         return
     if recipe.output is None:
         raise OptionError("say where to write the result: --out FOLDER (or output: in the recipe)")
@@ -109,3 +112,147 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise OptionError(f"--weights takes numbers with commas between them, not {text!r}") from None
+
+
+def _explain(recipe: MergeRecipe, as_json: bool, force: bool) -> None:
+    from isotune.training.merging import explain_recipe
+
+    found = explain_recipe(recipe, force)
+    if as_json:
+        print_json(found)
+        return
+    overall = found.overall
+    print_table(
+        f"{len(found.weights)} adapters, {len(found.sites)} layers, all layers together",
+        ["models", "cosine", "sign conflict", "rows shared", "columns shared"],
+        [
+            [" / ".join(pair.models), *map(_figure, (pair.cosine, pair.sign_conflict)),
+             _figure(pair.row_overlap), _figure(pair.column_overlap)]
+            for pair in overall.pairs
+        ],
+        "cosine of the changes; share of |a b| where signs differ (by chance 0.5); overlap of row spaces (the inputs "
+        "they read) and of column spaces (the outputs they write)",
+    )  # fmt: skip
+    print_table(
+        "each adapter",
+        ["model", "weight", "|W' - W|", "interference"],
+        [
+            [name, f"{found.weights[name]:g}", f"{norm:.4f}", _figure((overall.interference or {}).get(name))]
+            for name, norm in overall.norms.items()
+        ],
+        "interference: what the others do to the inputs that it reads, relative to what it does there",
+    )
+    cut = overall.truncation or {}
+    print_table(
+        "each layer",
+        ["layer", "ranks", "outvoted", "interference, worst", *(f"error at rank {rank}" for rank in cut)],
+        [
+            [
+                site.path,
+                " ".join(map(str, site.ranks.values())),
+                _figure(site.agreement.outvoted),
+                _figure(max((site.agreement.interference or {}).values(), default=None)),
+                *(_figure((site.agreement.truncation or {}).get(rank)) for rank in cut),
+            ]
+            for site in found.sites
+        ],
+        "outvoted: share of the changes' entries, by size, whose sign the sum turns; "
+        + ("; ".join(found.notes) or "error at rank: of the exact weighted sum"),
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _show(merged: Any) -> None:
+    """What was written, in a table for each layer where there is one for each layer."""
+    from isotune.merging.merge import Merged
+
+    if isinstance(merged, Merged):
+        print_table(
+            f"{merged.path}: {len(merged.models)} adapters merged by {merged.rule} in {merged.seconds:.1f} s",
+            ["layer", "rank", "error"],
+            [[path, str(rank), f"{merged.errors.get(path, 0.0):.1e}"] for path, rank in merged.ranks.items()],
+            "; ".join(
+                [
+                    f"weights {', '.join(f'{name} {weight:g}' for name, weight in merged.models.items())}",
+                    f"error: |written - merged| / |merged|, {merged.error:.1e} over all layers",
+                    *([f"trained in full: {', '.join(merged.modules)}"] if merged.modules else []),
+                    *merged.notes,
+                ]
+            ),
+        )
+        return
+    print_table(str(merged.path), ["", ""], [[name, str(value)] for name, value in vars(merged).items()])
+
+
+def recover_command(
+    folder: Annotated[Path, typer.Argument(help="What `isotune merge --rule rmm` wrote.")],
+    name: Annotated[str, typer.Argument(help="The adapter's name in it.")],
+    output: Annotated[Path, Flag("--output", "--out", help="Folder to write: new, or an older adapter.")],
+    as_json: AsJson = False,
+) -> None:
+    """Get one adapter back, by its name, from what `isotune merge --rule rmm` wrote."""
+    from isotune.merging.reversible_adapters import recover_adapter
+
+    written = recover_adapter(folder, name, output)
+    print_json({"path": written}) if as_json else print(f"{written}: {name}, as a LoRA")
+
+
+def rules_command(as_json: AsJson = False) -> None:
+    """List the rules of `isotune merge`: what each does, and its options."""
+    from isotune.merging.registry import rules
+
+    found = rules()
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        f"{len(found)} rules",
+        ["rule", "what it does", "on", "models", "order", "needs", "options"],
+        [
+            [
+                row.name, row.summary, row.merges, row.models, "matters" if row.ordered else "-", row.needs or "-",
+                ", ".join(f"{name}={value}" for name, value in row.options.items()),
+            ]
+            for row in found
+        ],
+        "on: changes of weights (adapters or full models), entries of them (an adapter's result is cut to a rank), "
+        "rotations, whole adapters, or whole models",
+    )  # fmt: skip
+
+
+def statistics_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or an adapter that isotune train wrote.")],
+    fisher: Annotated[bool, Flag("--fisher", help="The diagonal Fisher information, for rule fisher.")] = False,
+    data: Annotated[str | None, Flag(help="Rows to measure on; by default the run's training rows.")] = None,
+    model: Annotated[str | None, Flag(help="The pretrained model, if it has moved.")] = None,
+    examples: Annotated[int, Flag(min=1, help="How many examples, drawn by the seed.")] = 256,
+    expectation: Annotated[
+        str | None, Flag(help="Over labels: exact, sample or empirical; by default exact, of text sample.")
+    ] = None,
+    seed: Annotated[int, Flag(help="Seed of the examples, and of labels that are drawn.")] = 0,
+    force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what some rules of merging need to know of an adapter; a file beside it holds it from then on."""
+    from isotune.training.statistics import collect_fisher
+
+    if not fisher:
+        raise OptionError(
+            "say what to measure: --fisher; second moments are saved by isotune train --set save_second_moments=true"
+        )
+    if expectation not in (None, "exact", "sample", "empirical"):
+        raise OptionError(f"--expectation {expectation!r} is unknown; choose exact, sample or empirical")
+    kind: Any = expectation
+    written = collect_fisher(run, data, model=model, examples=examples, expectation=kind, seed=seed, force=force)
+    print_json({"path": written}) if as_json else print(f"{written}: written")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("merge", help=_MERGE_HELP)(merge_command)
+    app.command("recover")(recover_command)
+    app.command("rules")(rules_command)
+    app.command("statistics")(statistics_command)

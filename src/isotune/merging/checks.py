@@ -12,6 +12,8 @@ from isotune.checkpoint.stored import StoredAdapter, read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.inputs import Inputs, Model
+from isotune.merging.ortha import ortha_conflicts
+from isotune.merging.statistics import StoredStatistic
 
 _SHOWN = 12
 
@@ -161,6 +163,11 @@ def _layers(inputs: Inputs, rule: AnyRule) -> Iterator[str]:
                 f"{model.stored.path}: the change that {model.stored.method} makes depends on the base's weights, "
                 f"and the base {_base_name(model.stored)!r} is not at hand; name its folder with --base"
             )
+        if rule.statistic is not None:
+            try:
+                StoredStatistic(model.stored.path, rule.statistic)
+            except CheckpointError as error:
+                yield str(error)
     if rule.equal_ranks:
         for path in inputs.paths:
             if len(set(ranks := inputs.ranks(path))) > 1:
@@ -175,6 +182,13 @@ def _notes(inputs: Inputs) -> Iterator[str]:
                 f"{first.name} adapts {len(first.paths)} layers and {other.name} {len(other.paths)}, "
                 f"{len(set(first.paths) & set(other.paths))} of them in common; elsewhere a model counts as unchanged"
             )
+    yield from dict.fromkeys(
+        conflict
+        for path in inputs.paths
+        for conflict in ortha_conflicts(
+            {model.name: model.stored.settings[path] for model in inputs.owners(path)}, inputs.site(path).in_features
+        )
+    )
     dtypes = {str(model.dtype).removeprefix("torch."): model.name for model in inputs.models}
     if len(dtypes) > 1:
         yield f"the adapters are stored as {' and '.join(dtypes)}; they are merged in float32 or better"

@@ -118,6 +118,9 @@ class Rule(AnyRule):
 class RotationRule(AnyRule):
     """A rule on orthogonal adapters, which merges rotations as rotations."""
 
+    absent: ClassVar[Literal["skip", "identity"]] = "skip"
+    """What a model counts as at a layer that it left alone: as nothing, or as a rotation by nothing."""
+
     @abstractmethod
     def merge(
         self, site: Site, parts: Sequence[tuple[Settings, Adapter]], weights: Sequence[float]

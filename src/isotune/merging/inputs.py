@@ -17,7 +17,8 @@ from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Aligned, Change
+from isotune.merging.contract import Aligned, Change, Statistic
+from isotune.merging.statistics import StoredStatistic
 from isotune.sites import Site
 
 
@@ -82,7 +83,7 @@ class Inputs:
     models: Sequence[Model]
     base: StoredBase | None
     seed: int = 0
-    statistic: str | None = None
+    statistic: Statistic | None = None
 
     @cached_property
     def paths(self) -> list[str]:
@@ -121,5 +122,12 @@ class Inputs:
     def __iter__(self) -> Iterator[Aligned]:
         return map(self.aligned, self.paths)
 
+    @cached_property
+    def _stored_statistics(self) -> list[StoredStatistic]:
+        assert self.statistic is not None
+        return [StoredStatistic(model.stored.path, self.statistic) for model in self.models]
+
     def _statistics(self, path: str) -> tuple[Tensor | None, ...]:
-        return ()
+        if self.statistic is None:
+            return ()
+        return tuple(found.of(path) if path in found else None for found in self._stored_statistics)

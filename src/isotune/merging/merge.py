@@ -101,6 +101,8 @@ def merge(
     rule = rule_by_name(rule, **(options or {})) if isinstance(rule, str) else rule
     if rank is not None and rank < 1:
         raise OptionError(f"rank={rank} is not usable; it must be at least 1")
+    if not isinstance(rule, Rule | RotationRule):
+        raise OptionError(f"rule {rule.name} does not give one adapter; isotune merge --rule {rule.name} is for it")
     check_options(len(adapters), rule, weights, names)
     check_writable(output)
     names = names or short_names(adapters)
@@ -113,7 +115,6 @@ def merge(
             errors: dict[str, float] = {}
             norms: dict[str, float] = {}
         else:
-            assert isinstance(rule, Rule)
             parts, errors, norms = _changes(rule, inputs, rank, advance)
     merged = Merged(
         Path(output),
@@ -224,10 +225,20 @@ def _lora(site: Site, factors: Factored) -> tuple[Site, Settings, Adapter]:
 def _rotations(rule: RotationRule, inputs: Inputs, advance: Any) -> Parts:
     found: Parts = {}
     for path in inputs.paths:
-        owners = [(model.weight, model.adapter(path)) for model in inputs.owners(path)]
-        site = owners[0][1][0]
-        parts = [(settings, adapter) for _, (_, settings, adapter) in owners]
-        found[path] = (site, *rule.merge(site, parts, [weight for weight, _ in owners]))
+        site, first, _ = inputs.owners(path)[0].adapter(path)
+        parts, weights = [], []
+        for model in inputs.models:
+            if path in model.stored.settings:
+                parts.append(model.adapter(path)[1:])
+            elif rule.absent == "identity":
+                parts.append((first, first.build(site, torch.Generator().manual_seed(0))))
+            else:
+                continue
+            weights.append(model.weight)
+        try:
+            found[path] = (site, *rule.merge(site, parts, weights))
+        except OptionError as error:
+            raise OptionError(f"{path!r}: {error}") from None
         advance(1)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,7 +32,7 @@ class MergeRecipe(Section):
     modules: str | None = Field(
         default=None, description="Modules trained in full: average, drop, or the model whose modules to keep."
     )
-    vocabulary: str = Field(
+    vocabulary: Literal["error", "intersect"] = Field(
         default="error", description="Full models whose vocabularies differ: error, or intersect for common rows."
     )
     seed: int = Field(default=0, ge=0, description="Seeds the rules that draw.")

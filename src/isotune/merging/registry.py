@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 from isotune.errors import OptionError, nearest
-from isotune.merging.contract import AnyRule
+from isotune.merging.contract import AnyRule, RotationRule, Rule
 
 BUILT_IN = {
     "sum": "isotune.merging.rules.sum:Sum",
+    "rmm": "isotune.merging.rules.rmm:RMM",
+    "symmetry": "isotune.merging.rules.symmetry:Symmetry",
     "compose": "isotune.merging.rules.compose:Compose",
     "karcher": "isotune.merging.rules.karcher:Karcher",
     "fisher": "isotune.merging.rules.fisher:Fisher",
@@ -50,6 +53,51 @@ def rule_class(name: str) -> type[AnyRule]:
         raise OptionError(f"unknown rule {name!r}.{nearest(name, names)} The rules are: {', '.join(names)}.")
     (entry,) = entry_points(group="isotune.merging_rules", name=name)
     return entry.load()
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """What a rule says of itself."""
+
+    name: str
+    summary: str
+    merges: str
+    """changes, entries, rotations, adapters, or models."""
+    models: str
+    """How many it takes."""
+    ordered: bool
+    """Whether their order matters."""
+    random: bool
+    needs: str
+    """A statistic that each model has to come with, or an empty text."""
+    options: dict[str, Any]
+    """The options and their defaults."""
+
+
+def rules() -> list[RuleRow]:
+    """All rules, in the order of the registry."""
+    return [_row(rule_class(name)) for name in rule_names()]
+
+
+def _row(found: type[AnyRule]) -> RuleRow:
+    least, most = found.models
+    if issubclass(found, Rule):
+        merges = "changes" if found.exact_rank else "entries"
+    elif issubclass(found, RotationRule):
+        merges = "rotations"
+    else:
+        merges = "models" if found.models == (2, 2) else "adapters"
+    needs = (found.statistic or "").replace("_", " ") if issubclass(found, Rule) else ""
+    return RuleRow(
+        name=found.name,
+        summary=(found.__doc__ or "").strip().splitlines()[0],
+        merges=merges,
+        models=f"{least} or more" if most is None else str(least) if most == least else f"{least} to {most}",
+        ordered=not found.symmetric,
+        random=found.random,
+        needs=needs,
+        options={name: field.get_default() for name, field in found.model_fields.items()},
+    )
 
 
 def rule(name: str, **options: Any) -> AnyRule:

@@ -60,7 +60,7 @@ def search_weights(
     equal = [[one] * len(start) for one in FIRST]
     first = [list(start), *(weights for weights in equal if weights != list(start))][:trials]
     # The sampler learns from them, but they need not lie within its bounds.
-    spread = {f"w{i}": optuna.distributions.FloatDistribution(*bounds) for i in range(len(start))}
+    spread: dict[str, Any] = {f"w{i}": optuna.distributions.FloatDistribution(*bounds) for i in range(len(start))}
     for weights in first:
         value = tried(weights)
         if all(bounds[0] <= weight <= bounds[1] for weight in weights):

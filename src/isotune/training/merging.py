@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,19 @@ from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.load import load
 from isotune.checkpoint.stored import State, read_stored
 from isotune.errors import IsotuneError, OptionError
-from isotune.merging.merge import Merged, merge, short_names
+from isotune.merging.checkpoints import MergedCheckpoint, merge_checkpoints
+from isotune.merging.checks import check_options
+from isotune.merging.contract import AnyRule, Rule
+from isotune.merging.explain import Explanation, explain
+from isotune.merging.merge import Merged, merge, open_inputs, short_names
 from isotune.merging.recipe import MergeRecipe
+from isotune.merging.reversible import Reversible
+from isotune.merging.reversible_adapters import compress_adapters
+from isotune.merging.rules.rmm import RMM
+from isotune.merging.rules.sum import Sum
+from isotune.merging.rules.symmetry import Symmetry
 from isotune.merging.search import search_weights
+from isotune.merging.transfer import Transfer, transfer
 from isotune.model.attach import remove
 from isotune.training.data import load_splits
 from isotune.training.evaluation import measured
@@ -29,10 +39,39 @@ from isotune.training.tasks import Example, classification_examples
 _TRIAL = "isotune-merged"
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """What rule rmm wrote."""
+
+    path: Path
+    errors: dict[str, float]
+    """For each adapter the largest relative error of a layer's change, Frobenius."""
+    predicted: dict[str, float]
+    """For each adapter the largest error of a layer's factors, as the singular values left out give it."""
+    values: int
+    """The numbers stored."""
+    separate_values: int
+    """The numbers that the adapters by themselves have."""
+
+    @classmethod
+    def of(cls, path: Path, found: Reversible) -> Compressed:
+        """A summary of what was written to `path`."""
+        return cls(
+            path,
+            {name: max(error.change for error in sites.values()) for name, sites in found.errors.items()},
+            {name: max(error.predicted for error in sites.values()) for name, sites in found.errors.items()},
+            found.values,
+            found.separate_values,
+        )
+
+
+Outcome = Merged | MergedCheckpoint | Compressed | Transfer
+
+
 def merge_recipe(
     recipe: MergeRecipe, force: bool = False, resume: bool = False, search: int | None = None, progress: bool = True
-) -> Merged:
-    """Merge what the recipe names, and write it to its output folder.
+) -> Outcome:
+    """Merge what the recipe names, adapters or full models, and write it to its output folder.
 
     Args:
         recipe: From `build_merge_recipe`.
@@ -48,10 +87,26 @@ def merge_recipe(
     quiet_libraries()
     screen = Screen(progress)
     folders = [adapter_folder(path) for path in recipe.paths]
-    weights = recipe.weights
+    rule, weights = recipe.built_rule(), recipe.weights
+    adapters = [(folder / CONFIG).is_file() for folder in folders]
+    if not any(adapters) and all(folder.is_dir() for folder in folders):
+        return _full_models(recipe, rule, resume, search, progress)
+    if isinstance(rule, Symmetry):
+        raise OptionError("rule symmetry merges full models; of an adapter, transfer_adapter in Python makes another")
+    if resume:
+        raise OptionError(
+            "--resume goes on with a merge of full models; one of adapters takes seconds, start it anew"
+        )
+    if isinstance(rule, RMM):
+        if search is not None or len(set(weights)) > 1:
+            raise OptionError("rule rmm keeps every adapter as it is; weights have no meaning for it")
+        found = compress_adapters(
+            folders, recipe.output, recipe.names, base=recipe.base, progress=progress, **rule.model_dump()
+        )
+        return Compressed.of(Path(recipe.output), found)
     common: dict[str, Any] = {
-        "rule": recipe.built_rule(), "names": recipe.names, "rank": recipe.rank, "base": recipe.base,
-        "seed": recipe.seed, "force": force,
+        "rule": rule, "names": recipe.names, "rank": recipe.rank, "base": recipe.base, "seed": recipe.seed,
+        "force": force,
     }  # fmt: skip
     if search is not None:
         tasks = Tasks(recipe.paths, "validation", names=recipe.names)
@@ -67,6 +122,38 @@ def merge_recipe(
         screen.say(f"searching {len(weights)} weights, {search} trials on {tasks.rows} validation rows")
         weights = search_weights(score, weights, search, recipe.seed).weights
     return merge(folders, weights=weights, output=recipe.output, modules=recipe.modules, progress=progress, **common)
+
+
+def _full_models(
+    recipe: MergeRecipe, rule: AnyRule, resume: bool, search: int | None, progress: bool
+) -> MergedCheckpoint | Transfer:
+    assert recipe.output is not None
+    if search is not None:
+        raise OptionError("--search measures adapters on the rows of their runs; it cannot search for full models")
+    if isinstance(rule, Symmetry):
+        if recipe.base is None:
+            raise OptionError("rule symmetry needs --base: the model that the second one, the skilled, started from")
+        check_options(len(recipe.paths), rule, None, None)
+        target, skilled = recipe.paths
+        return transfer(target, recipe.base, skilled, recipe.output, **rule.model_dump())
+    if not isinstance(rule, Rule):
+        raise OptionError(f"rule {rule.name} merges adapters, and these are full models")
+    given = recipe.weights if any(weight != 1 for weight in recipe.weights) else None
+    return merge_checkpoints(
+        recipe.paths, rule, recipe.output, recipe.base, given, recipe.names, seed=recipe.seed,
+        vocabulary=recipe.vocabulary, resume=resume, progress=progress,
+    )  # fmt: skip
+
+
+def explain_recipe(recipe: MergeRecipe, force: bool = False) -> Explanation:
+    """How the adapters that a recipe names agree and conflict, without merging them."""
+    folders = [adapter_folder(path) for path in recipe.paths]
+    rule = recipe.built_rule()
+    names = recipe.names or short_names(folders)
+    check_options(len(folders), rule, recipe.weights, names)
+    inputs, notes = open_inputs(folders, Sum(), recipe.weights, names, recipe.base, recipe.seed, force)
+    found = explain(inputs, rule.name)
+    return replace(found, notes=[*found.notes, *notes])
 
 
 @dataclass(frozen=True)

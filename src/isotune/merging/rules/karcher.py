@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -33,6 +33,7 @@ class Karcher(MergedRotations):
     """The weighted mean of orthogonal adapters, as rotations."""
 
     name: ClassVar[str] = "karcher"
+    absent: ClassVar[Literal["skip", "identity"]] = "identity"
 
     steps: int = Field(500, gt=0, description="Steps after which it has to have converged.")
 

@@ -1,0 +1,29 @@
+"""Reversible model merging: a few basis models for each layer, from which every adapter comes back by name.
+
+Options of `isotune.merging.reversible_adapters.compress_adapters`; see there. Paper: "Towards Reversible Model
+Merging For Low-rank Weights", 2025, arXiv 2510.14163.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from isotune.merging.contract import AnyRule
+
+
+class RMM(AnyRule):
+    """Many adapters as a few basis models; `isotune recover` gives any of them back."""
+
+    name: ClassVar[str] = "rmm"
+
+    basis: int | None = Field(None, ge=1, description="Basis models for each layer; 2 where no tolerance is given.")
+    tolerance: float | None = Field(
+        None, gt=0, lt=1, description="Largest relative error of a layer, in place of basis."
+    )
+    granularity: Literal["position", "layer"] = Field(
+        "position", description="Coefficients for each row and column of the factors, or for each layer."
+    )
+    center: bool = Field(False, description="Take the mean adapter as one of the basis models.")
+    align: bool = Field(True, description="Bring the factors of all adapters into one gauge first.")

@@ -1,0 +1,27 @@
+"""A skill from one model of a family to another, aligned by the symmetries of their parameters.
+
+Options of `isotune.merging.transfer.transfer`; see there. Paper: "Leveraging Parameter Space Symmetries for Reasoning
+Skill Transfer in LLMs", 2025, arXiv 2511.10850.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from isotune.merging.contract import AnyRule
+
+
+class Symmetry(AnyRule):
+    """Target + scale · π(skilled - base): the models are the target and the skilled one, --base the skilled one's."""
+
+    name: ClassVar[str] = "symmetry"
+    symmetric: ClassVar[bool] = False
+    models: ClassVar[tuple[int, int | None]] = (2, 2)
+
+    scale: float = Field(1.0, allow_inf_nan=False, description="Factor on what is added; 0.3 to 1 are usual.")
+    use: tuple[Literal["permutation", "value_output", "query_key", "scale"], ...] | None = Field(
+        None, description="The symmetries to use; none of them, [], is plain task arithmetic."
+    )
+    reference: Literal["base", "skilled"] = Field("base", description="Which of the two source models is aligned.")
