@@ -1,6 +1,6 @@
 """`python -m benchmarks.merging`: ten domains, ten adapters, one merged adapter, by every rule.
 
-all-MiniLM-L6-v2 on CLINC150: for each of the ten domains an adapter on the query and value projections and a head of its own
+all-MiniLM-L6-v2 on CLINC150: for each of {domains} domains an adapter on the query and value projections and a head of its own
 (15 intents), trained separately; then one adapter merged from the ten, measured on every domain with that domain's
 head. Finished runs and merges are kept: stop it, and start it again to go on.
 """
@@ -17,14 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.__main__ import rounded
 from benchmarks.machine import machine, now, versions
 from benchmarks.tables import table
-from isotune.checkpoint.stored import read_stored
-from isotune.errors import IsotuneError
-from isotune.linalg.low_rank import norm
+from isotune.checkpoint.files import STATISTICS
 from isotune.merging.merge import merge
 from isotune.training.demo import half_width
 from isotune.training.folder import RunFolder
@@ -34,10 +30,13 @@ from isotune.training.models import MINILM
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import build_recipe
 from isotune.training.run import train
+from isotune.training.statistics import collect_fisher
 
 ROWS = Path(__file__).parent / "clinc150" / "rows.jsonl.gz"
 DOCS = Path(__file__).parent.parent / "docs"
 RANKS = (4, 16)
+EXAMPLES = 64
+"""Rows of each domain on which the Fisher information is measured."""
 SCALES = (0.1, 0.2, 0.3, 0.5, 1.0)
 """Factors on the merged change that are tried on the validation rows."""
 
@@ -50,7 +49,8 @@ class Contender:
     method: str = "lora"
     options: dict[str, Any] = field(default_factory=dict)
     scales: tuple[float, ...] = SCALES
-    """For rules on rotations these are the adapters' weights: part of each rotation."""
+    fractions: bool = False
+    """Whether a scale is every adapter's weight, which takes part of its rotation, and no factor on the result."""
 
     @property
     def title(self) -> str:
@@ -68,7 +68,7 @@ CONTENDERS = (
     ),
     Contender("sum", "ortha"),
     Contender("sum", "hra"),
-    Contender("compose", "hra"),
+    Contender("compose", "hra", fractions=True),
     Contender("karcher", "hra", scales=(1.0,)),
 )  # fmt: skip
 
@@ -76,13 +76,14 @@ OPENING = """# Ten adapters into one
 
 Written by `python -m benchmarks.merging`, from `merging-compared.json`; do not edit.
 
-all-MiniLM-L6-v2 on CLINC150 (CC BY 3.0): for each of the ten domains an adapter on the query and value projections and a head
-for its 15 intents, both from a random start, {per_intent} training rows an intent, {epochs} epochs, trained apart from
-the others. Then the ten adapters are merged into one, and every domain is measured with the merged adapter and its own
-head. The merged change is multiplied by one of {scales}, chosen on validation rows ({eval_rows} a domain at most);
-accuracy is that on {test_rows} test rows a domain: mean over the domains, with its 95 % t-interval over {seeds} seeds,
-and relative to the domains' own adapters. The merged adapter has at most the ranks' sum as its rank; the error is what
-that cut off. Seconds and memory are those of one merge from the files on disk to the file on disk.
+all-MiniLM-L6-v2 on CLINC150 (CC BY 3.0): for each of {domains} domains an adapter on the query and value projections
+and a head for its 15 intents, both from a random start, {per_intent} training rows an intent, epochs: {epochs}, trained
+apart from the others. Then the adapters are merged into one, and every domain is measured with the merged adapter and
+its own head. The merged change is multiplied by one of {scales} (for compose, that part of each rotation is taken),
+chosen on {eval_rows} validation rows a domain; accuracy is that on {test_rows} test rows a domain: mean over the
+domains, with its 95 % t-interval over {seeds} seeds, and relative to the domains' own adapters. The merged adapter has
+at most the ranks' sum as its rank; the error is what that cut off. Seconds, and memory beside what the process held
+before, are those of one merge from files to files.
 
 {where}
 """
@@ -180,9 +181,7 @@ def measure(given: argparse.Namespace, data: dict[str, dict[str, Path]]) -> dict
     """All figures of the page."""
     about = {"date": now(), "machine": machine("cpu"), "versions": versions()}
     contenders = [
-        one
-        for one in CONTENDERS
-        if one.method in given.methods and (given.rules is None or one.rule in given.rules)
+        one for one in CONTENDERS if one.method in given.methods and (given.rules is None or one.rule in given.rules)
     ]
     cells: list[dict[str, Any]] = []
     for rank, seed in _cells(given):
@@ -222,29 +221,33 @@ def _merged(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]
     adapters = [RunFolder(folder).adapter for folder in folders]
     names = [folder.name for folder in folders]
     if one.rule == "fisher":
-        _fisher(adapters)
-    validation, test = Tasks(folders, "validation"), Tasks(folders, "test")
-    rotations = one.rule in ("compose", "karcher")
-    tried: dict[float, float] = {}
+        for adapter in adapters:
+            if not (adapter / STATISTICS["fisher"]).is_file():
+                collect_fisher(adapter, examples=EXAMPLES, progress=False)
+    common: dict[str, Any] = {"names": names, "modules": "drop", "progress": False}
+    whole = output / "whole"
+    reset_peak_memory()
+    before, started = peak_memory_bytes(), time.perf_counter()
+    result = merge(adapters, one.rule, [1.0] * len(adapters), whole, options=one.options, **common)
+    seconds, memory = time.perf_counter() - started, peak_memory_bytes() - before
+    candidates = {1.0: whole}
     for scale in one.scales:
-        if rotations or not tried:
-            reset_peak_memory()
-            before, started = peak_memory_bytes() or 0, time.perf_counter()
-            result = merge(
-                adapters, one.rule, [scale if rotations else 1.0] * len(adapters), _at(output, scale, rotations),
-                options=one.options, names=names, modules="drop", progress=False,
-            )  # fmt: skip
-            seconds, memory = time.perf_counter() - started, (peak_memory_bytes() or 0) - before
-        tried[scale] = validation.score(_at(output, scale, rotations), 1.0 if rotations else scale)
+        if scale != 1:
+            candidates[scale] = output / f"{scale:g}"
+            if one.fractions:
+                merge(adapters, one.rule, [scale] * len(adapters), candidates[scale], options=one.options, **common)
+            else:
+                merge([whole], "sum", [scale], candidates[scale], progress=False)
+    validation, test = Tasks(folders, "validation"), Tasks(folders, "test")
+    tried = {scale: validation.score(adapter) for scale, adapter in candidates.items()}
     best = max(tried, key=tried.__getitem__)
-    found = test.metrics(_at(output, best, rotations), 1.0 if rotations else best)
     return {
         "title": one.title,
         "method": one.method,
         "rule": one.rule,
         "scale": best,
         "tried": tried,
-        "accuracy": {name: metrics["accuracy"] for name, metrics in found.items()},
+        "accuracy": {name: metrics["accuracy"] for name, metrics in test.metrics(candidates[best]).items()},
         "merged_rank": max(result.ranks.values()),
         "error": result.error,
         "seconds": seconds,
@@ -252,9 +255,57 @@ def _merged(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]
     }
 
 
-def _at(output: Path, scale: float, each: bool) -> Path:
-    """Where the merged adapter is; rules on rotations give one for every scale."""
-    return output / f"{scale:g}" if each else output
+def page(result: dict[str, Any]) -> str:
+    """The page as Markdown: for each rank the adapters alone, then the rules, best mean first."""
+    settings, cells = result["settings"], result["cells"]
+    opening = OPENING.format(
+        **settings,
+        scales=", ".join(f"{scale:g}" for scale in sorted(SCALES)),
+        where=f"{result['machine']['cpu']}, {result['machine']['threads']} threads; commit "
+        f"{result['versions'].get('commit', 'unknown')}; {result['date']}.",
+    )
+    parts = [opening]
+    for rank in dict.fromkeys(cell["rank"] for cell in cells):
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for cell in cells:
+            if cell["rank"] == rank:
+                rows.setdefault(cell["title"], []).append(cell)
+        alone = {found[0]["method"]: found for title, found in rows.items() if "rule" not in found[0]}
+        body = [_row(title, found, found) for title, found in rows.items() if "rule" not in found[0]]
+        bare = [{**cell, "accuracy": cell["bare"]} for cell in next(iter(alone.values()))]
+        body.append(_row(f"no adapter, heads of {next(iter(alone))}", bare, next(iter(alone.values()))))
+        merged = [(title, found) for title, found in rows.items() if "rule" in found[0]]
+        merged.sort(key=lambda entry: -statistics.fmean(map(_mean, entry[1])))
+        body += [_row(title, found, alone[found[0]["method"]]) for title, found in merged]
+        header = ["merged", "accuracy", "relative to alone, %", "scale", "rank", "error", "seconds", "MB"]
+        parts.append(f"## Adapters of rank {rank}\n\n{table(header, body)}\n")
+    return "\n".join(parts)
+
+
+def _mean(cell: dict[str, Any]) -> float:
+    return statistics.fmean(cell["accuracy"].values())
+
+
+def _row(title: str, found: list[dict[str, Any]], alone: list[dict[str, Any]]) -> list[str]:
+    accuracy = [100 * _mean(cell) for cell in found]
+    relative = [
+        100 * statistics.fmean(cell["accuracy"][name] / own["accuracy"][name] for name in own["accuracy"])
+        for cell, own in zip(found, alone, strict=True)
+    ]
+    row = [title, f"{statistics.fmean(accuracy):.1f} ± {half_width(accuracy):.1f}"]
+    row.append(f"{statistics.fmean(relative):.1f} ± {half_width(relative):.1f}")
+    if "rule" not in found[0]:
+        return [*row, "", "", "", "", ""]
+    median = {key: statistics.median(cell[key] for cell in found) for key in ("seconds", "memory_bytes", "error")}
+    scales = sorted({cell["scale"] for cell in found})
+    return [
+        *row,
+        ", ".join(f"{scale:g}" for scale in scales),
+        str(max(cell["merged_rank"] for cell in found)),
+        f"{median['error']:.2f}" if median["error"] > 1e-3 else "0",
+        f"{median['seconds']:.2f}",
+        f"{median['memory_bytes'] / 2**20:.0f}",
+    ]
 
 
 if __name__ == "__main__":
