@@ -216,6 +216,9 @@ def test_principal_cosines_are_those_of_the_angles_between_the_spaces() -> None:
     close(principal_cosines(turned, basis[:, :5]), torch.ones(2, dtype=torch.float64))
     close(principal_cosines(basis[:, :3], basis[:, 3:5]), torch.zeros(2, dtype=torch.float64))
     assert principal_cosines(basis[:, :0], basis).shape == (0,)
+    single = orthonormal(50, 20).float()
+    assert (single.mT @ single).max() > 1  # so that acos of an unclamped cosine would not be a number
+    assert principal_cosines(single, single).max() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

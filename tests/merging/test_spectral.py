@@ -112,7 +112,7 @@ def test_more_ranks_than_dimensions_are_no_difficulty(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_a_model_of_weight_zero_is_as_if_absent(name: str) -> None:
-    changes = factors(12, 9, (2, 2, 2))
+    changes = factors(12, 9, (4, 4, 4))
     options = {"rank": 2} if name == "svd" else {}
     for inputs in (changes, [dense(change) for change in changes]):
         assert_same(

@@ -56,7 +56,8 @@ class Reduced:
     def composed(self, parts: Sequence[SVD], S: Tensor) -> Change:
         """The change `U diag(S) Vᵀ` of singular vectors side by side, the U and the V made orthonormal each."""
         U, V = (self._orthogonal(torch.cat(side, dim=1)) for side in zip(*((f.U, f.V) for f in parts), strict=True))
-        return self.restored(SVD(U, S, V).factored())
+        root = S.sqrt()
+        return self.restored(Factored(U * root, root[:, None] * V.mT))
 
     def _orthogonal(self, columns: Tensor) -> Tensor:
         """The matrix with orthonormal columns nearest to `columns` (m, k): its polar factor, U Vᵀ of U S Vᵀ.

@@ -1,7 +1,7 @@
 """OPCM: models arrive one after the other, and each is projected away from what is merged already.
 
     S_1 = w_1 ΔW_1;    S_{t-1} = U diag(s) Vᵀ,  k: how many of the s come before their sum exceeds alpha of the whole
-    P = Uᵀ (w_t ΔW_t) V,  with its diagonal and its leading k x k block kept in D, and the rest of it put to zero
+    D: the diagonal and the leading k x k block of Uᵀ (w_t ΔW_t) V, and zero elsewhere
     S_t = S_{t-1} + w_t ΔW_t - U D Vᵀ,       ΔW = S_T · mean_i |ΔW_i| / |S_T|    (norms over the whole model)
 
 "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging" (NeurIPS
