@@ -19,7 +19,7 @@ from torch import Tensor
 from isotune.errors import CheckpointError, OptionError
 from isotune.merging.checkpoint_checks import check_checkpoints
 from isotune.merging.checkpoints import merge_checkpoints
-from isotune.merging.contract import Aligned, Change, Rule
+from isotune.merging.contract import Aligned, Change, RotationRule, Rule
 from isotune.merging.rules.sum import Sum
 from isotune.merging.shards import parse_size
 from isotune.merging.stored_models import StoredModel
@@ -234,6 +234,15 @@ class Fisher(Rule):
         return site.changes[0]
 
 
+class Turn(RotationRule):
+    """A rule on rotations."""
+
+    name: ClassVar[str] = "turn"
+
+    def merge(self, site: Any, parts: Any, weights: Any) -> Any:
+        raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -245,6 +254,7 @@ class Fisher(Rule):
         ({"max_shard_size": "5 apples"}, "max_shard_size='5 apples' is not usable"),
         ({"vocabulary": "union"}, "it is 'error' or 'intersect'"),
         ({"rule": Pair()}, "takes 2 to 2 models; 3 were given"),
+        ({"rule": Turn()}, "merges adapters that rotate, not full models"),
         ({"rule": Fisher()}, "needs a statistic of every weight"),
     ],
 )

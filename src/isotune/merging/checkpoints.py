@@ -22,7 +22,7 @@ from isotune.checkpoint.export import DTYPES
 from isotune.checkpoint.files import check_writable
 from isotune.errors import OptionError
 from isotune.merging.checkpoint_checks import Inputs, Vocabulary, check_checkpoints, model_names, no_space, refuse
-from isotune.merging.contract import Rule
+from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.shards import Entry, by_file, by_size, parse_size, write_index
 from isotune.merging.stored_statistics import read_statistics
 from isotune.merging.tensorwise import Tensorwise
@@ -57,7 +57,7 @@ class MergedCheckpoint:
 @torch.no_grad()
 def merge_checkpoints(
     folders: Sequence[str | Path],
-    rule: Rule,
+    rule: AnyRule,
     output: str | Path,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
@@ -103,6 +103,8 @@ def merge_checkpoints(
         CheckpointError: The models do not fit each other (every reason in one message), a tensor that is not finite
             or becomes so, or an output that cannot be written.
     """
+    if not isinstance(rule, Rule):
+        raise OptionError(f"the rule {rule.name!r} merges adapters that rotate, not full models; choose another rule")
     names = model_names(folders, names)
     weights = _weights(rule, names, weights, base is not None)
     _check_statistics(rule, names, statistics)
