@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Iterable
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from isotune.errors import CheckpointError, OptionError
 from isotune.linalg.low_rank import Factored
@@ -99,6 +103,15 @@ def test_the_distances_told_are_those_of_the_weights() -> None:
     for told, models in (("before", source), ("after", twin(source, symmetry))):
         square = sum(getattr(part, told) ** 2 for part in symmetry.distances.values())
         assert abs((square + rest**2) ** 0.5 / distance(models, target) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_any_number_of_query_heads_may_share_a_group(groups: int) -> None:
+    model = model_of("qwen2", num_key_value_heads=groups)
+    sizes = architecture(model.config)
+    moved = twin(model, drawn_symmetry(sizes, SYMMETRIES))
+    assert_same_output(output(moved), output(model))
+    assert distance(twin(moved, align(moved, model, model.config)), model) < 1e-6 * distance(moved, model)
 
 
 def test_a_model_is_its_own_nearest() -> None:
@@ -201,6 +214,25 @@ def test_what_cannot_be_aligned_is_refused() -> None:
         align(state | {f"{name}.weight": state[f"{name}.weight"].to(torch.int8)}, state, config)
     with pytest.raises(CheckpointError, match="only one of the two models has a bias"):
         align({key: tensor for key, tensor in state.items() if key != f"{name}.bias"}, state, config)
+
+
+class Watched(dict[str, Tensor]):
+    """Tensors that are made when they are read; `most` is how many were alive at once."""
+
+    alive: ClassVar[list[weakref.ref[np.ndarray]]] = []
+    most = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        memory = super().__getitem__(name).numpy().copy()  # lives as long as any view of the tensor
+        Watched.alive = [ref for ref in Watched.alive if ref() is not None] + [weakref.ref(memory)]
+        Watched.most = max(Watched.most, len(Watched.alive))
+        return torch.from_numpy(memory)
+
+
+def test_weights_are_read_half_a_block_at_a_time() -> None:
+    source, target = (model_of("mistral", seed, num_hidden_layers=6) for seed in (0, 1))
+    align(Watched(source.state_dict()), Watched(target.state_dict()), source.config)
+    assert 2 * 3 <= Watched.most <= 2 * 4
 
 
 def test_names_may_have_any_prefix() -> None:

@@ -19,10 +19,10 @@ def assignment(gain: Tensor) -> Tensor:
     if n == 0:
         return torch.empty(0, dtype=torch.int64)
     # cost - u - v >= 0 throughout, and 0 on every pair that is matched.
-    u = cost.min(axis=1)
-    v = np.zeros(n)
+    nearest = cost.argmin(axis=1)
+    u, v = cost[np.arange(n), nearest], np.zeros(n)
     column_of, row_of = np.full(n, -1), np.full(n, -1)
-    columns, rows = np.unique(cost.argmin(axis=1), return_index=True)
+    columns, rows = np.unique(nearest, return_index=True)
     column_of[rows], row_of[columns] = columns, rows
     for row in np.flatnonzero(column_of < 0):
         _augment(cost, u, v, column_of, row_of, int(row))

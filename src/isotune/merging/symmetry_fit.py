@@ -6,7 +6,7 @@
     heads         by what no rotation changes, <O_T V_T, O_S V_S> and <Q_Tᴴ K_T, Q_Sᴴ K_S>, or as they are
 
 Where the best permutation depends on rotations or scales that are free, it is sought both as if they were fixed and
-by what they leave alone, and the closer result is kept: so one symmetry more never ends farther from the target.
+by what they leave alone; the closer of these and of none is kept, so that one symmetry more never ends farther away.
 
 What is compared are rows: of weights, or of activations, one column a token. Cost: 6 width² columns flops for
 neurons, 4 (heads head)² columns for heads where they may change places, and an assignment (linalg/assignment.py).
@@ -41,7 +41,7 @@ def fit_mlp(prefix: str, source: Features, target: Features, used: frozenset[str
     n = len(a)
     orders = [torch.arange(n)]
     if "permutation" in used:
-        orders = [assignment(fixed + co + contra)]
+        orders.append(assignment(fixed + co + contra))
         if "scale" in used:
             # Neurons that are as long in `up` as in `down` leave no scale free but a sign.
             unit = _unit(_squares(target, "up_proj"), _squares(target, "down_proj"))[:, None] * _unit(a, e)

@@ -111,7 +111,8 @@ class Architecture:
         """The names of symmetries in `use`, all that the model has for None. Raises OptionError for others."""
         if use is None:
             return frozenset(self.symmetries)
-        for name in [use] if isinstance(use, str) else use:
+        names = frozenset([use] if isinstance(use, str) else use)
+        for name in sorted(names):
             if name not in SYMMETRIES:
                 raise OptionError(
                     f"unknown symmetry {name!r}.{nearest(name, SYMMETRIES)} They are: {', '.join(SYMMETRIES)}."
@@ -121,7 +122,7 @@ class Architecture:
                     f"models of type {self.model_type} have no symmetry {name!r}; they have: "
                     f"{', '.join(self.symmetries)}"
                 )
-        return frozenset([use] if isinstance(use, str) else use)
+        return names
 
 
 def architecture(config: Any) -> Architecture:

@@ -56,7 +56,12 @@ class Tensors(Mapping[str, Tensor]):
     def vocabulary(self) -> Any:
         """The tokens with their ids, as the folder's fast tokenizer has them; None where it has none."""
         file = self.folder / "tokenizer.json"
-        return json.loads(file.read_text())["model"].get("vocab") if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return json.loads(file.read_text())["model"].get("vocab")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} cannot be read as a tokenizer: {error!r}") from None
 
 
 def rewrite(file: Path, new: Callable[[str], Tensor | None]) -> None:
