@@ -73,6 +73,14 @@ def test_factored_changes_stay_factored_and_dense_ones_give_the_same(rule: Any, 
     torch.testing.assert_close(dense(knots.merge(mixed, knots.survey([mixed]))), other)
 
 
+def test_rounding_does_not_count_as_a_direction() -> None:
+    changes = factored(3, 12, 20, 2)
+    rounded = [
+        change.dense() + 1e-7 * noise for change, noise in zip(changes, tensors(3, 12, 20, seed=9), strict=True)
+    ]
+    torch.testing.assert_close(merge(KnOTS(), site(rounded)), merge(KnOTS(), site(changes)), rtol=0, atol=1e-5)
+
+
 def test_more_rank_than_the_weight_has_room_for() -> None:
     changes = factored(3, 7, 20, 4)
     found = KnOTS(density=1.0).merge(site(changes), None)

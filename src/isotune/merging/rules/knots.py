@@ -27,6 +27,9 @@ from isotune.merging.rules.dare_ties import DARETIES
 from isotune.merging.rules.linear import Linear
 from isotune.merging.rules.ties import TIES
 
+_SUPPORT = 1e-5
+"""Directions of a smaller singular value, relative to the largest, are rounding. The authors: below 1e-5, absolute."""
+
 
 class KnOTS(Rule):
     """Merge the changes entry by entry in a basis that they share."""
@@ -43,25 +46,27 @@ class KnOTS(Rule):
     scale: float = Field(1.0, description="Factor on the merged change.")
 
     def survey(self, sites: Iterable[Aligned]) -> Any:
-        return self._inner(self.trim).survey(self._in_basis(site)[1] for site in sites if site.matrix)
+        return self._inner.survey(self._in_basis(site)[1] for site in sites if site.matrix)
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
         if not site.matrix:
-            return scaled(self._inner("tensor").merge(site, None), self.scale)
+            # Without a survey each tensor is trimmed by itself.
+            return scaled(self._inner.merge(site, None), self.scale)
         U, inside = self._in_basis(site)
-        Z = scaled(self._inner(self.trim).merge(inside, surveyed), self.scale)
+        Z = scaled(self._inner.merge(inside, surveyed), self.scale)
         if not site.factored:
             merged = U @ dense(Z)
             return merged.mT if self.side == "in" else merged
         found = Z.times(left=U) if isinstance(Z, Factored) else Factored(U, Z)
         return found.transposed if self.side == "in" else found
 
-    def _inner(self, trim: Trim) -> Rule:
+    @property
+    def _inner(self) -> Rule:
         if self.rule == "mean":
             return Linear()
         if self.rule == "dare_ties":
             return DARETIES(density=self.density, elect=self.elect, average=self.average)
-        return TIES(density=self.density, trim=trim, elect=self.elect, average=self.average)
+        return TIES(density=self.density, trim=self.trim, elect=self.elect, average=self.average)
 
     def _in_basis(self, site: Aligned) -> tuple[Tensor, Aligned]:
         """U (out, k) and the site with each change as Z_i (k, in); with `side="in"` of the transposed changes."""
@@ -92,5 +97,5 @@ def _basis(changes: list[Change]) -> Tensor:
         for W in whole:
             core = torch.linalg.qr(torch.cat([core, W.double()], dim=1).mT, mode="r").R.mT
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    U = SVD(U, S, Vh.mT).supported().U
+    U = SVD(U, S, Vh.mT).supported(_SUPPORT).U
     return (U if Q is None else Q @ U).to(dtype)
