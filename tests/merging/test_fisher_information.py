@@ -16,7 +16,7 @@ import isotune
 from isotune import HRA, LoRA
 from isotune.errors import IsotuneError, OptionError
 from isotune.merging.fisher import fisher
-from support import adapted, stories, tokens
+from support import adapted, resnet20, stories, tokens
 
 
 class Logistic(nn.Module):
@@ -170,6 +170,40 @@ def test_sampled_fisher_of_a_language_model_needs_no_labels() -> None:
     found = fisher(model, [tokens(model)], "sample")
     assert len(found) == 10
     assert all(value.isfinite().all() and (value >= 0).all() and value.any() for value in found.values())
+
+
+class Shared(nn.Module):
+    """One layer in two places, called by keyword, and two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleDict({"a": nn.Linear(5, 5)})
+        self.second = nn.ModuleDict({"a": self.first["a"]})
+        self.out, self.tied = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.tied.weight = self.out.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second["a"](input=torch.tanh(self.first["a"](x)))
+        return self.tied(torch.tanh(self.out(x)))
+
+
+def test_shared_weight_sums_the_gradients_of_its_uses_before_the_square() -> None:
+    model, x = Shared().double(), torch.randn(4, 5, dtype=torch.float64)
+    found = fisher(model, [x], whole_model=True)
+    assert found.keys() == {"first.a", "second.a", "first.a.bias", "second.a.bias", "out", "tied"}
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    expected = reference(weights, lambda w, x: functional_call(model, w, (x,)), x)
+    for path, name in {"first.a": "first.a.weight", "second.a": "first.a.weight", "first.a.bias": "first.a.bias",
+                       "out": "out.weight", "tied": "out.weight"}.items():  # fmt: skip
+        torch.testing.assert_close(found[path], expected[name], rtol=1e-8, atol=1e-14)
+
+
+def test_pretrained_convolutions_give_the_same_alone_and_in_a_batch() -> None:
+    model, x = adapted(resnet20(), LoRA(rank=1), ["conv1"]), torch.randn(3, 3, 16, 16)
+    whole, alone = fisher(model, [x]), fisher(model, list(x.split(1)))
+    assert len(whole) == 10
+    for path, wanted in alone.items():
+        torch.testing.assert_close(whole[path], wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
 
 
 def test_model_is_left_as_it_was() -> None:

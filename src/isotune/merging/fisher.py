@@ -62,14 +62,15 @@ def fisher(
             p(y | x), for a language model one token at each position, given the true ones before it: unbiased.
             "empirical": the `labels` of the batch, which is not the Fisher information but often used for it.
         examples: How many examples to take; by default all.
-        whole_model: All linear and convolutional layers, and their biases, not only adapted ones. A weight that
-            several of them share counts once; embeddings are left out.
+        whole_model: All linear and convolutional layers, and their biases, not only adapted ones. Embeddings are left
+            out, and of an output layer that shares its weight with one, only its own use of it is measured.
         seed: Of the labels drawn.
         progress: Whether to show a progress bar, on standard error where that is a terminal.
 
     Returns:
-        By path, in fp32 or better on the CPU: (out, in) for an adapted layer; for layers of modules trained in full,
-        and of the whole model, in the shape of their weight, with `<path>.bias` beside.
+        By path, in fp32 or better on the CPU, the same for layers that share a weight: (out, in) for an adapted
+        layer; for layers of modules trained in full, and of the whole model, in the shape of their weight, with
+        `<path>.bias` beside.
 
     Raises:
         IsotuneError: Nothing to measure, a layer that mixes the examples of a batch, or values that are not finite.
@@ -109,18 +110,26 @@ class _Watched:
     """A weight, the modules that compute with it, what they saw in this batch, and the sum of squares so far."""
 
     path: str
+    """Where it is first; `others` are the paths of what shares it."""
     site: Site
     adapted: bool
     modules: list[nn.Module]
+    others: list[str] = field(default_factory=list)
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     sum: Tensor | None = None
     bias: Tensor | None = None
 
-    def see(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def see(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
         """The forward hook: keep input and output, and pass on a copy, which may be altered in place."""
         y = output if output.requires_grad else output.detach().requires_grad_()
-        self.calls.append((args[0].detach(), y))
+        x = args[0] if args else next(iter(named.values()))
+        self.calls.append((x.detach(), y))
         return y.clone()
+
+    @property
+    def has_own_bias(self) -> bool:
+        """Whether there is a bias to measure beside the weight: not where an adapter, or two modules, are on it."""
+        return not self.adapted and self.site.bias is not None and len(self.modules) == 1
 
     def rows(self, x: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """x as (n, groups, t, in), and y, or its gradient, as (n, groups, t, out / groups)."""
@@ -147,7 +156,7 @@ class _Watched:
         g = at_least_fp32(torch.cat([other for _, other in pairs], dim=2))
         squares = self._embedded(x, g) if self.site.kind == "embedding" else _squares(g, x.to(g.dtype))
         self.sum = squares if self.sum is None else self.sum.add_(squares)
-        if not self.adapted and self.site.bias is not None:
+        if self.has_own_bias:
             bias = g.sum(dim=2).flatten(1).square().sum(dim=0)
             self.bias = bias if self.bias is None else self.bias.add_(bias)
 
@@ -186,12 +195,14 @@ def _watched(model: nn.Module, whole_model: bool) -> list[_Watched]:
                     f"{path!r} is a parameter that its module computes with itself; the gradients of single examples "
                     "cannot be told apart there, so that it has no Fisher information here"
                 )
-            found.setdefault(id(module), _Watched(path, module.bare, True, [module]))
+            _watch(found, path, module, module.bare, id(module))
         elif isinstance(module, TrainedModule) and module.running():
             for name, part in module.current.named_modules():
-                _watch(found, f"{path}.{name}" if name else path, part)
+                _watch_plain(found, f"{path}.{name}" if name else path, part)
         elif whole_model:
-            _watch(found, path, module.base_layer if isinstance(module, AdaptedLayer | TrainedModule) else module)
+            _watch_plain(
+                found, path, module.base_layer if isinstance(module, AdaptedLayer | TrainedModule) else module
+            )
     if not found:
         raise IsotuneError(
             "the model has no adapted layers in use, of which to take the Fisher information; put an adapter on it, "
@@ -200,18 +211,24 @@ def _watched(model: nn.Module, whole_model: bool) -> list[_Watched]:
     return list(found.values())
 
 
-def _watch(found: dict[int, _Watched], path: str, layer: nn.Module) -> None:
+def _watch_plain(found: dict[int, _Watched], path: str, layer: nn.Module) -> None:
     site = site_of(layer)
     if site is None or site.kind == "embedding" or site.packed or isinstance(layer, Matrix):
         return
-    one = found.setdefault(id(site.layer.weight), _Watched(path, site, False, []))
-    if layer not in one.modules:
-        one.modules.append(layer)
+    _watch(found, path, layer, site, id(site.layer.weight))
+
+
+def _watch(found: dict[int, _Watched], path: str, module: nn.Module, site: Site, weight: int) -> None:
+    one = found.setdefault(weight, _Watched(path, site, isinstance(module, AdaptedLayer), []))
+    if path != one.path:
+        one.others.append(path)
+    if module not in one.modules:
+        one.modules.append(module)
 
 
 @contextmanager
 def _hooks(watched: list[_Watched]) -> Iterator[None]:
-    handles = [module.register_forward_hook(one.see) for one in watched for module in one.modules]
+    handles = [module.register_forward_hook(one.see, with_kwargs=True) for one in watched for module in one.modules]
     try:
         yield
     finally:
@@ -343,7 +360,8 @@ def _means(watched: list[_Watched], count: int) -> dict[str, Tensor]:
             raise IsotuneError(
                 f"the Fisher information of {one.path!r} is not finite; look at the data and the model"
             )
-        found[one.path] = mean if one.adapted else one.site.layout(mean).contiguous()
-        if one.bias is not None:
-            found[f"{one.path}.bias"] = (one.bias / count).cpu()
+        for path in (one.path, *one.others):
+            found[path] = mean if one.adapted else one.site.layout(mean).contiguous()
+            if one.bias is not None:
+                found[f"{path}.bias"] = (one.bias / count).cpu()
     return found
