@@ -5,12 +5,9 @@
 g_t is the gradient at the output of the layer, x_t its input, at token t; the sum over the tokens of an example is
 taken before the square. Examples of a batch share a backward pass; their gradients are told apart by their rows.
 
-For a classifier with probabilities p, `Σ_c p_c (∂ log p_c)² = (Jᵀ S)²` summed over the columns of S, with J the
-Jacobian of the logits and `S Sᵀ = diag(p) - p pᵀ`. Its Cholesky factor S has C - 1 columns and a closed form (Tanabe
-and Sagae, JRSS B 1992), so that the expectation over C classes takes C - 1 backward passes, exactly.
-
-Source: "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832. Cost for each backward pass:
-that pass, and 2 t in out flops for each layer and example. Memory: an example's gradient of the largest layer.
+Source: "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832. Cost: C - 1
+backward passes for the exact expectation over C classes, else one, and for each pass 2 t in out flops for each layer
+and example. Memory: the inputs and outputs of the layers, and a few examples' gradients of the largest of them.
 """
 
 from __future__ import annotations
@@ -18,22 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from isotune.errors import IsotuneError, OptionError
+from isotune.errors import IsotuneError
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.thin import without_autocast
 from isotune.matrix import Matrix
+from isotune.merging.likelihood import Expectation, directions, scores_of
 from isotune.model.layers import AdaptedLayer, TrainedModule, base_modules, check_one_weight
 from isotune.model.passes import arguments_of, batch_bar, evaluating
 from isotune.sites import Site, device_of, site_of
 
-Expectation = Literal["exact", "sample", "empirical"]
-
-IGNORED = -100
 _AT_ONCE = 2**24
 """Entries of per-example gradients that are held at a time, or those of one example."""
 
@@ -86,14 +81,14 @@ def fisher(
                 break
             args, named = arguments_of(batch, device_of(model))
             labels = named.pop("labels", None)
-            logits = _logits(model(*args, **named))
+            logits = scores_of(model(*args, **named))
             n = len(logits)
             if not checked and n > 1:
                 _check_apart(watched, logits)
                 checked = True
             kept = n if examples is None else min(n, examples - seen)
-            directions = _directions(logits.detach(), labels, named.get("attention_mask"), expectation, draw)
-            for direction, last in directions:
+            turns = directions(logits.detach(), labels, named.get("attention_mask"), expectation, draw)
+            for direction, last in turns:
                 direction[kept:] = 0
                 _add(watched, logits, direction, n, retain=not last)
             for one in watched:
@@ -123,7 +118,8 @@ class _Watched:
         """The forward hook: keep input and output, and pass on a copy, which may be altered in place."""
         y = output if output.requires_grad else output.detach().requires_grad_()
         x = args[0] if args else next(iter(named.values()))
-        self.calls.append((x.detach(), y))
+        # A copy: a frozen layer's input may be altered in place after it.
+        self.calls.append((x.detach().clone(), y))
         return y.clone()
 
     @property
@@ -238,83 +234,6 @@ def _hooks(watched: list[_Watched]) -> Iterator[None]:
 
 def _bar(batches: Iterable[Any], progress: bool) -> Any:
     return batch_bar(batches, 1, progress, "Fisher information")
-
-
-def _logits(output: Any) -> Tensor:
-    found = getattr(output, "logits", output)
-    found = found[0] if isinstance(found, tuple | list) else found
-    if not isinstance(found, Tensor) or found.dim() not in (2, 3) or found.shape[-1] < 2:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise IsotuneError(
-            f"the Fisher information needs the scores of a classifier, (n, classes), or of a language model, "
-            f"(n, tokens, vocabulary); this model gives {shape}"
-        )
-    return found
-
-
-Directions = Iterator[tuple[Tensor, bool]]  # what to multiply the logits' Jacobian with, and whether it is the last
-
-
-def _directions(
-    logits: Tensor, labels: Tensor | None, mask: Tensor | None, expectation: str, draw: torch.Generator
-) -> Directions:
-    if expectation not in ("exact", "sample", "empirical"):
-        raise OptionError(f"expectation={expectation!r} is unknown; choose exact, sample or empirical")
-    if expectation == "empirical" and labels is None:
-        raise OptionError("the empirical Fisher needs the labels of each batch, as its 'labels'; or choose 'sample'")
-    if logits.dim() == 3:
-        return _next_tokens(logits, labels, mask, expectation, draw)
-    p = at_least_fp32(logits).softmax(dim=-1)
-    if expectation == "exact":
-        return _all_classes(p, logits.dtype)
-    drawn = cast(Tensor, labels) if expectation == "empirical" else _drawn(p, draw)
-    return iter([((_one_hot(drawn, p) - p).to(logits.dtype), True)])
-
-
-def _all_classes(p: Tensor, dtype: torch.dtype) -> Directions:
-    """The columns of S, each (n, classes), with `S Sᵀ = diag(p) - p pᵀ` for every row of p."""
-    # q_k: what is left after the classes up to k, summed from the end, where it is small.
-    q = torch.cat([p.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(p[:, :1])], dim=1)
-    for k in range(p.shape[1] - 1):
-        before, after = q[:, k], q[:, k + 1]
-        column = torch.zeros_like(p)
-        column[:, k] = (p[:, k] * after / before).nan_to_num().sqrt()
-        below = (p[:, k + 1 :] / after[:, None]) * (p[:, k] * after / before).sqrt()[:, None]
-        column[:, k + 1 :] = -below.nan_to_num()
-        yield column.to(dtype), k == p.shape[1] - 2
-
-
-def _next_tokens(
-    logits: Tensor, labels: Tensor | None, mask: Tensor | None, expectation: str, draw: torch.Generator
-) -> Directions:
-    if expectation == "exact":
-        raise OptionError(
-            f"the exact Fisher of a language model takes {logits.shape[-1]} backward passes for each position; "
-            "choose expectation='sample', which has the same mean, or 'empirical'"
-        )
-    targets = labels[:, 1:] if labels is not None else None
-    if targets is not None:
-        used = targets != IGNORED
-    elif mask is not None:
-        used = mask[:, 1:].bool()
-    else:
-        used = torch.ones(logits.shape[0], logits.shape[1] - 1, dtype=torch.bool, device=logits.device)
-    p = at_least_fp32(logits[:, :-1][used]).softmax(dim=-1)
-    drawn = _drawn(p, draw) if expectation == "sample" else cast(Tensor, targets)[used]
-    direction = torch.zeros_like(logits)
-    direction[:, :-1][used] = (_one_hot(drawn, p) - p).to(logits.dtype)
-    yield direction, True
-
-
-def _drawn(p: Tensor, draw: torch.Generator) -> Tensor:
-    """A class for each row of p (n, classes), the same on every device."""
-    sums = p.cumsum(dim=-1)
-    u = torch.rand(len(p), 1, generator=draw).to(p) * sums[:, -1:]
-    return torch.searchsorted(sums, u, right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
-
-
-def _one_hot(labels: Tensor, p: Tensor) -> Tensor:
-    return torch.zeros_like(p).scatter_(-1, labels[..., None], 1.0)
 
 
 def _add(watched: list[_Watched], logits: Tensor, direction: Tensor, n: int, retain: bool) -> None:

@@ -11,7 +11,8 @@ import torch
 from isotune.checkpoint.load import load
 from isotune.errors import IsotuneError, OptionError
 from isotune.merging.contract import Statistic
-from isotune.merging.fisher import Expectation, fisher
+from isotune.merging.fisher import fisher
+from isotune.merging.likelihood import Expectation
 from isotune.merging.second_moment import second_moments
 from isotune.merging.statistics import write_statistic
 from isotune.training.data import check_labels
