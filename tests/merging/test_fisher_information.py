@@ -16,7 +16,8 @@ import isotune
 from isotune import HRA, LoRA
 from isotune.errors import IsotuneError, OptionError
 from isotune.merging.fisher import fisher
-from support import adapted, stories, tokens
+from isotune.merging.likelihood import directions
+from support import adapted, resnet20, stories, tokens
 
 
 class Logistic(nn.Module):
@@ -103,6 +104,18 @@ def test_adapted_layers_have_that_of_their_adapted_weights(method: isotune.Setti
         torch.testing.assert_close(found[path], wanted, rtol=1e-7, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_directions_are_a_root_of_the_covariance_of_the_classes(dtype: torch.dtype) -> None:
+    scores = 4 * torch.randn(20, 6, dtype=dtype)
+    scores[0, 2], scores[1, 5], scores[2, :3], scores[3] = 1e4, 1e4, -1e4, 0
+    p = scores.softmax(-1)
+    turns = list(directions(scores, None, None, "exact", torch.Generator()))
+    assert [last for _, last in turns] == [False] * 4 + [True]
+    found = sum((S[:, :, None] * S[:, None] for S, _ in turns), torch.zeros(()))
+    tolerance = 10 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, p.diag_embed() - p[:, :, None] * p[:, None], rtol=0, atol=tolerance)
+
+
 def test_batches_examples_and_frozen_adapters_do_not_matter() -> None:
     model = adapted(Tokens(), LoRA(rank=2), ["twice", "head"], size=0.3)
     whole = fisher(model, [X[:3]])
@@ -170,6 +183,57 @@ def test_sampled_fisher_of_a_language_model_needs_no_labels() -> None:
     found = fisher(model, [tokens(model)], "sample")
     assert len(found) == 10
     assert all(value.isfinite().all() and (value >= 0).all() and value.any() for value in found.values())
+
+
+class Shared(nn.Module):
+    """One layer in two places, called by keyword, and two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleDict({"a": nn.Linear(5, 5)})
+        self.second = nn.ModuleDict({"a": self.first["a"]})
+        self.out, self.tied = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.tied.weight = self.out.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second["a"](input=torch.tanh(self.first["a"](x)))
+        return self.tied(torch.tanh(self.out(x)))
+
+
+def test_shared_weight_sums_the_gradients_of_its_uses_before_the_square() -> None:
+    model, x = Shared().double(), torch.randn(4, 5, dtype=torch.float64)
+    found = fisher(model, [x], whole_model=True)
+    assert found.keys() == {"first.a", "second.a", "first.a.bias", "second.a.bias", "out", "tied"}
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    expected = reference(weights, lambda w, x: functional_call(model, w, (x,)), x)
+    for path, name in {"first.a": "first.a.weight", "second.a": "first.a.weight", "first.a.bias": "first.a.bias",
+                       "out": "out.weight", "tied": "out.weight"}.items():  # fmt: skip
+        torch.testing.assert_close(found[path], expected[name], rtol=1e-8, atol=1e-14)
+
+
+class AltersItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        y = self.a(x)
+        x.zero_()
+        return y
+
+
+def test_input_altered_in_place_after_the_layer_counts_as_the_layer_saw_it() -> None:
+    model, x = AltersItsInput(), torch.randn(4, 5)
+    torch.testing.assert_close(fisher(model, [x], whole_model=True)["a"], fisher(model.a, [x], whole_model=True)[""])
+
+
+def test_pretrained_convolutions_give_the_same_alone_and_in_a_batch() -> None:
+    model, x = adapted(resnet20(), LoRA(rank=1), ["conv1"]), torch.randn(3, 3, 16, 16)
+    whole, alone = fisher(model, [x]), fisher(model, list(x.split(1)))
+    assert len(whole) == 10
+    for path, wanted in alone.items():
+        torch.testing.assert_close(whole[path], wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
 
 
 def test_model_is_left_as_it_was() -> None:

@@ -184,7 +184,9 @@ def test_moments_that_say_nothing_of_the_weight_are_refused() -> None:
     model = isotune.adapt(stories(), HRA(rank=2), ["q_proj"])
     optimizer, _ = trained(model)
     for call in (lambda: check_informative(model), lambda: second_moments(model, optimizer)):
-        with pytest.raises(OptionError, match=r"of the hra adapter on .*use its Fisher information: .*--fisher"):
+        with pytest.raises(
+            OptionError, match=r"of the hra adapter on .*use its Fisher information: .*collect_fisher"
+        ):
             call()
     plain = nn.Linear(2, 2)
     with pytest.raises(IsotuneError, match=r"no second moments .*train with Adam"):

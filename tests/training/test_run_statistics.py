@@ -88,12 +88,17 @@ def test_fisher_of_a_run_is_that_of_its_training_rows(run: Path) -> None:
         torch.testing.assert_close(found.of(path), wanted, rtol=1e-3, atol=1e-9)
 
 
-def test_empirical_fisher_takes_the_labels(run: Path, tmp_path: Path) -> None:
+def test_empirical_fisher_takes_the_labels_and_stands_in_for_second_moments(run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run, tmp_path / "copy")
     data = write_jsonl(tmp_path / "new.jsonl", [{"text": "the old cat", "label": "rock"}] * 2)
     with pytest.raises(DataError, match="has the label 'rock'"):
         collect_fisher(run, str(data), expectation="empirical", progress=False)
     collect_fisher(run, expectation="empirical", examples=3, progress=False)
     assert StoredStatistic(run / "adapter", "fisher").made["expectation"] == "empirical"
+    collect_fisher(run, kind="second_moment", examples=3, progress=False)
+    stands_in = StoredStatistic(run / "adapter", "second_moment")
+    assert stands_in.made["expectation"] == "empirical"
+    assert stands_in.of(QUERY).equal(StoredStatistic(run / "adapter", "fisher").of(QUERY))
     with pytest.raises(OptionError, match="examples=0"):
         collect_fisher(run, examples=0)
 

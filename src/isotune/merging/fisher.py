@@ -5,12 +5,9 @@
 g_t is the gradient at the output of the layer, x_t its input, at token t; the sum over the tokens of an example is
 taken before the square. Examples of a batch share a backward pass; their gradients are told apart by their rows.
 
-For a classifier with probabilities p, `Σ_c p_c (∂ log p_c)² = (Jᵀ S)²` summed over the columns of S, with J the
-Jacobian of the logits and `S Sᵀ = diag(p) - p pᵀ`. Its Cholesky factor S has C - 1 columns and a closed form (Tanabe
-and Sagae, JRSS B 1992), so that the expectation over C classes takes C - 1 backward passes, exactly.
-
-Source: "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832. Cost for each backward pass:
-that pass, and 2 t in out flops for each layer and example. Memory: an example's gradient of the largest layer.
+Source: "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832. Cost: C - 1
+backward passes for the exact expectation over C classes, else one, and for each pass 2 t in out flops for each layer
+and example. Memory: the inputs and outputs of the layers, and a few examples' gradients of the largest of them.
 """
 
 from __future__ import annotations
@@ -18,22 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from isotune.errors import IsotuneError, OptionError
+from isotune.errors import IsotuneError
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.thin import without_autocast
 from isotune.matrix import Matrix
+from isotune.merging.likelihood import Expectation, directions, scores_of
 from isotune.model.layers import AdaptedLayer, TrainedModule, base_modules, check_one_weight
 from isotune.model.passes import arguments_of, batch_bar, evaluating
 from isotune.sites import Site, device_of, site_of
 
-Expectation = Literal["exact", "sample", "empirical"]
-
-IGNORED = -100
 _AT_ONCE = 2**24
 """Entries of per-example gradients that are held at a time, or those of one example."""
 
@@ -62,14 +57,15 @@ def fisher(
             p(y | x), for a language model one token at each position, given the true ones before it: unbiased.
             "empirical": the `labels` of the batch, which is not the Fisher information but often used for it.
         examples: How many examples to take; by default all.
-        whole_model: All linear and convolutional layers, and their biases, not only adapted ones. A weight that
-            several of them share counts once; embeddings are left out.
+        whole_model: All linear and convolutional layers, and their biases, not only adapted ones. Embeddings are left
+            out, and of an output layer that shares its weight with one, only its own use of it is measured.
         seed: Of the labels drawn.
         progress: Whether to show a progress bar, on standard error where that is a terminal.
 
     Returns:
-        By path, in fp32 or better on the CPU: (out, in) for an adapted layer; for layers of modules trained in full,
-        and of the whole model, in the shape of their weight, with `<path>.bias` beside.
+        By path, in fp32 or better on the CPU, the same for layers that share a weight: (out, in) for an adapted
+        layer; for layers of modules trained in full, and of the whole model, in the shape of their weight, with
+        `<path>.bias` beside.
 
     Raises:
         IsotuneError: Nothing to measure, a layer that mixes the examples of a batch, or values that are not finite.
@@ -85,14 +81,14 @@ def fisher(
                 break
             args, named = arguments_of(batch, device_of(model))
             labels = named.pop("labels", None)
-            logits = _logits(model(*args, **named))
+            logits = scores_of(model(*args, **named))
             n = len(logits)
             if not checked and n > 1:
                 _check_apart(watched, logits)
                 checked = True
             kept = n if examples is None else min(n, examples - seen)
-            directions = _directions(logits.detach(), labels, named.get("attention_mask"), expectation, draw)
-            for direction, last in directions:
+            turns = directions(logits.detach(), labels, named.get("attention_mask"), expectation, draw)
+            for direction, last in turns:
                 direction[kept:] = 0
                 _add(watched, logits, direction, n, retain=not last)
             for one in watched:
@@ -109,18 +105,27 @@ class _Watched:
     """A weight, the modules that compute with it, what they saw in this batch, and the sum of squares so far."""
 
     path: str
+    """Where it is first; `others` are the paths of what shares it."""
     site: Site
     adapted: bool
     modules: list[nn.Module]
+    others: list[str] = field(default_factory=list)
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     sum: Tensor | None = None
     bias: Tensor | None = None
 
-    def see(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def see(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
         """The forward hook: keep input and output, and pass on a copy, which may be altered in place."""
         y = output if output.requires_grad else output.detach().requires_grad_()
-        self.calls.append((args[0].detach(), y))
+        x = args[0] if args else next(iter(named.values()))
+        # A copy: a frozen layer's input may be altered in place after it.
+        self.calls.append((x.detach().clone(), y))
         return y.clone()
+
+    @property
+    def has_own_bias(self) -> bool:
+        """Whether there is a bias to measure beside the weight: not where an adapter, or two modules, are on it."""
+        return not self.adapted and self.site.bias is not None and len(self.modules) == 1
 
     def rows(self, x: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """x as (n, groups, t, in), and y, or its gradient, as (n, groups, t, out / groups)."""
@@ -147,7 +152,7 @@ class _Watched:
         g = at_least_fp32(torch.cat([other for _, other in pairs], dim=2))
         squares = self._embedded(x, g) if self.site.kind == "embedding" else _squares(g, x.to(g.dtype))
         self.sum = squares if self.sum is None else self.sum.add_(squares)
-        if not self.adapted and self.site.bias is not None:
+        if self.has_own_bias:
             bias = g.sum(dim=2).flatten(1).square().sum(dim=0)
             self.bias = bias if self.bias is None else self.bias.add_(bias)
 
@@ -186,12 +191,14 @@ def _watched(model: nn.Module, whole_model: bool) -> list[_Watched]:
                     f"{path!r} is a parameter that its module computes with itself; the gradients of single examples "
                     "cannot be told apart there, so that it has no Fisher information here"
                 )
-            found.setdefault(id(module), _Watched(path, module.bare, True, [module]))
+            _watch(found, path, module, module.bare, id(module))
         elif isinstance(module, TrainedModule) and module.running():
             for name, part in module.current.named_modules():
-                _watch(found, f"{path}.{name}" if name else path, part)
+                _watch_plain(found, f"{path}.{name}" if name else path, part)
         elif whole_model:
-            _watch(found, path, module.base_layer if isinstance(module, AdaptedLayer | TrainedModule) else module)
+            _watch_plain(
+                found, path, module.base_layer if isinstance(module, AdaptedLayer | TrainedModule) else module
+            )
     if not found:
         raise IsotuneError(
             "the model has no adapted layers in use, of which to take the Fisher information; put an adapter on it, "
@@ -200,18 +207,24 @@ def _watched(model: nn.Module, whole_model: bool) -> list[_Watched]:
     return list(found.values())
 
 
-def _watch(found: dict[int, _Watched], path: str, layer: nn.Module) -> None:
+def _watch_plain(found: dict[int, _Watched], path: str, layer: nn.Module) -> None:
     site = site_of(layer)
     if site is None or site.kind == "embedding" or site.packed or isinstance(layer, Matrix):
         return
-    one = found.setdefault(id(site.layer.weight), _Watched(path, site, False, []))
-    if layer not in one.modules:
-        one.modules.append(layer)
+    _watch(found, path, layer, site, id(site.layer.weight))
+
+
+def _watch(found: dict[int, _Watched], path: str, module: nn.Module, site: Site, weight: int) -> None:
+    one = found.setdefault(weight, _Watched(path, site, isinstance(module, AdaptedLayer), []))
+    if path != one.path:
+        one.others.append(path)
+    if module not in one.modules:
+        one.modules.append(module)
 
 
 @contextmanager
 def _hooks(watched: list[_Watched]) -> Iterator[None]:
-    handles = [module.register_forward_hook(one.see) for one in watched for module in one.modules]
+    handles = [module.register_forward_hook(one.see, with_kwargs=True) for one in watched for module in one.modules]
     try:
         yield
     finally:
@@ -221,83 +234,6 @@ def _hooks(watched: list[_Watched]) -> Iterator[None]:
 
 def _bar(batches: Iterable[Any], progress: bool) -> Any:
     return batch_bar(batches, 1, progress, "Fisher information")
-
-
-def _logits(output: Any) -> Tensor:
-    found = getattr(output, "logits", output)
-    found = found[0] if isinstance(found, tuple | list) else found
-    if not isinstance(found, Tensor) or found.dim() not in (2, 3) or found.shape[-1] < 2:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise IsotuneError(
-            f"the Fisher information needs the scores of a classifier, (n, classes), or of a language model, "
-            f"(n, tokens, vocabulary); this model gives {shape}"
-        )
-    return found
-
-
-Directions = Iterator[tuple[Tensor, bool]]  # what to multiply the logits' Jacobian with, and whether it is the last
-
-
-def _directions(
-    logits: Tensor, labels: Tensor | None, mask: Tensor | None, expectation: str, draw: torch.Generator
-) -> Directions:
-    if expectation not in ("exact", "sample", "empirical"):
-        raise OptionError(f"expectation={expectation!r} is unknown; choose exact, sample or empirical")
-    if expectation == "empirical" and labels is None:
-        raise OptionError("the empirical Fisher needs the labels of each batch, as its 'labels'; or choose 'sample'")
-    if logits.dim() == 3:
-        return _next_tokens(logits, labels, mask, expectation, draw)
-    p = at_least_fp32(logits).softmax(dim=-1)
-    if expectation == "exact":
-        return _all_classes(p, logits.dtype)
-    drawn = cast(Tensor, labels) if expectation == "empirical" else _drawn(p, draw)
-    return iter([((_one_hot(drawn, p) - p).to(logits.dtype), True)])
-
-
-def _all_classes(p: Tensor, dtype: torch.dtype) -> Directions:
-    """The columns of S, each (n, classes), with `S Sᵀ = diag(p) - p pᵀ` for every row of p."""
-    # q_k: what is left after the classes up to k, summed from the end, where it is small.
-    q = torch.cat([p.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(p[:, :1])], dim=1)
-    for k in range(p.shape[1] - 1):
-        before, after = q[:, k], q[:, k + 1]
-        column = torch.zeros_like(p)
-        column[:, k] = (p[:, k] * after / before).nan_to_num().sqrt()
-        below = (p[:, k + 1 :] / after[:, None]) * (p[:, k] * after / before).sqrt()[:, None]
-        column[:, k + 1 :] = -below.nan_to_num()
-        yield column.to(dtype), k == p.shape[1] - 2
-
-
-def _next_tokens(
-    logits: Tensor, labels: Tensor | None, mask: Tensor | None, expectation: str, draw: torch.Generator
-) -> Directions:
-    if expectation == "exact":
-        raise OptionError(
-            f"the exact Fisher of a language model takes {logits.shape[-1]} backward passes for each position; "
-            "choose expectation='sample', which has the same mean, or 'empirical'"
-        )
-    targets = labels[:, 1:] if labels is not None else None
-    if targets is not None:
-        used = targets != IGNORED
-    elif mask is not None:
-        used = mask[:, 1:].bool()
-    else:
-        used = torch.ones(logits.shape[0], logits.shape[1] - 1, dtype=torch.bool, device=logits.device)
-    p = at_least_fp32(logits[:, :-1][used]).softmax(dim=-1)
-    drawn = _drawn(p, draw) if expectation == "sample" else cast(Tensor, targets)[used]
-    direction = torch.zeros_like(logits)
-    direction[:, :-1][used] = (_one_hot(drawn, p) - p).to(logits.dtype)
-    yield direction, True
-
-
-def _drawn(p: Tensor, draw: torch.Generator) -> Tensor:
-    """A class for each row of p (n, classes), the same on every device."""
-    sums = p.cumsum(dim=-1)
-    u = torch.rand(len(p), 1, generator=draw).to(p) * sums[:, -1:]
-    return torch.searchsorted(sums, u, right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
-
-
-def _one_hot(labels: Tensor, p: Tensor) -> Tensor:
-    return torch.zeros_like(p).scatter_(-1, labels[..., None], 1.0)
 
 
 def _add(watched: list[_Watched], logits: Tensor, direction: Tensor, n: int, retain: bool) -> None:
@@ -343,7 +279,8 @@ def _means(watched: list[_Watched], count: int) -> dict[str, Tensor]:
             raise IsotuneError(
                 f"the Fisher information of {one.path!r} is not finite; look at the data and the model"
             )
-        found[one.path] = mean if one.adapted else one.site.layout(mean).contiguous()
-        if one.bias is not None:
-            found[f"{one.path}.bias"] = (one.bias / count).cpu()
+        for path in (one.path, *one.others):
+            found[path] = mean if one.adapted else one.site.layout(mean).contiguous()
+            if one.bias is not None:
+                found[f"{path}.bias"] = (one.bias / count).cpu()
     return found

@@ -29,7 +29,7 @@ from isotune.adapters.contract import Adapter
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.adapters.spectral.principal import Principal
 from isotune.errors import IsotuneError, OptionError
-from isotune.merging.statistics import HOW_TO_MAKE, RankOne
+from isotune.merging.statistics import RankOne
 from isotune.model.layers import AdaptedLayer, TrainedModule, base_modules
 
 
@@ -82,7 +82,7 @@ def _factors(adapter: Adapter, path: str) -> tuple[nn.Parameter, nn.Parameter, f
     raise OptionError(
         f"the second moments of the {adapter.method} adapter on {path!r} are of its own parameters, which are no "
         "factors of W' - W, and those of W' do not follow from them; use its Fisher information: "
-        f"{HOW_TO_MAKE['fisher']}"
+        "isotune.training.collect_fisher(RUN, kind='second_moment')"
     )
 
 

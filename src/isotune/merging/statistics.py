@@ -32,7 +32,8 @@ FORMAT = 1
 ROWS, COLUMNS = "//rows", "//columns"
 HOW_TO_MAKE: dict[str, str] = {
     "fisher": "make it with: isotune statistics RUN --fisher (in Python, isotune.training.collect_fisher)",
-    "second_moment": "train with save_second_moments: true in the recipe (--set save_second_moments=true)",
+    "second_moment": "train with save_second_moments: true in the recipe (--set save_second_moments=true), or let "
+    "the empirical Fisher information stand in: isotune.training.collect_fisher(RUN, kind='second_moment')",
 }
 """For each kind, what to do where it is missing."""
 

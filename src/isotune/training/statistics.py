@@ -10,7 +10,9 @@ import torch
 
 from isotune.checkpoint.load import load
 from isotune.errors import IsotuneError, OptionError
-from isotune.merging.fisher import Expectation, fisher
+from isotune.merging.contract import Statistic
+from isotune.merging.fisher import fisher
+from isotune.merging.likelihood import Expectation
 from isotune.merging.second_moment import second_moments
 from isotune.merging.statistics import write_statistic
 from isotune.training.data import check_labels
@@ -31,12 +33,13 @@ def collect_fisher(
     columns: dict[str, str] | None = None,
     examples: int = 256,
     expectation: Expectation | None = None,
+    kind: Statistic = "fisher",
     batch_size: int = 8,
     seed: int = 0,
     force: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Measure the diagonal Fisher information of a run's adapted weights; fisher.safetensors holds it from then on.
+    """Measure the diagonal Fisher information of a run's adapted weights; it is kept in a file beside the adapter.
 
     Args:
         path: A run's folder, or its adapter folder, wherever that is now.
@@ -45,14 +48,16 @@ def collect_fisher(
         columns: Column names (`text`, `label`, `prompt`, `completion`) where they differ from the run's.
         examples: How many examples to take, drawn by the seed; all where there are fewer.
         expectation: Over the labels, as for `isotune.merging.fisher.fisher`; by default "exact" for a classification
-            and "sample" for causal-lm.
+            and "sample" for causal-lm, and "empirical" for the kind "second_moment".
+        kind: What to write it as: with "second_moment", it stands in for Adam's second moments where a run has none.
+            It is larger than those by about the number of examples in a batch; see `normalise` of the rule `ota`.
         batch_size: Examples at a time.
         seed: Of the examples, and of labels that are drawn.
         force: Use the adapter on a base model that does not look like its own.
         progress: Whether to show anything on standard error.
 
     Returns:
-        The file, beside the adapter.
+        The file: fisher.safetensors, or second_moment.safetensors.
 
     Raises:
         IsotuneError: The adapter, the model or the data cannot be used.
@@ -64,7 +69,8 @@ def collect_fisher(
     adapter, recipe = find_adapter(Path(path))
     spec = TaskSpec.read(adapter)
     spec = replace(spec, model=model) if model else spec
-    expectation = expectation or ("exact" if spec.task == "classification" else "sample")
+    usual: Expectation = "exact" if spec.task == "classification" else "sample"
+    expectation = expectation or ("empirical" if kind == "second_moment" else usual)
     rows = rows_for(data, spec, recipe, columns or {}, ("train",))
     if expectation == "empirical":
         check_labels(rows, spec.labels if spec.task == "classification" else [], "the data")
@@ -80,9 +86,7 @@ def collect_fisher(
     screen.say(f"measuring the Fisher information of {adapter} on {len(chosen)} examples")
     batches = [session.collator(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
     found = fisher(session.model, batches, expectation, seed=seed, progress=screen.enabled)
-    return write_statistic(
-        adapter, "fisher", found, examples=len(chosen), expectation=expectation, seed=seed, data=data
-    )
+    return write_statistic(adapter, kind, found, examples=len(chosen), expectation=expectation, seed=seed, data=data)
 
 
 def check_keeps_second_moments(recipe: Recipe) -> None:
