@@ -145,19 +145,24 @@ def _explain(recipe: MergeRecipe, as_json: bool, force: bool) -> None:
     cut = overall.truncation or {}
     print_table(
         "each layer",
-        ["layer", "ranks", "outvoted", "interference, worst", *(f"error at rank {rank}" for rank in cut)],
+        ["layer", "ranks", "outvoted", "interference", *(f"rank {rank}" for rank in cut)],
         [
             [
                 site.path,
-                " ".join(map(str, site.ranks.values())),
+                " ".join(map(str, dict.fromkeys(site.ranks.values()))),
                 _figure(site.agreement.outvoted),
                 _figure(max((site.agreement.interference or {}).values(), default=None)),
                 *(_figure((site.agreement.truncation or {}).get(rank)) for rank in cut),
             ]
             for site in found.sites
         ],
-        "outvoted: share of the changes' entries, by size, whose sign the sum turns; "
-        + ("; ".join(found.notes) or "error at rank: of the exact weighted sum"),
+        "; ".join(
+            [
+                "outvoted: share of the changes' entries, by size, whose sign the sum turns",
+                "interference: the worst; rank: relative error of the exact weighted sum at that rank",
+                *found.notes,
+            ]
+        ),
     )
 
 

@@ -88,6 +88,7 @@ def merge_recipe(
     screen = Screen(progress)
     folders = [adapter_folder(path) for path in recipe.paths]
     rule, weights = recipe.built_rule(), recipe.weights
+    names = recipe.names or short_names(recipe.paths)
     adapters = [(folder / CONFIG).is_file() for folder in folders]
     if not any(adapters) and all(folder.is_dir() for folder in folders):
         return _full_models(recipe, rule, resume, search, progress)
@@ -101,15 +102,15 @@ def merge_recipe(
         if search is not None or len(set(weights)) > 1:
             raise OptionError("rule rmm keeps every adapter as it is; weights have no meaning for it")
         found = compress_adapters(
-            folders, recipe.output, recipe.names, base=recipe.base, progress=progress, **rule.model_dump()
+            folders, recipe.output, names, base=recipe.base, progress=progress, **rule.model_dump()
         )
         return Compressed.of(Path(recipe.output), found)
     common: dict[str, Any] = {
-        "rule": rule, "names": recipe.names, "rank": recipe.rank, "base": recipe.base, "seed": recipe.seed,
+        "rule": rule, "names": names, "rank": recipe.rank, "base": recipe.base, "seed": recipe.seed,
         "force": force,
     }  # fmt: skip
     if search is not None:
-        tasks = Tasks(recipe.paths, "validation", names=recipe.names)
+        tasks = Tasks(recipe.paths, "validation", names)
 
         def score(weights: list[float]) -> float:
             with tempfile.TemporaryDirectory(prefix="isotune-") as scratch:
@@ -149,7 +150,7 @@ def explain_recipe(recipe: MergeRecipe, force: bool = False) -> Explanation:
     """How the adapters that a recipe names agree and conflict, without merging them."""
     folders = [adapter_folder(path) for path in recipe.paths]
     rule = recipe.built_rule()
-    names = recipe.names or short_names(folders)
+    names = recipe.names or short_names(recipe.paths)
     check_options(len(folders), rule, recipe.weights, names)
     inputs, notes = open_inputs(folders, Sum(), recipe.weights, names, recipe.base, recipe.seed, force)
     found = explain(inputs, rule.name)
