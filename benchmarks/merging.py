@@ -77,13 +77,13 @@ OPENING = """# Ten adapters into one
 Written by `python -m benchmarks.merging`, from `merging-compared.json`; do not edit.
 
 all-MiniLM-L6-v2 on CLINC150 (CC BY 3.0): for each of {domains} domains an adapter on the query and value projections
-and a head for its 15 intents, both from a random start, {per_intent} training rows an intent, epochs: {epochs}, trained
-apart from the others. Then the adapters are merged into one, and every domain is measured with the merged adapter and
-its own head. The merged change is multiplied by one of {scales} (for compose, that part of each rotation is taken),
-chosen on {eval_rows} validation rows a domain; accuracy is that on {test_rows} test rows a domain: mean over the
-domains, with its 95 % t-interval over {seeds} seeds, and relative to the domains' own adapters. The merged adapter has
-at most the ranks' sum as its rank; the error is what that cut off. Seconds, and memory beside what the process held
-before, are those of one merge from files to files.
+and a head for its 15 intents, both from a random start, {per_intent} training rows an intent, epochs: {epochs},
+trained apart from the others. Then the adapters are merged into one, and every domain is measured with the merged
+adapter and its own head. The merged change is multiplied by one of {scales} (for compose, that part of each rotation
+is taken), chosen on {eval_rows} validation rows a domain; accuracy is that on {test_rows} test rows a domain: mean
+over the domains, with its 95 % t-interval over {seeds} seeds, and relative to the domains' own adapters. The merged
+adapter has at most the ranks' sum as its rank; the error is what that cut off. Seconds, and memory beside what the
+process held before, are those of one merge from files to files.
 
 {where}
 """
