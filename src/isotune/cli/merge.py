@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isotune.cli.output import print_json, print_table
+from isotune.cli.output import print_json, print_table, write_text
 from isotune.errors import OptionError
 
 if TYPE_CHECKING:
     from isotune.merging.recipe import MergeRecipe
+    from isotune.merging.registry import RuleRow
 
 Flag = typer.Option
 AsJson = Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")]
@@ -205,27 +206,60 @@ def recover_command(
     print_json({"path": written}) if as_json else print(f"{written}: {name}, as a LoRA")
 
 
-def rules_command(as_json: AsJson = False) -> None:
-    """List the rules of `isotune merge`: what each does, and its options."""
-    from isotune.merging.registry import rules
+def rules_command(
+    name: Annotated[str | None, typer.Argument(help="One rule: its equation, paper, cost and options.")] = None,
+    write: Annotated[Path | None, Flag(help="Write isotune's own rules as Markdown to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the rules of `isotune merge`, or explain one of them."""
+    from isotune.merging.registry import BUILT_IN, rule_class, rules
 
-    found = rules()
+    found = [row for row in rules() if name in (None, row.name)]
+    if not found:
+        rule_class(str(name))
+    if write is not None:
+        write_text(write, _markdown([row for row in found if row.name in BUILT_IN]))
     if as_json:
         print_json(found)
-        return
-    print_table(
-        f"{len(found)} rules",
-        ["rule", "what it does", "on", "models", "order", "needs", "options"],
-        [
-            [
-                row.name, row.summary, row.merges, row.models, "matters" if row.ordered else "-", row.needs or "-",
-                ", ".join(f"{name}={value}" for name, value in row.options.items()),
-            ]
-            for row in found
-        ],
-        "on: changes of weights (adapters or full models), entries of them (an adapter's result is cut to a rank), "
-        "rotations, whole adapters, or whole models",
-    )  # fmt: skip
+    elif write is not None:
+        print(f"{write}: written, {len(found)} rules")
+    elif name is not None:
+        print(found[0].about)
+        options = [[option, str(found[0].options[option]), text] for option, text in found[0].meanings.items()]
+        print_table(f"options of {name}", ["option", "default", "meaning"], options)
+    else:
+        body = [[row.name, row.summary, row.merges, row.models, _order(row), row.needs or "-"] for row in found]
+        print_table(f"{len(found)} rules", COLUMNS, body, f"{_ON}; isotune rules NAME explains one")
+
+
+COLUMNS = ["rule", "what it does", "on", "models", "order", "needs"]
+_ON = (
+    "on: changes of weights, of adapters or full models; their single entries, for which an adapter's result is cut "
+    "to a rank; rotations; whole adapters; or whole models"
+)
+
+
+def _order(row: RuleRow) -> str:
+    return "matters" if row.ordered else "-"
+
+
+def _markdown(found: list[RuleRow]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    for row in found:
+        lines.append(
+            [f"[`{row.name}`](#{row.name})", row.summary, row.merges, row.models, _order(row), row.needs or "-"]
+        )
+    parts = [
+        "# Rules of merging",
+        "Written by `isotune rules --write docs/rules.md`; do not edit. How to merge: [merging.md](merging.md).",
+        _ON[0].upper() + _ON[1:] + ". *Order*: whether that of the models matters. *Needs*: a statistic that each "
+        "adapter has to come with.",
+        "\n".join(f"| {' | '.join(line)} |" for line in lines),
+    ]
+    for row in found:
+        options = "\n".join(f"- `{option}` ({row.options[option]}): {text}" for option, text in row.meanings.items())
+        parts += [f"## {row.name}", row.about, *([options] if options else [])]
+    return "\n\n".join(parts) + "\n"
 
 
 def statistics_command(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isotune.cli.output import print_json, print_table
-from isotune.errors import IsotuneError, OptionError
+from isotune.cli.output import print_json, print_table, write_text
+from isotune.errors import OptionError
 
 if TYPE_CHECKING:
     from isotune.model.catalogue import MethodInfo
@@ -51,7 +51,7 @@ def methods_command(
 
     found = methods(_sites(layer, model, targets))
     if write is not None:
-        _write(write, markdown([m for m in found if m.name in BUILT_IN]))
+        write_text(write, markdown([m for m in found if m.name in BUILT_IN]))
     if as_json:
         print_json(found)
     elif write is not None:
@@ -117,14 +117,6 @@ def markdown(found: list[MethodInfo]) -> str:
 
 def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise IsotuneError(f"{path} cannot be written: {error}") from None
 
 
 def register(app: typer.Typer) -> None:

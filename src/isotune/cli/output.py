@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from isotune.errors import IsotuneError
+
 
 def print_json(result: Any) -> None:
     """Print a dataclass, or a list of them, as one JSON value on standard output."""
@@ -39,3 +41,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and the folder it is in. Raises IsotuneError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise IsotuneError(f"{path} cannot be written: {error}") from None

@@ -90,7 +90,7 @@ class Rule(AnyRule):
     exact_rank: ClassVar[bool] = True
     """Whether factored changes give a factored change; False for rules on single entries of the weight."""
     linear: ClassVar[bool] = False
-    """Whether it gives `Σ w_i ΔW_i`: weights that sum to 1 then need no base model."""
+    """Whether it gives `Σ w_i ΔW_i` for weights that sum to 1, which then need no base model."""
     equal_ranks: ClassVar[bool] = False
     """Whether it can only take changes of the same rank at a site."""
     statistic: ClassVar[Statistic | None] = None

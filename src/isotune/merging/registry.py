@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -72,6 +74,10 @@ class RuleRow:
     """A statistic that each model has to come with, or an empty text."""
     options: dict[str, Any]
     """The options and their defaults."""
+    meanings: dict[str, str]
+    """What the options mean."""
+    about: str
+    """The rule's equation, its paper and what it costs."""
 
 
 def rules() -> list[RuleRow]:
@@ -97,6 +103,8 @@ def _row(found: type[AnyRule]) -> RuleRow:
         random=found.random,
         needs=needs,
         options={name: field.get_default() for name, field in found.model_fields.items()},
+        meanings={name: field.description or "" for name, field in found.model_fields.items()},
+        about=inspect.cleandoc(sys.modules[found.__module__].__doc__ or ""),
     )
 
 

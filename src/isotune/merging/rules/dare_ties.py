@@ -9,24 +9,13 @@ changes, in blocks; the result is dense.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import Field
-
-from isotune.merging.contract import Aligned
-from isotune.merging.entrywise import UNBIASED, Elected, Step, dropping
+from isotune.merging.entrywise import Elected
+from isotune.merging.rules.dare import DARE
 
 
-class DARETIES(Elected):
+class DARETIES(Elected, DARE):
     """Drop random entries of the changes, elect a sign for each entry, average the models that agree."""
 
     name: ClassVar[str] = "dare_ties"
-    random: ClassVar[bool] = True
-    neutral: ClassVar[dict[str, Any]] = {"density": 1.0}
-
-    density: float = Field(0.5, gt=0, le=1, description="Probability with which an entry is kept.")
-    unbiased: bool = Field(True, description=UNBIASED)
-
-    def steps(self, site: Aligned, surveyed: Any) -> Sequence[Step]:
-        return dropping(site, self.density, self.unbiased)

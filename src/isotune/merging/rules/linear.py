@@ -20,6 +20,7 @@ class Linear(Rule):
     """The weighted mean of the changes."""
 
     name: ClassVar[str] = "linear"
+    linear: ClassVar[bool] = True
 
     normalize: bool = Field(True, description="Divide by the sum of the weights.")
 

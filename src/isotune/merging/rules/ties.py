@@ -11,27 +11,19 @@ is 0. Cost: two walks over T dense changes, in blocks; the result is dense.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from isotune.merging.contract import Aligned
-from isotune.merging.entrywise import Elected, Step
-from isotune.merging.magnitudes import TRIM, Trim, thresholds, trimming
+from isotune.merging.entrywise import Elected
+from isotune.merging.magnitudes import TRIM, Trim
+from isotune.merging.rules.magnitude import Magnitude
 
 
-class TIES(Elected):
+class TIES(Elected, Magnitude):
     """Trim the changes, elect a sign for each entry, average the models that agree."""
 
     name: ClassVar[str] = "ties"
-    neutral: ClassVar[dict[str, Any]] = {"density": 1.0}
 
     density: float = Field(0.2, gt=0, le=1, description="Share of each model's entries that is kept.")
     trim: Trim = Field("model", description=TRIM)
-
-    def survey(self, sites: Iterable[Aligned]) -> Any:
-        return thresholds(sites, self.density, self.trim)
-
-    def steps(self, site: Aligned, surveyed: Any) -> Sequence[Step]:
-        return trimming(site, self.density, surveyed)
