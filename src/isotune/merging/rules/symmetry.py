@@ -1,6 +1,9 @@
 """A skill from one model of a family to another, aligned by the symmetries of their parameters.
 
-Options of `isotune.merging.transfer.transfer`; see there. Paper: "Leveraging Parameter Space Symmetries for Reasoning
+    θ = θ_target + scale · (π(θ_skilled) - π(θ_base))
+
+π permutes neurons and heads, rotates and scales inside heads, so that the base computes what it did before and lies as
+near to the target as it can. `isotune.merging.transfer` has it for Python, also for adapters. Paper: "Leveraging Parameter Space Symmetries for Reasoning
 Skill Transfer in LLMs", 2025, arXiv 2511.10850.
 """
 
