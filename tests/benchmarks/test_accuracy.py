@@ -22,7 +22,7 @@ def test_hra_and_lora_are_sized_to_the_same_budget() -> None:
 
 
 def result(**methods: dict[str, Any]) -> dict[str, Any]:
-    common = {"parameters": 36_864, "rate": 1e-3, "seconds_per_step": 0.2, "peak_memory_bytes": 10**9}
+    common = {"parameters": 36_864, "rate": 1e-3, "step_ratio": 1.0, "peak_memory_bytes": 10**9}
     return {
         "date": "2026-01-01",
         "machine": {"cpu": "a processor", "threads": 2},
@@ -41,7 +41,7 @@ def result(**methods: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_page_ranks_by_mean_and_marks_rates_at_the_edge() -> None:
     lora = {"accuracy": [0.79, 0.81]}
-    best = {"accuracy": [0.84, 0.86], "difference": [0.05, 0.0], "rate": 3e-3, "seconds_per_step": 0.3}
+    best = {"accuracy": [0.84, 0.86], "difference": [0.05, 0.0], "rate": 3e-3, "step_ratio": 1.5}
     text = accuracy.page(result(lora=lora, best=best))
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert [row.split()[1] for row in rows] == ["---", "best", "lora"][-len(rows) :]
