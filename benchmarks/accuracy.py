@@ -44,11 +44,11 @@ Written by `python -m benchmarks.accuracy`, from `methods-compared.json`; do not
 
 all-MiniLM-L6-v2 learns what a citation in SciCite is for (background, method or result): adapters on the query and
 value projections of all layers, the head from a converged linear probe. Every method has the size that comes nearest
-to {budget:,} parameters in the encoder, and the same {trials} learning rates ({rates}), tried with seed 0 and chosen
-on the validation rows; then {seeds} fresh seeds at the best, {rows} training rows, one epoch in batches of 16. Accuracy on the test
-rows: mean and 95 % t-interval over the seeds, and the paired difference to LoRA with its interval. Peak memory is that
-of the same runs, relative to LoRA's. Time a step is measured apart: each method beside LoRA in one process, by turns,
-the ratio of the medians, on a batch of 16 x 64 tokens.
+to {budget:,} parameters in the encoder, and the same {trials} learning rates ({rates}), tried with seed 0 and
+chosen on the validation rows; then {seeds} fresh seeds at the best, {rows} training rows, one epoch in batches of 16.
+Accuracy on the test rows: mean and 95 % t-interval over the seeds, and the paired difference to LoRA with its
+interval. Peak memory is that of the same runs, relative to LoRA's. Time a step is measured apart: each method beside
+LoRA in one process, by turns, the ratio of the medians, on a batch of 16 x 64 tokens.
 
 The linear probe alone reaches {probe:.1f}. {where}
 """

@@ -1,8 +1,8 @@
 """`python -m benchmarks.merging`: ten domains, ten adapters, one merged adapter, by every rule.
 
-all-MiniLM-L6-v2 on CLINC150: for each of {domains} domains an adapter on the query and value projections and a head of its own
-(15 intents), trained separately; then one adapter merged from the ten, measured on every domain with that domain's
-head. Finished runs and merges are kept: stop it, and start it again to go on.
+all-MiniLM-L6-v2 on CLINC150: for each of the ten domains an adapter and a head of its own (15 intents), trained
+separately; then one adapter merged from the ten, measured on every domain with that domain's head.
+Finished runs and merges are kept: stop it, and start it again to go on.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ from isotune.training.statistics import collect_fisher
 ROWS = Path(__file__).parent / "clinc150" / "rows.jsonl.gz"
 DOCS = Path(__file__).parent.parent / "docs"
 RANKS = (4, 16)
+TEST_ROWS = 150
+"""Test rows of each domain on which merged adapters, and the domain's own, are measured."""
+VALIDATION_ROWS = 45
+"""Validation rows of each domain on which the scale is chosen."""
 EXAMPLES = 64
 """Rows of each domain on which the Fisher information is measured."""
-SCALES = (0.1, 0.2, 0.3, 0.5, 1.0)
+SCALES = (0.1, 0.2, 0.4, 1.0)
 """Factors on the merged change that are tried on the validation rows."""
 
 
@@ -58,19 +62,15 @@ class Contender:
         return f"{self.rule} of {self.method}"
 
 
+CHANGES = ("sum", "svd", "knots", "iso_c", "iso_cts", "tsv_m", "opcm")
+ENTRIES = ("ties", "dare", "dare_ties", "magnitude", "breadcrumbs", "della", "fisher", "ota", "ffg")
 CONTENDERS = (
-    *(
-        Contender(rule)
-        for rule in (
-            "sum", "svd", "ties", "dare", "dare_ties", "magnitude", "breadcrumbs", "della", "knots", "iso_c", "iso_cts",
-            "tsv_m", "opcm", "fisher", "ota", "ffg",
-        )
-    ),
+    *(Contender(rule) for rule in (*CHANGES, *ENTRIES)),
     Contender("sum", "ortha"),
     Contender("sum", "hra"),
     Contender("compose", "hra", fractions=True),
     Contender("karcher", "hra", scales=(1.0,)),
-)  # fmt: skip
+)
 
 OPENING = """# Ten adapters into one
 
@@ -80,10 +80,10 @@ all-MiniLM-L6-v2 on CLINC150 (CC BY 3.0): for each of {domains} domains an adapt
 and a head for its 15 intents, both from a random start, {per_intent} training rows an intent, epochs: {epochs},
 trained apart from the others. Then the adapters are merged into one, and every domain is measured with the merged
 adapter and its own head. The merged change is multiplied by one of {scales} (for compose, that part of each rotation
-is taken), chosen on {eval_rows} validation rows a domain; accuracy is that on {test_rows} test rows a domain: mean
-over the domains, with its 95 % t-interval over {seeds} seeds, and relative to the domains' own adapters. The merged
-adapter has at most the ranks' sum as its rank; the error is what that cut off. Seconds, and memory beside what the
-process held before, are those of one merge from files to files.
+is taken), chosen on {validation_rows} validation rows a domain; accuracy is that on {test_rows} test rows a domain:
+mean over the domains, with its 95 % t-interval over {seeds} seeds, and relative to the domains' own adapters. The
+merged adapter has at most the ranks' sum as its rank; the error is what that cut off. Seconds, and memory beside what
+the process held before, are those of one merge from files to files.
 
 {where}
 """
@@ -102,8 +102,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--per-intent", type=int, default=50, help="training rows an intent, at most 100")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of training")
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of all adapters and heads")
-    parser.add_argument("--eval-rows", type=int, default=60, help="validation rows a domain, for the scale")
-    parser.add_argument("--test-rows", type=int, default=300, help="test rows a domain, at most 450")
     parser.add_argument("--train-only", action="store_true", help="train the adapters, and merge nothing")
     given = parser.parse_args(arguments)
     quiet_libraries()
@@ -125,7 +123,7 @@ def _cells(given: argparse.Namespace) -> Iterator[tuple[int, int]]:
 
 def write_data(given: argparse.Namespace) -> dict[str, dict[str, Path]]:
     """The rows of each domain as files, by domain and split; the first of each intent."""
-    limits = {"train": given.per_intent, "validation": -(-given.eval_rows // 15), "test": -(-given.test_rows // 15)}
+    limits = {"train": given.per_intent, "validation": 4, "test": 20}
     rows: dict[str, dict[str, dict[str, list[str]]]] = {}
     with gzip.open(ROWS, "rt", encoding="utf-8") as file:
         for line in map(json.loads, file):
@@ -194,7 +192,7 @@ def measure(given: argparse.Namespace, data: dict[str, dict[str, Path]]) -> dict
                     name = f"{one.rule}-{method}-r{rank}-seed{seed}"
                     cells.append(_kept(given, name, lambda: _merged(one, folders, given.output / "merged" / name)))  # noqa: B023
                     cells[-1] |= {"rank": rank, "seed": seed}
-    options = ("per_intent", "epochs", "rate", "eval_rows", "test_rows", "seeds", "domains")
+    options = ("per_intent", "epochs", "rate", "seeds", "domains")
     return {**about, "settings": {name: getattr(given, name) for name in options}, "cells": cells}
 
 
@@ -211,8 +209,10 @@ def _kept(given: argparse.Namespace, name: str, make: Any) -> dict[str, Any]:
 
 def _alone(folders: list[Path], method: str) -> dict[str, Any]:
     """Each domain with its own adapter, and with none: the runs' test metrics, and the heads on the bare model."""
-    own = {folder.name: (RunFolder(folder).metrics() or {})["test_accuracy"] for folder in folders}
-    bare = {name: metrics["accuracy"] for name, metrics in Tasks(folders, "test").metrics(None).items()}
+    own = {}
+    for folder in folders:
+        own |= _accuracy(Tasks([folder], "test", rows=TEST_ROWS), RunFolder(folder).adapter)
+    bare = _accuracy(Tasks(folders, "test", rows=TEST_ROWS), None)
     return {"title": f"alone, {method}", "method": method, "accuracy": own, "bare": bare}
 
 
@@ -238,7 +238,7 @@ def _merged(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]
                 merge(adapters, one.rule, [scale] * len(adapters), candidates[scale], options=one.options, **common)
             else:
                 merge([whole], "sum", [scale], candidates[scale], progress=False)
-    validation, test = Tasks(folders, "validation"), Tasks(folders, "test")
+    validation, test = Tasks(folders, "validation", rows=VALIDATION_ROWS), Tasks(folders, "test", rows=TEST_ROWS)
     tried = {scale: validation.score(adapter) for scale, adapter in candidates.items()}
     best = max(tried, key=tried.__getitem__)
     return {
@@ -247,7 +247,7 @@ def _merged(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]
         "rule": one.rule,
         "scale": best,
         "tried": tried,
-        "accuracy": {name: metrics["accuracy"] for name, metrics in test.metrics(candidates[best]).items()},
+        "accuracy": _accuracy(test, candidates[best]),
         "merged_rank": max(result.ranks.values()),
         "error": result.error,
         "seconds": seconds,
@@ -255,11 +255,17 @@ def _merged(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]
     }
 
 
+def _accuracy(tasks: Tasks, adapter: Path | None) -> dict[str, float]:
+    return {name: metrics["accuracy"] for name, metrics in tasks.metrics(adapter).items()}
+
+
 def page(result: dict[str, Any]) -> str:
     """The page as Markdown: for each rank the adapters alone, then the rules, best mean first."""
     settings, cells = result["settings"], result["cells"]
     opening = OPENING.format(
         **settings,
+        validation_rows=VALIDATION_ROWS,
+        test_rows=TEST_ROWS,
         scales=", ".join(f"{scale:g}" for scale in sorted(SCALES)),
         where=f"{result['machine']['cpu']}, {result['machine']['threads']} threads; commit "
         f"{result['versions'].get('commit', 'unknown')}; {result['date']}.",

@@ -28,6 +28,7 @@ from isotune.merging.rules.symmetry import Symmetry
 from isotune.merging.search import search_weights
 from isotune.merging.transfer import Transfer, transfer
 from isotune.model.attach import remove
+from isotune.model.fold import fold, unfold
 from isotune.training.data import load_splits
 from isotune.training.evaluation import measured
 from isotune.training.export import adapter_folder
@@ -171,7 +172,7 @@ class Task:
 class Tasks:
     """The validation or test rows of several runs, on which any adapter of their base can be measured.
 
-    Each task keeps its own head; the backbone is one for all tasks on the same base.
+    Each task keeps its own head; the backbone is one for all tasks on the same base, with the adapter folded in.
     """
 
     def __init__(
@@ -179,11 +180,13 @@ class Tasks:
         runs: Sequence[str | Path],
         split: Literal["validation", "test"] = "validation",
         names: Sequence[str] | None = None,
+        rows: int | None = None,
     ) -> None:
-        """Raises IsotuneError for a folder that is no finished run, or has no such rows."""
+        """`rows` takes so many of each run's, evenly spaced. Raises IsotuneError for a run without such rows."""
         sessions: dict[tuple[Any, ...], Session] = {}
         self.tasks = [
-            _task(run, name, split, sessions) for run, name in zip(runs, names or short_names(runs), strict=True)
+            _task(run, name, split, rows, sessions)
+            for run, name in zip(runs, names or short_names(runs), strict=True)
         ]
 
     @property
@@ -196,7 +199,7 @@ class Tasks:
         found = {}
         for session in {id(task.session): task.session for task in self.tasks}.values():
             if adapter is not None:
-                load(session.model, adapter, name=_TRIAL)
+                fold(load(session.model, adapter, name=_TRIAL))
             try:
                 for task in self.tasks:
                     if task.session is session:
@@ -204,7 +207,7 @@ class Tasks:
                         found[task.name], _ = measured(session, task.examples)
             finally:
                 if adapter is not None:
-                    remove(session.model, _TRIAL)
+                    remove(unfold(session.model), _TRIAL)
         return {task.name: found[task.name] for task in self.tasks}
 
     def score(self, adapter: str | Path | None) -> float:
@@ -213,7 +216,9 @@ class Tasks:
         return sum(metrics.get("accuracy", -metrics["loss"]) for metrics in found) / len(found)
 
 
-def _task(run: str | Path, name: str, split: str, sessions: dict[tuple[Any, ...], Session]) -> Task:
+def _task(
+    run: str | Path, name: str, split: str, count: int | None, sessions: dict[tuple[Any, ...], Session]
+) -> Task:
     folder = RunFolder(run)
     if not folder.is_run():
         raise IsotuneError(f"{run} is no run's folder, whose {split} rows could be used; give runs of isotune train")
@@ -221,6 +226,8 @@ def _task(run: str | Path, name: str, split: str, sessions: dict[tuple[Any, ...]
     rows = getattr(load_splits(recipe.data, recipe.task, recipe.seed), split)
     if not rows:
         raise IsotuneError(f"the run in {run} has no {split} rows")
+    if count is not None and count < len(rows):
+        rows = [rows[index * len(rows) // count] for index in range(count)]
     spec = TaskSpec.read(adapter)
     key = (spec.task, spec.model, spec.pooling, spec.max_length, spec.dtype, spec.separator)
     session = sessions.setdefault(key, Session(spec)) if key not in sessions else sessions[key]
@@ -228,6 +235,8 @@ def _task(run: str | Path, name: str, split: str, sessions: dict[tuple[Any, ...]
         examples = classification_examples(rows, session.tokenizer, spec.labels, session.max_length)
     else:
         examples = session.examples(rows)
+    # Rows of one length side by side need no padding.
+    examples = sorted(examples, key=lambda example: len(example["input_ids"]))
     return Task(name, session, examples, read_stored(adapter).trained)
 
 
