@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.machine import machine, now, versions
 from benchmarks.tables import table
 from isotune.checkpoint.files import STATISTICS
 from isotune.merging.merge import merge
+from isotune.merging.reversible_adapters import compress_adapters, recover_adapter
 from isotune.training.demo import half_width
 from isotune.training.folder import RunFolder
 from isotune.training.measure import peak_memory_bytes, reset_peak_memory
@@ -59,7 +61,8 @@ class Contender:
     @property
     def title(self) -> str:
         """How the table calls it."""
-        return f"{self.rule} of {self.method}"
+        options = "".join(f", {name} {value}" for name, value in self.options.items())
+        return f"{self.rule} of {self.method}{options}"
 
 
 CHANGES = ("sum", "svd", "knots", "iso_c", "iso_cts", "tsv_m", "opcm")
@@ -70,6 +73,7 @@ CONTENDERS = (
     Contender("sum", "hra"),
     Contender("compose", "hra", fractions=True),
     Contender("karcher", "hra", scales=(1.0,)),
+    *(Contender("rmm", options={"basis": basis}) for basis in (2, 4, 8)),
 )
 
 OPENING = """# Ten adapters into one
@@ -83,7 +87,9 @@ adapter and its own head. The merged change is multiplied by one of {scales} (fo
 is taken), chosen on {validation_rows} validation rows a domain; accuracy is that on {test_rows} test rows a domain:
 mean over the domains, with its 95 % t-interval over {seeds} seeds, and relative to the domains' own adapters. The
 merged adapter has at most the ranks' sum as its rank; the error is what that cut off. Seconds, and memory beside what
-the process held before, are those of one merge from files to files.
+the process held before, are those of one merge from files to files. Rule rmm merges nothing: every domain has its own
+adapter as it comes back, the rank is the number of basis models, and the error the largest of a layer's change. The
+error of the factors that the singular values left out predict was off by {predicted} at most.
 
 {where}
 """
@@ -185,12 +191,14 @@ def measure(given: argparse.Namespace, data: dict[str, dict[str, Path]]) -> dict
     for rank, seed in _cells(given):
         for method in dict.fromkeys(one.method for one in contenders):
             folders = runs_of(given, data, method, rank, seed)
-            cells.append(_kept(given, f"alone-{method}-r{rank}-seed{seed}", lambda: _alone(folders, method)))  # noqa: B023
+            cells.append(_kept(given, f"alone-{method}-r{rank}-seed{seed}", partial(_alone, folders, method)))
             cells[-1] |= {"rank": rank, "seed": seed}
             for one in contenders:
                 if one.method == method:
-                    name = f"{one.rule}-{method}-r{rank}-seed{seed}"
-                    cells.append(_kept(given, name, lambda: _merged(one, folders, given.output / "merged" / name)))  # noqa: B023
+                    name = f"{one.title.replace(' ', '-')}-r{rank}-seed{seed}"
+                    measured = _recovered if one.rule == "rmm" else _merged
+                    make = partial(measured, one, folders, given.output / "merged" / name)
+                    cells.append(_kept(given, name, make))
                     cells[-1] |= {"rank": rank, "seed": seed}
     options = ("per_intent", "epochs", "rate", "seeds", "domains")
     return {**about, "settings": {name: getattr(given, name) for name in options}, "cells": cells}
@@ -255,6 +263,34 @@ def _merged(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]
     }
 
 
+def _recovered(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]:
+    """The adapters as a few basis models, and each domain with its own adapter, got back by name."""
+    names = [folder.name for folder in folders]
+    adapters = [RunFolder(folder).adapter for folder in folders]
+    reset_peak_memory()
+    before, started = peak_memory_bytes(), time.perf_counter()
+    found = compress_adapters(adapters, output / "compressed", names, progress=False, **one.options)
+    seconds, memory = time.perf_counter() - started, peak_memory_bytes() - before
+    accuracy: dict[str, float] = {}
+    for folder in folders:
+        back = recover_adapter(output / "compressed", folder.name, output / folder.name)
+        accuracy |= _accuracy(Tasks([folder], "test", rows=TEST_ROWS), back)
+    errors = [error for sites in found.errors.values() for error in sites.values()]
+    return {
+        "title": one.title,
+        "method": one.method,
+        "rule": one.rule,
+        "scale": 1.0,
+        "accuracy": accuracy,
+        "merged_rank": one.options["basis"],
+        "error": found.error,
+        "predicted_off_by": max(abs(error.factors - error.predicted) for error in errors),
+        "share": found.values / found.separate_values,
+        "seconds": seconds,
+        "memory_bytes": memory,
+    }
+
+
 def _accuracy(tasks: Tasks, adapter: Path | None) -> dict[str, float]:
     return {name: metrics["accuracy"] for name, metrics in tasks.metrics(adapter).items()}
 
@@ -265,6 +301,7 @@ def page(result: dict[str, Any]) -> str:
     opening = OPENING.format(
         **settings,
         validation_rows=VALIDATION_ROWS,
+        predicted=f"{max((cell.get('predicted_off_by', 0.0) for cell in cells), default=0.0):.0e}",
         test_rows=TEST_ROWS,
         scales=", ".join(f"{scale:g}" for scale in sorted(SCALES)),
         where=f"{result['machine']['cpu']}, {result['machine']['threads']} threads; commit "
