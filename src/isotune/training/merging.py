@@ -29,6 +29,7 @@ from isotune.merging.search import search_weights
 from isotune.merging.transfer import Transfer, transfer
 from isotune.model.attach import remove
 from isotune.model.fold import fold, unfold
+from isotune.model.layers import TrainedModule
 from isotune.training.data import load_splits
 from isotune.training.evaluation import measured
 from isotune.training.export import adapter_folder
@@ -244,6 +245,9 @@ def _put(model: nn.Module, trained: State) -> None:
     """Give the model these modules' values; a classifier's head may change its number of labels."""
     for path, tensors in trained.items():
         module = model.get_submodule(path)
+        if isinstance(module, TrainedModule):  # the adapter's own, which the task's takes the place of
+            module = module.base_layer
+            model.set_submodule(path, module)
         if isinstance(module, nn.Linear) and module.weight.shape != tensors["weight"].shape:
             labels, hidden = tensors["weight"].shape
             module = nn.Linear(hidden, labels, dtype=module.weight.dtype, device=module.weight.device)
