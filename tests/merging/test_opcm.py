@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from isotune.errors import CheckpointError, OptionError
@@ -179,6 +180,18 @@ def test_arriving_one_at_a_time_gives_what_all_at_once_give(tmp_path: Path, rule
     both.add(sites_of(models[2:], 2))
     for path, change in both.changes():
         assert_same(dense(change), expected[path], 1e-9)
+
+
+def test_a_state_of_given_rank_does_not_grow_with_the_models_that_arrive(tmp_path: Path) -> None:
+    models, sizes = drawn_models(8, ranks=(2,) * 8), []
+    state = OPCMState(OPCM(rank=3))
+    for index, model in enumerate(models):
+        state.add(sites_of([model], index))
+        state.save(tmp_path / "state")
+        with safe_open(tmp_path / "state" / FILE, framework="pt") as opened:
+            sizes.append(sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys()))  # noqa: SIM118
+    assert sizes[1:] == [sizes[1]] * 7
+    assert sizes[1] == 7 + sum(3 * (m + n) for m, n in SHAPES.values())
 
 
 def test_a_state_takes_models_that_touch_other_weights() -> None:

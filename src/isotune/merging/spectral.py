@@ -23,7 +23,7 @@ from isotune.linalg.low_rank import SVD, Factored, dense_svd, rounding, svd
 from isotune.merging.contract import Aligned, Change, dense, scaled, total
 
 Tolerance = Annotated[
-    float, Field(ge=0, lt=1, description="singular values up to this share of the largest count as zero")
+    float, Field(ge=0, lt=1, description="Singular values up to this share of the largest count as zero.")
 ]
 """An option for changes of low rank that come as differences of stored weights, with the noise of their dtype."""
 

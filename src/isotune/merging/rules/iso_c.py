@@ -31,10 +31,12 @@ class IsoC(Rule):
     name: ClassVar[str] = "iso_c"
     neutral: ClassVar[dict[str, Any]] = {"flatness": 0.0}
 
-    scale: float = Field(default=1.0, description="a factor on the merged change")
-    flatness: float = Field(default=1.0, ge=0, le=1, description="how equal singular values become; 0: the plain sum")
+    scale: float = Field(default=1.0, description="A factor on the merged change.")
+    flatness: float = Field(
+        default=1.0, ge=0, le=1, description="How equal singular values become; 0: the plain sum."
+    )
     tolerance: Tolerance = 0.0
-    compat: bool = Field(default=False, description="flatten all min(out, in) singular values, as the paper's code")
+    compat: bool = Field(default=False, description="Flatten all min(out, in) singular values, as the paper's code.")
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
         if not site.matrix:

@@ -37,9 +37,11 @@ class IsoCTS(Rule):
     name: ClassVar[str] = "iso_cts"
     neutral: ClassVar[dict[str, Any]] = {"flatness": 0.0}
 
-    common: float = Field(default=0.8, ge=0, le=1, description="share of directions taken from the sum of all models")
-    scale: float = Field(default=1.0, description="a factor on the merged change")
-    flatness: float = Field(default=1.0, ge=0, le=1, description="how equal singular values become; 0: not at all")
+    common: float = Field(
+        default=0.8, ge=0, le=1, description="Share of directions taken from the sum of all models."
+    )
+    scale: float = Field(default=1.0, description="A factor on the merged change.")
+    flatness: float = Field(default=1.0, ge=0, le=1, description="How equal singular values become; 0: not at all.")
     tolerance: Tolerance = 0.0
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:

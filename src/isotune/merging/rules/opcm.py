@@ -39,13 +39,16 @@ class OPCM(Rule):
     symmetric: ClassVar[bool] = False
 
     alpha: float = Field(
-        default=0.5, ge=0, le=1, description="share of the singular values' sum that is protected; useful: 0.3 to 0.7"
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the singular values' sum that is protected; useful: 0.3 to 0.7.",
     )
     rank: int | None = Field(
-        default=None, ge=1, description="truncate what is merged to this rank after each model; by default not"
+        default=None, ge=1, description="Truncate what is merged to this rank after each model; by default not."
     )
     compat: bool = Field(
-        default=False, description="project in null spaces too, and not at all at alpha = 1, as the paper's code"
+        default=False, description="Project in null spaces too, and not at all at alpha = 1, as the paper's code."
     )
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:

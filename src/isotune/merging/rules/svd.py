@@ -27,7 +27,7 @@ class Svd(Rule):
     name: ClassVar[str] = "svd"
 
     rank: int | None = Field(
-        default=None, ge=1, description="rank of the result; by default the largest of the inputs"
+        default=None, ge=1, description="Rank of the result; by default the largest of the inputs."
     )
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:

@@ -32,9 +32,9 @@ class TSVM(Rule):
     name: ClassVar[str] = "tsv_m"
 
     tolerance: Tolerance = 0.0
-    scale: float = Field(default=1.0, description="a factor on the merged change")
+    scale: float = Field(default=1.0, description="A factor on the merged change.")
     share: float | None = Field(
-        default=None, gt=0, le=1, description="share of min(out, in) that each model may keep; by default 1 / models"
+        default=None, gt=0, le=1, description="Share of min(out, in) that each model may keep; by default 1 / models."
     )
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
