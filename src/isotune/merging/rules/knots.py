@@ -28,7 +28,7 @@ from isotune.merging.rules.linear import Linear
 from isotune.merging.rules.ties import TIES
 
 _SUPPORT = 1e-5
-"""Directions of a singular value smaller than that, relative to the largest, are rounding (the authors': absolute)."""
+"""Directions of a singular value smaller than that of the largest are rounding (in the authors' code absolutely)."""
 
 
 class KnOTS(Rule):
