@@ -246,14 +246,14 @@ class Turn(RotationRule):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"weights": [1.0]}, "need as many weights"),
-        ({"weights": [1.0, float("nan"), 1.0]}, "all finite"),
+        ({"weights": [1.0]}, "1 weights were given for 3 models"),
+        ({"weights": [1.0, float("nan"), 1.0]}, "not all finite"),
         ({"names": ["a", "a", "b"]}, "all different"),
-        ({"names": ["a"]}, "need as many names"),
+        ({"names": ["a"]}, "1 names were given for 3 models"),
         ({"dtype": "int8"}, "dtype 'int8' is not usable"),
         ({"max_shard_size": "5 apples"}, "max_shard_size='5 apples' is not usable"),
         ({"vocabulary": "union"}, "it is 'error' or 'intersect'"),
-        ({"rule": Pair()}, "takes 2 to 2 models; 3 were given"),
+        ({"rule": Pair()}, "merges exactly 2 models, and 3 were given"),
         ({"rule": Turn()}, "merges adapters that rotate, not full models"),
         ({"rule": Fisher()}, "needs a statistic of every weight"),
     ],

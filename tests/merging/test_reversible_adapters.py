@@ -255,11 +255,11 @@ def test_all_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 def test_unusable_names_are_refused(tmp_path: Path) -> None:
     _, folders = three(tmp_path)
-    with pytest.raises(OptionError, match="several adapters are called x; give each a name of its own"):
+    with pytest.raises(OptionError, match="the names x, x, y are not all different; give each"):
         compress_adapters(folders, tmp_path / "all", names=["x", "x", "y"])
-    with pytest.raises(OptionError, match="2 names were given for 3 adapters"):
+    with pytest.raises(OptionError, match="2 names were given for 3 models"):
         compress_adapters(folders, tmp_path / "all", names=["x", "y"])
-    with pytest.raises(OptionError, match="no adapters to compress"):
+    with pytest.raises(OptionError, match="nothing to merge"):
         compress_adapters([], tmp_path / "all")
     with pytest.raises(OptionError, match="cannot both be asked for"):
         compress_adapters(folders, tmp_path / "all", basis=2, tolerance=0.1)

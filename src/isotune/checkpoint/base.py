@@ -29,7 +29,7 @@ class StoredBase:
         A module around the stored model (or a prefix in the stored names) may make the two paths differ at the
         front; the longest common ending decides, if it is the only one. Raises CheckpointError where none fits.
         """
-        key = self._key(f"{path}.weight" if matrix is None else path.removesuffix(f".{matrix['index']}"))
+        key = self._key(_name(path, matrix))
         tensor = self._tensor(key)
         if tensor.dtype not in DENSE:
             raise CheckpointError(
@@ -38,11 +38,12 @@ class StoredBase:
             )
         return tensor if matrix is None else as_matrix(tensor, **matrix)
 
-    def shape(self, path: str) -> list[int]:
+    def shape(self, path: str, matrix: Mapping[str, Any] | None = None) -> list[int]:
         """The shape of that weight, which is not read. Raises CheckpointError where `weight` finds none."""
-        key = self._key(f"{path}.weight")
+        key = self._key(_name(path, matrix))
         with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
-            return list(opened.get_slice(key).get_shape())
+            found = torch.empty(opened.get_slice(key).get_shape(), device="meta")
+        return list((found if matrix is None else as_matrix(found, **matrix)).shape)
 
     def bias(self, path: str) -> Tensor | None:
         """The bias of the layer at `path`, found beside its weight; None where it has none."""
@@ -84,6 +85,10 @@ class StoredBase:
                 return dict.fromkeys(opened.keys(), file.name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def _name(path: str, matrix: Mapping[str, Any] | None) -> str:
+    return f"{path}.weight" if matrix is None else path.removesuffix(f".{matrix['index']}")
 
 
 def _folder(name: str | Path) -> Path:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,11 @@ def check_writable(path: str | Path, replaces: str | None = CONFIG) -> Path:
 
 
 @contextmanager
-def replaced_folder(path: str | Path, replaces: str | None = CONFIG) -> Iterator[Path]:
+def replaced_folder(path: str | Path, replaces: str | None = CONFIG, without: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write into; on success it takes the place of `path` in one step.
 
-    Files of an older folder that are not an adapter's are carried over, statistics of its weights only where the
-    tensors are still the same. Whatever fails, the older folder stays.
+    Files of an older folder that are not an adapter's, nor called as in `without`, are carried over, statistics of
+    its weights only where the tensors are still the same. Whatever fails, the older folder stays.
     Raises CheckpointError where the disk is full or the folder not writable.
     """
     path = check_writable(path, replaces).absolute()
@@ -71,7 +71,7 @@ def replaced_folder(path: str | Path, replaces: str | None = CONFIG) -> Iterator
         temporary.chmod(0o755)
         yield temporary
         if path.exists():
-            _carry_over(path, temporary)
+            _carry_over(path, temporary, without)
         for file in temporary.iterdir():
             if file.is_file():
                 sync(file)
@@ -87,10 +87,10 @@ def replaced_folder(path: str | Path, replaces: str | None = CONFIG) -> Iterator
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _carry_over(old: Path, new: Path) -> None:
+def _carry_over(old: Path, new: Path, without: Collection[str]) -> None:
     both = (old / TENSORS).is_file() and (new / TENSORS).is_file()
     same = both and filecmp.cmp(old / TENSORS, new / TENSORS, shallow=False)
-    left = OURS if same else OURS | set(STATISTICS.values())
+    left = OURS.union(without, () if same else STATISTICS.values())
     for entry in old.iterdir():
         if entry.name not in left and not (new / entry.name).exists():
             if entry.is_dir():

@@ -66,7 +66,7 @@ def write_parts(
     base_config: str = "",
     sites: Mapping[str, Mapping[str, Any]] | None = None,
     refused: str | None = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | None] | None = None,
 ) -> Path:
     """Write an adapter to the folder `path` as `save` does, with or without a model.
 
@@ -79,7 +79,7 @@ def write_parts(
         sites: Where the sites were rebuilt from a stored adapter, what its header says of them. A rebuilt site has
             lost which expert it is, for one, and the groups of a convolution.
         refused: Why PEFT would not load it, where that is known beforehand.
-        files: Text files to write beside the adapter, by name.
+        files: Text files to write beside the adapter, by name; None for one that is not to stay of an older adapter.
 
     Raises:
         CheckpointError: A folder that is not an adapter's, no permission, or a full disk.
@@ -96,11 +96,13 @@ def write_parts(
     for shared in [adapter.shared for _, own, adapter in parts.values() if own.stores_shared][:1]:
         tensors |= {f"{MODEL}{key}": _compact(tensor) for key, tensor in shared.tensors().items()}
     tensors |= trained_tensors(trained)
-    with replaced_folder(path) as folder:
+    files = files or {}
+    with replaced_folder(path, without=files) as folder:
         write_adapter(folder, config, tensors, _header(settings, entries, list(trained), base_config))
         (folder / CARD).write_text(adapter_card(config, settings, tensors, reason))
-        for file, text in (files or {}).items():
-            (folder / file).write_text(text, encoding="utf-8")
+        for file, text in files.items():
+            if text is not None:
+                (folder / file).write_text(text, encoding="utf-8")
     return Path(path)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from isotune.errors import CheckpointError, OptionError
+from isotune.merging.names import model_names
 from isotune.merging.stored_models import StoredModel, read_model
 from isotune.merging.tensor_kinds import Kinds, is_vocabulary, tensor_kinds
 from isotune.merging.vocabularies import difference, rows_of, token_ids
@@ -115,22 +116,6 @@ def check_checkpoints(
     return Inputs(
         origin, tuple(models), kinds, merged, copied, tuple(rows.get(m.label) for m in models), tuple(notes)
     )
-
-
-def model_names(folders: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:
-    """The names given, or the shortest ends of the paths that tell all apart. Raises OptionError."""
-    if not folders:
-        raise OptionError("there is nothing to merge; name at least one model folder")
-    if names is None:
-        parts = [Path(folder).absolute().parts for folder in folders]
-        for length in range(1, max(map(len, parts)) + 1):
-            names = ["/".join(part[-length:]) for part in parts]
-            if len(set(names)) == len(names):
-                return list(names)
-        raise OptionError("a folder is given twice; give it once, with twice the weight, or give names")
-    if len(names) != len(folders) or len(set(names)) != len(names):
-        raise OptionError(f"{len(folders)} models need as many names, all different; given: {', '.join(names)}")
-    return list(names)
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -21,7 +21,8 @@ import isotune
 from isotune.checkpoint.export import DTYPES
 from isotune.checkpoint.files import check_writable
 from isotune.errors import OptionError
-from isotune.merging.checkpoint_checks import Inputs, Vocabulary, check_checkpoints, model_names, no_space, refuse
+from isotune.merging.checkpoint_checks import Inputs, Vocabulary, check_checkpoints, no_space, refuse
+from isotune.merging.checks import check_options
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.shards import Entry, by_file, by_size, parse_size, write_index
 from isotune.merging.stored_statistics import read_statistics
@@ -105,7 +106,7 @@ def merge_checkpoints(
     """
     if not isinstance(rule, Rule):
         raise OptionError(f"the rule {rule.name!r} merges adapters that rotate, not full models; choose another rule")
-    names = model_names(folders, names)
+    names = check_options(folders, rule, weights, names)
     weights = _weights(rule, names, weights, base is not None)
     _check_statistics(rule, names, statistics)
     most = None if max_shard_size is None else parse_size(max_shard_size)
@@ -154,10 +155,6 @@ def merge_checkpoints(
 
 def _weights(rule: Rule, names: Sequence[str], weights: Sequence[float] | None, has_base: bool) -> list[float]:
     """The weights, once it is clear that the rule can take these models with or without a base."""
-    least, most = rule.models
-    if len(names) < least or (most is not None and len(names) > most):
-        wanted = f"{least} or more" if most is None else f"{least} to {most}"
-        raise OptionError(f"the rule {rule.name!r} takes {wanted} models; {len(names)} were given")
     if not has_base and not rule.linear:
         raise OptionError(
             f"the rule {rule.name!r} works on what changed since pretraining; name the pretrained model with "
@@ -165,8 +162,6 @@ def _weights(rule: Rule, names: Sequence[str], weights: Sequence[float] | None, 
         )
     if weights is None:
         return [1.0 if has_base else 1.0 / len(names)] * len(names)
-    if len(weights) != len(names) or not all(math.isfinite(weight) for weight in weights):
-        raise OptionError(f"{len(names)} models need as many weights, all finite; given: {list(weights)}")
     if not has_base and abs(sum(weights) - 1) > 1e-6:
         raise OptionError(
             f"without a base the weights must sum to 1, and {list(weights)} sum to {sum(weights):g}; change them, or "

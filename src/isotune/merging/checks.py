@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.parts import StoredParts
 from isotune.checkpoint.stored import StoredAdapter, read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.inputs import Inputs, Model
+from isotune.merging.names import model_names
 from isotune.merging.ortha import ortha_conflicts
 from isotune.merging.statistics import StoredStatistic
+
+T = TypeVar("T")
 
 _SHOWN = 12
 
@@ -24,12 +30,13 @@ class Problems:
     def __init__(self) -> None:
         self.found: list[str] = []
 
-    def check(self, do: Callable[[], object]) -> None:
-        """Call `do`, and keep what it raises."""
+    def check(self, do: Callable[[], T]) -> T | None:
+        """What `do` returns; None where it raises, which is kept."""
         try:
-            do()
+            return do()
         except IsotuneError as error:
             self.found.append(str(error))
+            return None
 
     def add(self, problems: Iterable[str]) -> None:
         """Keep more of them."""
@@ -46,9 +53,11 @@ class Problems:
         raise kind(f"these adapters cannot be merged; {len(self.found)} problems:{shown}{more}")
 
 
-def check_options(count: int, rule: AnyRule, weights: Sequence[float] | None, names: Sequence[str] | None) -> None:
-    """Raise OptionError unless the numbers of models, weights and names fit the rule and each other."""
-    problems = Problems()
+def check_options(
+    folders: Sequence[str | Path], rule: AnyRule, weights: Sequence[float] | None, names: Sequence[str] | None
+) -> list[str]:
+    """The models' names. Raises OptionError unless the models, weights and names fit the rule and each other."""
+    problems, count = Problems(), len(folders)
     least, most = rule.models
     if count < least or (most is not None and count > most):
         wanted = (
@@ -59,26 +68,26 @@ def check_options(count: int, rule: AnyRule, weights: Sequence[float] | None, na
         problems.add([f"{len(weights)} weights were given for {count} models; give one each, in the same order"])
     if weights is not None and not all(map(math.isfinite, weights)):
         problems.add([f"the weights {', '.join(f'{w:g}' for w in weights)} are not all finite numbers"])
-    if names is not None and len(names) != count:
-        problems.add([f"{len(names)} names were given for {count} models; give one each, in the same order"])
-    if names is not None and len(set(names)) < len(names):
-        problems.add([f"the names {', '.join(names)} are not all different"])
+    found = problems.check(lambda: model_names(folders, names))
     problems.tell(OptionError)
+    return found or []
 
 
 def read_models(
     folders: Sequence[str | Path], names: Sequence[str], weights: Sequence[float], base: StoredBase | None
 ) -> list[Model]:
     """The adapters in the folders. Raises CheckpointError for all of those that cannot be read."""
-    problems, found = Problems(), []
-    for folder, name, weight in zip(folders, names, weights, strict=True):
-        try:
-            stored = read_stored(folder)
-            found.append(Model(name, weight, stored, StoredParts(stored, base)))
-        except IsotuneError as error:
-            problems.add([str(error)])
+
+    def read(folder: str | Path, name: str, weight: float) -> Model:
+        if (Path(folder) / "config.json").is_file() and not (Path(folder) / CONFIG).exists():
+            raise CheckpointError(f"{folder} is a full model, and no adapter; merge adapters with adapters")
+        stored = read_stored(folder)
+        return Model(name, weight, stored, StoredParts(stored, base))
+
+    problems = Problems()
+    found = [problems.check(partial(read, *given)) for given in zip(folders, names, weights, strict=True)]
     problems.tell()
-    return found
+    return [model for model in found if model is not None]
 
 
 def check_models(inputs: Inputs, rule: AnyRule, force: bool) -> list[str]:
@@ -141,8 +150,9 @@ def _shapes(inputs: Inputs) -> Iterator[str]:
             yield f"the layer {path!r} is not the same in all adapters: {listed}"
         elif inputs.base is not None and found:
             ((_, shape),) = found
+            entry = (inputs.owners(path)[0].stored.header or {"sites": {}})["sites"].get(path, {})
             try:
-                in_base = inputs.base.shape(path)
+                in_base = inputs.base.shape(path, entry.get("matrix"))
             except CheckpointError as error:
                 yield str(error)
                 continue
@@ -189,6 +199,6 @@ def _notes(inputs: Inputs) -> Iterator[str]:
             {model.name: model.stored.settings[path] for model in inputs.owners(path)}, inputs.site(path).in_features
         )
     )
-    dtypes = {str(model.dtype).removeprefix("torch."): model.name for model in inputs.models}
+    dtypes = {str(model.dtype).removeprefix("torch."): model.name for model in inputs.models if model.dtype}
     if len(dtypes) > 1:
         yield f"the adapters are stored as {' and '.join(dtypes)}; they are merged in float32 or better"

@@ -37,9 +37,9 @@ class Model:
         return list(self.stored.settings)
 
     @cached_property
-    def dtype(self) -> torch.dtype:
-        """The dtype that its tensors are stored in (of the first, where they differ)."""
-        return next(t.dtype for state in self.stored.state.values() for t in state.values())
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that its layers' tensors are stored in (of the first, where they differ)."""
+        return next((t.dtype for state in self.stored.state.values() for t in state.values()), None)
 
     def adapter(self, path: str) -> tuple[Site, Settings, Adapter]:
         """The layer at `path`, and what adapts it."""

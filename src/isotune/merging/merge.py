@@ -98,14 +98,14 @@ def merge(
         CheckpointError: Adapters that cannot be read or do not fit together; all problems in one message.
     """
     started = time.perf_counter()
-    rule = rule_by_name(rule, **(options or {})) if isinstance(rule, str) else rule
-    if rank is not None and rank < 1:
-        raise OptionError(f"rank={rank} is not usable; it must be at least 1")
+    if isinstance(rule, str):
+        rule = rule_by_name(rule, **(options or {}))
+    elif options:
+        raise OptionError(f"options= go with a rule's name, and {rule.name} is one with its own: {rule!r}")
     if not isinstance(rule, Rule | RotationRule):
         raise OptionError(f"rule {rule.name} does not give one adapter; isotune merge --rule {rule.name} is for it")
-    check_options(len(adapters), rule, weights, names)
-    check_writable(output)
-    names = names or short_names(adapters)
+    names = check_options(adapters, rule, weights, names)
+    _check_output(rule, rank, adapters, output)
     weights = [1.0] * len(adapters) if weights is None else weights
     inputs, notes = open_inputs(adapters, rule, weights, names, base, seed, force)
     trained = merged_modules(inputs.models, modules)
@@ -137,9 +137,19 @@ def merge(
         inputs.models[0].stored.config.get("base_model_name_or_path"),
         next((header["base_config"] for header in headers if header["base_config"]), ""),
         {path: entry for header in headers for path, entry in header["sites"].items()},
-        files={REPORT: report} | _task_file(inputs.models, modules),
+        files={REPORT: report, TASK: _task(inputs.models, modules)},
     )
     return merged
+
+
+def _check_output(rule: AnyRule, rank: int | None, adapters: Sequence[str | Path], output: str | Path) -> None:
+    if rank is not None and rank < 1:
+        raise OptionError(f"rank={rank} is not usable; it must be at least 1")
+    if rank is not None and isinstance(rule, RotationRule):
+        raise OptionError(f"rank= is for rules on changes; {rule.name} merges rotations, whose rank it keeps")
+    if Path(output).resolve() in [Path(adapter).resolve() for adapter in adapters]:
+        raise OptionError(f"{output} is one of the adapters to merge; the result needs another folder")
+    check_writable(output)
 
 
 def open_inputs(
@@ -158,21 +168,6 @@ def open_inputs(
         models = [Model(m.name, m.weight, m.stored, type(m.parts)(m.stored, stored_base)) for m in models]
     inputs = Inputs(models, stored_base, seed, rule.statistic if isinstance(rule, Rule) else None)
     return inputs, check_models(inputs, rule, force)
-
-
-def short_names(folders: Sequence[str | Path]) -> list[str]:
-    """A name for each folder: its own, with as much of the path before it as sets it apart from the others."""
-    parts = [Path(folder).absolute().parts for folder in folders]
-    names = ["/".join(own[-1:]) for own in parts]
-    depth = 1
-    while len(set(names)) < len(names) and depth < max(map(len, parts)):
-        depth += 1
-        names = [
-            name if names.count(name) == 1 else "/".join(own[-depth:]) for name, own in zip(names, parts, strict=True)
-        ]
-    if len(set(names)) < len(names):
-        return [f"{name} ({number})" for number, name in enumerate(names, 1)]
-    return names
 
 
 def _base(models: Sequence[Model], base: str | Path | None) -> StoredBase | None:
@@ -227,20 +222,32 @@ def _rotations(rule: RotationRule, inputs: Inputs, advance: Any) -> Parts:
     for path in inputs.paths:
         site, first, _ = inputs.owners(path)[0].adapter(path)
         parts, weights = [], []
-        for model in inputs.models:
-            if path in model.stored.settings:
-                parts.append(model.adapter(path)[1:])
-            elif rule.absent == "identity":
-                parts.append((first, first.build(site, torch.Generator().manual_seed(0))))
-            else:
-                continue
-            weights.append(model.weight)
         try:
+            for model in inputs.models:
+                if path in model.stored.settings:
+                    parts.append(model.adapter(path)[1:])
+                elif rule.absent == "identity":
+                    parts.append(_unturned(first, site, model.name))
+                else:
+                    continue
+                weights.append(model.weight)
             found[path] = (site, *rule.merge(site, parts, weights))
         except OptionError as error:
             raise OptionError(f"{path!r}: {error}") from None
         advance(1)
     return found
+
+
+def _unturned(settings: Settings, site: Site, name: str) -> tuple[Settings, Adapter]:
+    """An adapter that leaves the layer as it is. `start` says how training began, which a file may not know."""
+    if "start" in type(settings).model_fields:
+        settings = settings.model_copy(update={"start": None})
+    if not settings.identity_at_start:
+        raise OptionError(
+            f"{name} leaves this layer alone, and {settings.name} is never the identity, so that there "
+            "is no mean; merge adapters of the same layers, or use rule compose"
+        )
+    return settings, settings.build(site, torch.Generator().manual_seed(0))
 
 
 def merged_modules(models: Sequence[Model], policy: str | None) -> State:
@@ -282,14 +289,14 @@ def _average(owners: Sequence[tuple[float, Tensor]], path: str) -> Tensor:
     return mean.to(owners[0][1].dtype)
 
 
-def _task_file(models: Sequence[Model], policy: str | None) -> dict[str, str]:
+def _task(models: Sequence[Model], policy: str | None) -> str | None:
     """What `isotune evaluate` needs to know, where all adapters agree on it or one lends its modules."""
     files = {model.name: model.stored.path / TASK for model in models}
     if policy in files:
         files = {policy: files[policy]}
     texts = {file.read_text() if file.is_file() else None for file in files.values()}
     (text, *others) = texts
-    return {TASK: text} if text is not None and not others else {}
+    return None if others else text
 
 
 def _check_finite(path: str, change: Change) -> None:

@@ -14,11 +14,12 @@ from isotune.checkpoint.base import StoredBase, stored_layer
 from isotune.checkpoint.files import check_writable, replaced_folder
 from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import StoredAdapter
-from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
+from isotune.errors import CheckpointError, NoLowRankFormError
 from isotune.linalg.low_rank import Factored
 from isotune.merging.checks import read_models
 from isotune.merging.inputs import Model
-from isotune.merging.merge import TASK, short_names
+from isotune.merging.merge import TASK
+from isotune.merging.names import model_names
 from isotune.merging.reversible import INDEX, Granularity, Reversible, compress
 from isotune.merging.sealed import Shapes, read_sealed, write_sealed
 from isotune.sites import require_site
@@ -64,7 +65,7 @@ def compress_adapters(
         NoLowRankFormError: An adapter whose change has no exact low-rank form.
         CheckpointError: Adapters that cannot be read, need the base, change a bias, or do not fit together.
     """
-    names = _names(adapters, names)
+    names = model_names(adapters, names)
     check_writable(output, INDEX)
     weights = None if base is None else StoredBase(base)
     stored = read_models(adapters, names, [1.0] * len(names), weights)
@@ -131,24 +132,8 @@ def recover_adapter(folder: str | Path, name: str, output: str | Path) -> Path:
         for path, shapes in adapters[name]["trained"].items()
     }
     of = adapters[name]
-    task = {} if of["task"] is None else {TASK: of["task"]}
     entries = {path: sites[path] for path in parts}
-    return write_parts(output, parts, trained, of["base_model"], of["base_config"], entries, files=task)
-
-
-def _names(adapters: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:
-    found = short_names(adapters) if names is None else list(names)
-    if not found:
-        raise OptionError("there are no adapters to compress; name their folders")
-    if len(found) != len(adapters):
-        raise OptionError(
-            f"{len(found)} names were given for {len(adapters)} adapters; give one each, in the same order"
-        )
-    if twice := sorted({name for name in found if found.count(name) > 1}):
-        raise OptionError(
-            f"several adapters are called {', '.join(twice)}; give each a name of its own, as names=..."
-        )
-    return found
+    return write_parts(output, parts, trained, of["base_model"], of["base_config"], entries, files={TASK: of["task"]})
 
 
 def _changes(model: Model, base: StoredBase | None) -> Iterator[tuple[str, dict[str, Any], Factored]]:

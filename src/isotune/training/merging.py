@@ -18,7 +18,8 @@ from isotune.merging.checkpoints import MergedCheckpoint, merge_checkpoints
 from isotune.merging.checks import check_options
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.explain import Explanation, explain
-from isotune.merging.merge import Merged, merge, open_inputs, short_names
+from isotune.merging.merge import Merged, merge, open_inputs
+from isotune.merging.names import model_names
 from isotune.merging.recipe import MergeRecipe
 from isotune.merging.reversible import Reversible
 from isotune.merging.reversible_adapters import compress_adapters
@@ -90,7 +91,7 @@ def merge_recipe(
     screen = Screen(progress)
     folders = [adapter_folder(path) for path in recipe.paths]
     rule, weights = recipe.built_rule(), recipe.weights
-    names = recipe.names or short_names(recipe.paths)
+    names = model_names(recipe.paths, recipe.names)
     adapters = [(folder / CONFIG).is_file() for folder in folders]
     if not any(adapters) and all(folder.is_dir() for folder in folders):
         return _full_models(recipe, rule, resume, search, progress)
@@ -136,7 +137,7 @@ def _full_models(
     if isinstance(rule, Symmetry):
         if recipe.base is None:
             raise OptionError("rule symmetry needs --base: the model that the second one, the skilled, started from")
-        check_options(len(recipe.paths), rule, None, None)
+        check_options(recipe.paths, rule, None, None)
         target, skilled = recipe.paths
         return transfer(target, recipe.base, skilled, recipe.output, **rule.model_dump())
     if not isinstance(rule, Rule):
@@ -152,8 +153,8 @@ def explain_recipe(recipe: MergeRecipe, force: bool = False) -> Explanation:
     """How the adapters that a recipe names agree and conflict, without merging them."""
     folders = [adapter_folder(path) for path in recipe.paths]
     rule = recipe.built_rule()
-    names = recipe.names or short_names(recipe.paths)
-    check_options(len(folders), rule, recipe.weights, names)
+    names = model_names(recipe.paths, recipe.names)
+    check_options(folders, rule, recipe.weights, names)
     inputs, notes = open_inputs(folders, Sum(), recipe.weights, names, recipe.base, recipe.seed, force)
     found = explain(inputs, rule.name)
     return replace(found, notes=[*found.notes, *notes])
@@ -187,7 +188,7 @@ class Tasks:
         sessions: dict[tuple[Any, ...], Session] = {}
         self.tasks = [
             _task(run, name, split, rows, sessions)
-            for run, name in zip(runs, names or short_names(runs), strict=True)
+            for run, name in zip(runs, model_names(runs, names), strict=True)
         ]
 
     @property
