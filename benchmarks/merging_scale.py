@@ -47,11 +47,11 @@ OPENING = """# What merging costs
 Written by `python -m benchmarks.merging_scale`, from `benchmarks/results/merging_scale.json`; do not edit.
 
 {models} adapters of rank {rank} on the query and value projections of {layers} layers of {width} x {width} ({sites}
-layers adapted in all, as in a model of {billions}), random, stored in {dtype}, {megabytes:.0f} MB each. Every rule with
-its default options, from files to files (with the checks of what is read, and the wait until the disk has what is
-written), in a process of its own on {threads} threads. Seconds leave out the start of Python; those of the processor
-are summed over the threads. Peak memory is all that the process has resident, with PyTorch and the pages of files
-that it has mapped; beside it what the merge added. MB are 10^6 bytes.
+layers adapted in all, as in a model of {billions}), random, stored in {dtype}, {megabytes:.0f} MB each. Every rule
+with its default options, from files to files (with the checks of what is read, and the wait until what is written is
+on the disk), in a process of its own on {threads} threads. Seconds leave out the start of Python; those of the
+processor are summed over the threads. Peak memory is all that the process has resident, with PyTorch and the pages of
+files that it has mapped; beside it what the merge added. MB are 10^6 bytes.
 
 {promise}
 
@@ -66,7 +66,16 @@ def candidates() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the options, measure what has not been measured, and write the page."""
+    """Measure what has not been measured, and write the page."""
+    given = parsed(arguments)
+    result = rounded(measure(given))
+    for file, text in ((given.results, json.dumps(result, indent=1) + "\n"), (given.page, page(result))):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser("benchmarks.merging_scale", description="What merging many adapters costs.")
     parser.add_argument("--layers", type=int, default=SIZE["layers"], help="layers: %(default)s")
     parser.add_argument("--models", type=int, default=SIZE["models"], help="adapters, at least 2: %(default)s")
@@ -79,11 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/merging-scale"), help="adapters: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the figures: %(default)s")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page: %(default)s")
-    given = parser.parse_args(arguments)
-    result = measure(given)
-    for file, text in ((given.results, json.dumps(rounded(result), indent=1) + "\n"), (given.page, page(result))):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+    return parser.parse_args(arguments)
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
@@ -155,7 +160,17 @@ def page(result: dict[str, Any]) -> str:
             f"{result['versions'].get('commit', 'unknown')}; {result['date']}.",
         )
     ]
-    header = ["rule", "adapters", "seconds", "of the processor", "peak, MB", "added, MB", "rank", "error", "MB written"]
+    header = [
+        "rule",
+        "adapters",
+        "seconds",
+        "of the processor",
+        "peak, MB",
+        "added, MB",
+        "rank",
+        "error",
+        "MB written",
+    ]
     for kind, title in GROUPS.items():
         if body := [_row(name, row) for name, row in found.items() if row["kind"] == kind]:
             parts.append(f"## {title}\n\n{table(header, body)}\n")

@@ -69,11 +69,14 @@ def check_options(count: int, rule: AnyRule, weights: Sequence[float] | None, na
 def read_models(
     folders: Sequence[str | Path], names: Sequence[str], weights: Sequence[float], base: StoredBase | None
 ) -> list[Model]:
-    """The adapters in the folders. Raises CheckpointError for all of those that cannot be read."""
+    """The adapters in the folders, whose layers are read as they are asked for.
+
+    Raises CheckpointError for all of those that cannot be read.
+    """
     problems, found = Problems(), []
     for folder, name, weight in zip(folders, names, weights, strict=True):
         try:
-            stored = read_stored(folder)
+            stored = read_stored(folder, in_memory=False)
             found.append(Model(name, weight, stored, StoredParts(stored, base)))
         except IsotuneError as error:
             problems.add([str(error)])
