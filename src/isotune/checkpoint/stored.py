@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import Settings
-from isotune.checkpoint.files import read_adapter
+from isotune.checkpoint.files import TENSORS, read_adapter
 from isotune.errors import CheckpointError, OptionError
 
 MODEL = "base_model."  # before what a model's adapters share
@@ -32,7 +34,7 @@ class StoredAdapter:
     """What isotune adds in the safetensors header; None where PEFT wrote the file."""
     settings: dict[str, Settings]
     """The settings of each adapted layer, by path."""
-    state: State
+    state: Mapping[str, dict[str, Tensor]]
     """The adapters' tensors."""
     trained: State
     """The tensors of the modules trained in full."""
@@ -47,8 +49,45 @@ class StoredAdapter:
         return next(iter(self.settings.values())).name if self.settings else FULL
 
 
-def read_stored(path: str | Path) -> StoredAdapter:
+class OnDisk(Mapping[str, dict[str, Tensor]]):
+    """The state of an adapter of which nothing stays in memory: a layer's tensors are read when it is asked for.
+
+    Raises CheckpointError where the file is not the one that it was when this was made.
+    """
+
+    def __init__(self, file: Path, keys: Mapping[str, Mapping[str, str]]) -> None:
+        """`keys`: by layer and by the tensor's name there, its name in the file."""
+        self.file, self.keys_of = file, keys
+        self.version = self._version()
+
+    def __getitem__(self, path: str) -> dict[str, Tensor]:
+        keys = self.keys_of[path]
+        try:
+            if self._version() != self.version:
+                raise CheckpointError(f"{self.file} was changed while it was being read; start again")
+            with safe_open(self.file, framework="pt") as opened:
+                return {name: opened.get_tensor(key) for name, key in keys.items()}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.file} cannot be read any more: {error}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.keys_of
+
+    def _version(self) -> tuple[int, int, int]:
+        found = self.file.stat()
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def read_stored(path: str | Path, in_memory: bool = True) -> StoredAdapter:
     """Read and check the adapter folder at `path`.
+
+    Where many adapters are read, `in_memory=False` keeps the tensors of none; see `OnDisk`.
 
     Raises CheckpointError for a folder that is no adapter, is damaged, incomplete, holds too much, or is of a
     method that is not known.
@@ -57,12 +96,34 @@ def read_stored(path: str | Path) -> StoredAdapter:
     config, tensors, header = read_adapter(path)
     try:
         if header is not None:
-            return _from_isotune(path, config, tensors, header)
-        return _from_peft(path, config, tensors)
+            found = _from_isotune(path, config, tensors, header)
+        else:
+            found = _from_peft(path, config, tensors)
     except OptionError as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the config or header of {path} is damaged: {error!r}") from None
+    return found if in_memory else _on_disk(found, tensors)
+
+
+def _on_disk(stored: StoredAdapter, tensors: Mapping[str, Tensor]) -> StoredAdapter:
+    """The same, with none of the tensors of the file in memory but copies of those that are of no adapted layer."""
+    keys = {id(tensor): key for key, tensor in tensors.items()}
+    return replace(
+        stored,
+        state=OnDisk(
+            stored.path / TENSORS,
+            {p: {name: keys[id(tensor)] for name, tensor in own.items()} for p, own in stored.state.items()},
+        ),
+        # A tensor as it was read is a view of the whole file.
+        trained={p: _copies(own) for p, own in stored.trained.items()},
+        shared=_copies(stored.shared),
+        base_weights=_copies(stored.base_weights),
+    )
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _from_isotune(

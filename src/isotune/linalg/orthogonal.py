@@ -1,6 +1,7 @@
 """Calculus on the orthogonal group: logarithms, powers, means, and products of reflections.
 
-    log R = V diag(θ / sin θ) Vᵀ (R - Rᵀ) / 2,   I + R = … diag(2 cos(θ / 2)) Vᵀ   (SVD)
+    log R = V diag(θ / sin θ) Vᵀ (R - Rᵀ) / 2,   (R + Rᵀ) / 2 = V diag(cos θ) Vᵀ, or where an angle is above 90
+            degrees, for precision, I + R = … diag(2 cos(θ / 2)) Vᵀ   (SVD)
     R^w = exp(w log R)
     M = argmin Σ w_i |log(MᵀR_i)|²,   found by  M ← M exp(Σ w_i log(MᵀR_i)),   where Σ w_i log(MᵀR_i) = 0
     R = H_1 H_2 ... H_s,   s = rank(R - I)   (Scherk; no fewer reflections give R)
@@ -24,6 +25,12 @@ from torch import Tensor
 
 def nearest_orthogonal(X: Tensor) -> Tensor:
     """The orthogonal matrices nearest to X (..., k, k): the polar factors. They are unique where X is invertible."""
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    gram = X.mT @ X
+    off = torch.linalg.matrix_norm(gram - eye)
+    if off.numel() and float(off.max()) < torch.finfo(X.dtype).eps ** 0.5:
+        # X (XᵀX)^(-1/2) to the first order in XᵀX - I, whose square is no more than rounding.
+        return X @ (1.5 * eye - 0.5 * gram)
     U, _, Vh = torch.linalg.svd(X)
     return U @ Vh
 
@@ -45,16 +52,27 @@ def log_orthogonal(R: Tensor) -> Tensor:
     Raises ValueError where R has the eigenvalue -1 to within the root of the dtype's precision, so that its logarithm
     is not unique, or, for a determinant of -1, does not exist.
     """
-    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-    _, S, Vh = torch.linalg.svd(eye + R)
-    cos = (S / 2).clamp(max=1.0)  # of θ / 2
-    if cos.numel() and float(cos.min()) < torch.finfo(R.dtype).eps ** 0.5:
-        raise ValueError("it has the eigenvalue -1 (it turns something by 180 degrees, or reflects it)")
-    sin = (1 - cos).mul(1 + cos).sqrt()
-    # θ / 2 over its sine, which tends to 1; acos alone would lose half of the digits for small angles.
-    ratio = torch.where(sin > 0, torch.atan2(sin, cos) / sin.clamp_min(torch.finfo(R.dtype).tiny), 1.0)
-    log = Vh.mT @ ((ratio / cos)[..., None] * Vh) @ (R - R.mT) / 2
+    # Where no angle is above 90 degrees, the cosines are precise enough and their eigenvectors half the work.
+    cosines, V = torch.linalg.eigh((R + R.mT) / 2)
+    if cosines.numel() and float(cosines.min()) > 0:
+        cosines = cosines.clamp(max=1.0)
+        sin = (1 - cosines).mul(1 + cosines).sqrt()
+        factor = _over(torch.atan2(sin, cosines), sin)
+    else:
+        eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+        _, S, Vh = torch.linalg.svd(eye + R)
+        half = (S / 2).clamp(max=1.0)  # cosines of θ / 2
+        if half.numel() and float(half.min()) < torch.finfo(R.dtype).eps ** 0.5:
+            raise ValueError("it has the eigenvalue -1 (it turns something by 180 degrees, or reflects it)")
+        sin, V = (1 - half).mul(1 + half).sqrt(), Vh.mT
+        factor = _over(torch.atan2(sin, half), sin) / half
+    log = V @ (factor[..., None] * V.mT) @ (R - R.mT) / 2
     return (log - log.mT) / 2
+
+
+def _over(angle: Tensor, sine: Tensor) -> Tensor:
+    """An angle over its sine, which tends to 1; by atan2, since acos alone would lose half of the digits."""
+    return torch.where(sine > 0, angle / sine.clamp_min(torch.finfo(sine.dtype).tiny), 1.0)
 
 
 def power(R: Tensor, w: float) -> Tensor:

@@ -76,12 +76,15 @@ def check_options(
 def read_models(
     folders: Sequence[str | Path], names: Sequence[str], weights: Sequence[float], base: StoredBase | None
 ) -> list[Model]:
-    """The adapters in the folders. Raises CheckpointError for all of those that cannot be read."""
+    """The adapters in the folders, whose layers are read as they are asked for.
+
+    Raises CheckpointError for all of those that cannot be read.
+    """
 
     def read(folder: str | Path, name: str, weight: float) -> Model:
         if (Path(folder) / "config.json").is_file() and not (Path(folder) / CONFIG).exists():
             raise CheckpointError(f"{folder} is a full model, and no adapter; merge adapters with adapters")
-        stored = read_stored(folder)
+        stored = read_stored(folder, in_memory=False)
         return Model(name, weight, stored, StoredParts(stored, base))
 
     problems = Problems()

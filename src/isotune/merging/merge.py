@@ -188,15 +188,13 @@ def _changes(
     with torch.no_grad():
         for site, change in run:
             limit = sum(c.rank if isinstance(c, Factored) else min(c.shape) for c in site.changes)
-            _check_finite(site.path, change)
-            found[site.path], errors[site.path] = as_factors(change, rank or limit)
-            norms[site.path] = size(change)
+            norms[site.path] = _finite_size(site.path, change)
+            (B, A), errors[site.path] = as_factors(change, rank or limit)
+            found[site.path] = Factored(B.contiguous(), A.contiguous())
             advance(1)
-    return (
-        {path: _lora(inputs.site(path), factors.scaled(run.factor)) for path, factors in found.items()},
-        errors,
-        norms,
-    )
+        # One layer at a time: the factors of all layers are what takes memory.
+        parts = {path: _lora(inputs.site(path), found.pop(path), run.factor) for path in list(found)}
+    return parts, errors, norms
 
 
 def as_factors(change: Change, rank: int) -> tuple[Factored, float]:
@@ -212,9 +210,10 @@ def as_factors(change: Change, rank: int) -> tuple[Factored, float]:
     return change, 0.0
 
 
-def _lora(site: Site, factors: Factored) -> tuple[Site, Settings, Adapter]:
+def _lora(site: Site, factors: Factored, factor: float) -> tuple[Site, Settings, Adapter]:
     settings = LoRA(rank=factors.rank)
-    return site, settings, settings.adapter(factors.A.contiguous(), factors.B.contiguous(), site)
+    B, A = factors if factor == 1 else factors.scaled(factor)
+    return site, settings, settings.adapter(A, B, site)
 
 
 def _rotations(rule: RotationRule, inputs: Inputs, advance: Any) -> Parts:
@@ -299,9 +298,11 @@ def _task(models: Sequence[Model], policy: str | None) -> str | None:
     return None if others else text
 
 
-def _check_finite(path: str, change: Change) -> None:
-    if not math.isfinite(size(change)):
+def _finite_size(path: str, change: Change) -> float:
+    """The change's norm. Raises CheckpointError where it is not finite."""
+    if not math.isfinite(found := size(change)):
         raise CheckpointError(f"the merged change of {path!r} is not finite; the weights are too large for float32")
+    return found
 
 
 def _overall(errors: dict[str, float], norms: dict[str, float]) -> float:

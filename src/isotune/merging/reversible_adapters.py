@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,11 @@ def compress_adapters(
     weights = None if base is None else StoredBase(base)
     stored = read_models(adapters, names, [1.0] * len(names), weights)
     sites: dict[str, dict[str, dict[str, Any]]] = {}
-    models: dict[str, dict[str, Factored]] = {}
     for model in stored:
-        models[model.name] = {}
-        for path, entry, change in _changes(model, weights):
-            models[model.name][path] = change
+        for path, entry in _entries(model, weights):
             sites.setdefault(path, {})[model.name] = entry
     _check_sites(sites)
+    models = {model.name: _Changes(model) for model in stored}
     found = compress(models, basis, tolerance, granularity, center, align, progress)
     index = {
         "adapters": {model.name: _entry(model.stored) for model in stored},
@@ -136,8 +135,8 @@ def recover_adapter(folder: str | Path, name: str, output: str | Path) -> Path:
     return write_parts(output, parts, trained, of["base_model"], of["base_config"], entries, files={TASK: of["task"]})
 
 
-def _changes(model: Model, base: StoredBase | None) -> Iterator[tuple[str, dict[str, Any], Factored]]:
-    """Path, what the header says of the site, and the change B A of each layer."""
+def _entries(model: Model, base: StoredBase | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The path of each layer, and what the header says of the site."""
     entries = (model.stored.header or {"sites": {}})["sites"]
     for path in model.paths:
         if base is None and model.needs_base(path):
@@ -145,14 +144,34 @@ def _changes(model: Model, base: StoredBase | None) -> Iterator[tuple[str, dict[
                 f"{model.stored.path}: the change that {model.stored.method} makes depends on the base's weights; "
                 "name the base model with base=... (--base)"
             )
-        change = model.change(path)
+        entry = entries.get(path, {"kind": model.parts.kind(path), "shape": model.parts.shape(path)})
+        yield path, {key: value for key, value in entry.items() if key != "settings"}
+
+
+@dataclass(frozen=True, eq=False)
+class _Changes(Mapping[str, Factored]):
+    """The changes B A of one model by layer, read as they are asked for."""
+
+    model: Model
+
+    def __getitem__(self, path: str) -> Factored:
+        change = self.model.change(path)
         if not isinstance(change, Factored):
+            stored = self.model.stored
             raise NoLowRankFormError(
-                f"{model.stored.path}, at {path!r}: {model.stored.method} has no exact low-rank form, so that it "
+                f"{stored.path}, at {path!r}: {stored.method} has no exact low-rank form, so that it "
                 "cannot be compressed; leave this adapter out"
             )
-        entry = entries.get(path, {"kind": model.parts.kind(path), "shape": model.parts.shape(path)})
-        yield path, {key: value for key, value in entry.items() if key != "settings"}, change
+        return change
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model.paths)
+
+    def __len__(self) -> int:
+        return len(self.model.paths)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.model.stored.settings
 
 
 def _check_sites(sites: dict[str, dict[str, dict[str, Any]]]) -> None:

@@ -187,8 +187,7 @@ class Tasks:
         """`rows` takes so many of each run's, evenly spaced. Raises IsotuneError for a run without such rows."""
         sessions: dict[tuple[Any, ...], Session] = {}
         self.tasks = [
-            _task(run, name, split, rows, sessions)
-            for run, name in zip(runs, model_names(runs, names), strict=True)
+            _task(run, name, split, rows, sessions) for run, name in zip(runs, model_names(runs, names), strict=True)
         ]
 
     @property
