@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -116,14 +116,16 @@ def _explain(recipe: type[BaseModel], error: ValidationError) -> str:
     section = recipe
     where: list[str] = []
     for part in problem["loc"]:
-        known = section.model_fields
         where.append(str(part))
-        if part not in known:
+        if isinstance(part, int):  # which of a list of sections
+            continue
+        if part not in section.model_fields:
             break
-        inner = known[str(part)].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        kind = section.model_fields[part].annotation
+        inner = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)]
+        if not inner:
             break
-        section = inner
+        section = inner[0]
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
         hint = nearest(where[-1], section.model_fields) or f" Known keys: {', '.join(section.model_fields)}."

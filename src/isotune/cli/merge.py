@@ -75,6 +75,9 @@ def merge_command(
         flags["models"] = _models(inputs, weights, names)
     elif weights or names:
         raise OptionError("--weights and --names go with folders; in a recipe each model has its own weight and name")
+    for item in sets or ():
+        if not all(item.partition("=")[:2]):
+            raise OptionError(f"--set takes option=value, not {item!r}; for example --set density=0.3")
     recipe = build_merge_recipe(file, flags, [f"rule.{item}" for item in sets or ()])
     if explain:
         _explain(recipe, as_json, force)
@@ -190,7 +193,15 @@ def _show(merged: Any) -> None:
             ),
         )
         return
-    print_table(str(merged.path), ["", ""], [[name, str(value)] for name, value in vars(merged).items()])
+    print_table(str(merged.path), ["", ""], [[name, _said(value)] for name, value in vars(merged).items()])
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_said(own)}" for name, own in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_said, value)) or "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def recover_command(

@@ -102,25 +102,22 @@ def merge(
         rule = rule_by_name(rule, **(options or {}))
     elif options:
         raise OptionError(f"options= go with a rule's name, and {rule.name} is one with its own: {rule!r}")
-    if not isinstance(rule, Rule | RotationRule):
-        raise OptionError(f"rule {rule.name} does not give one adapter; isotune merge --rule {rule.name} is for it")
-    names = check_options(adapters, rule, weights, names)
-    _check_output(rule, rank, adapters, output)
-    weights = [1.0] * len(adapters) if weights is None else weights
-    inputs, notes = open_inputs(adapters, rule, weights, names, base, seed, force)
-    trained = merged_modules(inputs.models, modules)
+    inputs, trained, notes = open_adapters(
+        adapters, rule, weights, output, names, rank=rank, base=base, modules=modules, seed=seed, force=force
+    )
     with counting(f"merging, {rule.name}", len(inputs.paths), progress) as advance:
         if isinstance(rule, RotationRule):
             parts = _rotations(rule, inputs, advance)
             errors: dict[str, float] = {}
             norms: dict[str, float] = {}
         else:
+            assert isinstance(rule, Rule)
             parts, errors, norms = _changes(rule, inputs, rank, advance)
     merged = Merged(
         Path(output),
         rule.name,
         rule.model_dump(),
-        dict(zip(names, weights, strict=True)),
+        {model.name: model.weight for model in inputs.models},
         {path: getattr(settings, "rank", 0) for path, (_, settings, _) in parts.items()},
         errors,
         _overall(errors, norms),
@@ -142,7 +139,23 @@ def merge(
     return merged
 
 
-def _check_output(rule: AnyRule, rank: int | None, adapters: Sequence[str | Path], output: str | Path) -> None:
+def open_adapters(
+    adapters: Sequence[str | Path],
+    rule: AnyRule,
+    weights: Sequence[float] | None,
+    output: str | Path,
+    names: Sequence[str] | None = None,
+    *,
+    rank: int | None = None,
+    base: str | Path | None = None,
+    modules: str | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> tuple[Inputs, State, list[str]]:
+    """What `merge` starts from: the adapters, the modules trained in full to keep, and notes. Raises as it does."""
+    if not isinstance(rule, Rule | RotationRule):
+        raise OptionError(f"rule {rule.name} does not give one adapter; isotune merge --rule {rule.name} is for it")
+    names = check_options(adapters, rule, weights, names)
     if rank is not None and rank < 1:
         raise OptionError(f"rank={rank} is not usable; it must be at least 1")
     if rank is not None and isinstance(rule, RotationRule):
@@ -150,6 +163,9 @@ def _check_output(rule: AnyRule, rank: int | None, adapters: Sequence[str | Path
     if Path(output).resolve() in [Path(adapter).resolve() for adapter in adapters]:
         raise OptionError(f"{output} is one of the adapters to merge; the result needs another folder")
     check_writable(output)
+    weights = [1.0] * len(adapters) if weights is None else weights
+    inputs, notes = open_inputs(adapters, rule, weights, names, base, seed, force)
+    return inputs, merged_modules(inputs.models, modules), notes
 
 
 def open_inputs(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.load import load
@@ -18,7 +20,7 @@ from isotune.merging.checkpoints import MergedCheckpoint, merge_checkpoints
 from isotune.merging.checks import check_options
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.explain import Explanation, explain
-from isotune.merging.merge import Merged, merge, open_inputs
+from isotune.merging.merge import Merged, merge, open_adapters, open_inputs
 from isotune.merging.names import model_names
 from isotune.merging.recipe import MergeRecipe
 from isotune.merging.reversible import Reversible
@@ -30,7 +32,7 @@ from isotune.merging.search import search_weights
 from isotune.merging.transfer import Transfer, transfer
 from isotune.model.attach import remove
 from isotune.model.fold import fold, unfold
-from isotune.model.layers import TrainedModule
+from isotune.model.layers import AdaptedLayer, TrainedModule
 from isotune.training.data import load_splits
 from isotune.training.evaluation import measured
 from isotune.training.export import adapter_folder
@@ -101,6 +103,8 @@ def merge_recipe(
         raise OptionError(
             "--resume goes on with a merge of full models; one of adapters takes seconds, start it anew"
         )
+    if recipe.vocabulary != "error":
+        raise OptionError("--vocabulary is for full models, and these are adapters; leave it out")
     if isinstance(rule, RMM):
         if search is not None or len(set(weights)) > 1:
             raise OptionError("rule rmm keeps every adapter as it is; weights have no meaning for it")
@@ -113,6 +117,7 @@ def merge_recipe(
         "force": force,
     }  # fmt: skip
     if search is not None:
+        open_adapters(folders, weights=weights, output=recipe.output, modules=recipe.modules, **common)
         tasks = Tasks(recipe.paths, "validation", names)
 
         def score(weights: list[float]) -> float:
@@ -134,7 +139,13 @@ def _full_models(
     assert recipe.output is not None
     if search is not None:
         raise OptionError("--search measures adapters on the rows of their runs; it cannot search for full models")
+    if recipe.rank is not None or recipe.modules is not None:
+        raise OptionError("--rank and --modules are for adapters, and these are full models; leave them out")
     if isinstance(rule, Symmetry):
+        if set(recipe.weights) != {1.0}:
+            raise OptionError(
+                "weights have no meaning for rule symmetry; --set scale=0.5 says how much of the skill is added"
+            )
         if recipe.base is None:
             raise OptionError("rule symmetry needs --base: the model that the second one, the skilled, started from")
         check_options(recipe.paths, rule, None, None)
@@ -198,17 +209,18 @@ class Tasks:
     def metrics(self, adapter: str | Path | None) -> dict[str, dict[str, Any]]:
         """By task the metrics of the base with that adapter (None: without any) and the task's own modules."""
         found = {}
+        held = {} if adapter is None else read_stored(adapter).trained
         for session in {id(task.session): task.session for task in self.tasks}.values():
-            if adapter is not None:
-                fold(load(session.model, adapter, name=_TRIAL))
-            try:
-                for task in self.tasks:
-                    if task.session is session:
-                        _put(session.model, task.trained)
-                        found[task.name], _ = measured(session, task.examples)
-            finally:
+            with _modules(session.model, held):  # of the shapes that `load` expects
                 if adapter is not None:
-                    remove(unfold(session.model), _TRIAL)
+                    fold(load(session.model, adapter, name=_TRIAL))
+                try:
+                    for task in (task for task in self.tasks if task.session is session):
+                        with _modules(session.model, task.trained):
+                            found[task.name], _ = measured(session, task.examples)
+                finally:
+                    if adapter is not None:
+                        remove(unfold(session.model), _TRIAL)
         return {task.name: found[task.name] for task in self.tasks}
 
     def score(self, adapter: str | Path | None) -> float:
@@ -241,15 +253,23 @@ def _task(
     return Task(name, session, examples, read_stored(adapter).trained)
 
 
-def _put(model: nn.Module, trained: State) -> None:
-    """Give the model these modules' values; a classifier's head may change its number of labels."""
+@contextmanager
+def _modules(model: nn.Module, trained: State) -> Iterator[None]:
+    """Give the model these modules for a while; a classifier's head may have another number of labels."""
+    before = {path: model.get_submodule(path) for path in trained}
     for path, tensors in trained.items():
-        module = model.get_submodule(path)
-        if isinstance(module, TrainedModule):  # the adapter's own, which the task's takes the place of
-            module = module.base_layer
+        model.set_submodule(path, _filled(before[path], tensors))
+    try:
+        yield
+    finally:
+        for path, module in before.items():
             model.set_submodule(path, module)
-        if isinstance(module, nn.Linear) and module.weight.shape != tensors["weight"].shape:
-            labels, hidden = tensors["weight"].shape
-            module = nn.Linear(hidden, labels, dtype=module.weight.dtype, device=module.weight.device)
-            model.set_submodule(path, module)
-        module.load_state_dict(tensors)
+
+
+def _filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    own = copy.deepcopy(module.base_layer if isinstance(module, AdaptedLayer | TrainedModule) else module)
+    if isinstance(own, nn.Linear) and own.weight.shape != tensors["weight"].shape:
+        labels, hidden = tensors["weight"].shape
+        own = nn.Linear(hidden, labels, dtype=own.weight.dtype, device=own.weight.device)
+    own.load_state_dict(tensors)
+    return own
