@@ -22,7 +22,7 @@ from benchmarks.__main__ import rounded
 from benchmarks.machine import machine, now, versions
 from benchmarks.tables import table
 from isotune.checkpoint.files import STATISTICS
-from isotune.merging.merge import merge
+from isotune.merging.adapters import merge
 from isotune.merging.reversible_adapters import compress_adapters, recover_adapter
 from isotune.training.demo import half_width
 from isotune.training.folder import RunFolder

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.peak import peak_bytes, reset_peak
-from isotune.merging.merge import merge
+from isotune.merging.adapters import merge
 from isotune.merging.registry import rule_class
 from isotune.merging.reversible_adapters import compress_adapters
 

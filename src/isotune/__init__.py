@@ -11,7 +11,7 @@ from isotune.checkpoint.export import export_lora
 from isotune.checkpoint.load import load, load_weights
 from isotune.checkpoint.save import save
 from isotune.errors import IsotuneError
-from isotune.merging.merge import merge
+from isotune.merging.adapters import merge
 from isotune.model.attach import adapt, remove
 from isotune.model.calibrate import calibrate
 from isotune.model.catalogue import methods

@@ -18,9 +18,9 @@ from isotune.checkpoint.stored import read_stored
 from isotune.errors import OptionError
 from isotune.linalg.low_rank import Factored
 from isotune.merging import explain as module
+from isotune.merging.adapters import open_inputs
 from isotune.merging.contract import Aligned, Change, RotationRule, Rule
 from isotune.merging.explain import Agreement, Explanation, explain
-from isotune.merging.merge import open_inputs
 from isotune.merging.registry import rule
 from support import adapted, stories
 

@@ -27,7 +27,7 @@ from isotune.checkpoint.files import CONFIG, TENSORS
 from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
-from isotune.merging.merge import REPORT, TASK, Merged, merge
+from isotune.merging.adapters import REPORT, TASK, Merged, merge
 from isotune.merging.registry import rule
 from peers import peft_adapt, peft_load
 from support import adapted, assert_same_output, files, output
@@ -47,6 +47,10 @@ class Kinds(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         hidden = self.head(self.tokens(input_ids))
         return (hidden, self.images(hidden[None, None].expand(1, 3, -1, -1)))
+
+
+def with_tokens(folder: Path, **ids: int) -> None:
+    (folder / "vocab.json").write_text(json.dumps(ids))
 
 
 def save(model: Any, folder: Path, base: str = "some/base") -> Path:
@@ -605,3 +609,14 @@ def test_peft_adds_dora_as_if_it_were_lora(tmp_path: Path) -> None:
         theirs.add_weighted_adapter(["default"], [1.0], "cat", combination_type="cat")
     theirs.set_adapter("cat")
     assert float((output(theirs) - expected).abs().max()) > 1e-3
+
+
+def test_tokenizers_beside_adapters_must_agree(tmp_path: Path) -> None:
+    one, two = (adapter(tmp_path / name, LoRA(rank=2)) for name in ("one", "two"))
+    with_tokens(one, a=0, b=1)
+    with_tokens(two, a=0, c=1)
+    with pytest.raises(CheckpointError, match="the tokenizer of two is not that of one, tokens: 1 are missing"):
+        merge([one, two], output=tmp_path / "out", progress=False)
+    merge([one, two], output=tmp_path / "out", force=True, progress=False)
+    with_tokens(two, a=0, b=1)
+    merge([one, two], output=tmp_path / "out", progress=False)

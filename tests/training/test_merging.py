@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 
 from isotune.checkpoint.stored import read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
+from isotune.merging.adapters import Merged
 from isotune.merging.checkpoints import MergedCheckpoint
-from isotune.merging.merge import Merged
 from isotune.merging.recipe import MergeRecipe, build_merge_recipe
 from isotune.merging.reversible_adapters import recover_adapter
 from isotune.merging.search import FIRST, search_weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -149,11 +150,23 @@ def _explain(recipe: MergeRecipe, as_json: bool, force: bool) -> None:
     cut = overall.truncation or {}
     print_table(
         "each layer",
-        ["layer", "ranks", "outvoted", "interference", *(f"rank {rank}" for rank in cut)],
+        [
+            "layer",
+            "ranks",
+            "|W' - W|",
+            "sign conflict",
+            "rows shared",
+            "outvoted",
+            "interference",
+            *(f"rank {rank}" for rank in cut),
+        ],
         [
             [
                 site.path,
                 " ".join(map(str, dict.fromkeys(site.ranks.values()))),
+                _range(site.agreement.norms.values()),
+                _mean(pair.sign_conflict for pair in site.agreement.pairs),
+                _mean(pair.row_overlap for pair in site.agreement.pairs),
                 _figure(site.agreement.outvoted),
                 _figure(max((site.agreement.interference or {}).values(), default=None)),
                 *(_figure((site.agreement.truncation or {}).get(rank)) for rank in cut),
@@ -162,6 +175,7 @@ def _explain(recipe: MergeRecipe, as_json: bool, force: bool) -> None:
         ],
         "; ".join(
             [
+                "sign conflict, rows shared: means over the pairs",
                 "outvoted: share of the changes' entries, by size, whose sign the sum turns",
                 "interference: the worst; rank: relative error of the exact weighted sum at that rank",
                 *found.notes,
@@ -170,13 +184,23 @@ def _explain(recipe: MergeRecipe, as_json: bool, force: bool) -> None:
     )
 
 
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _figure(sum(known) / len(known) if known else None)
+
+
+def _range(values: Iterable[float]) -> str:
+    low, high = min(values := list(values)), max(values)
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+
+
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
 def _show(merged: Any) -> None:
     """What was written, in a table for each layer where there is one for each layer."""
-    from isotune.merging.merge import Merged
+    from isotune.merging.adapters import Merged
 
     if isinstance(merged, Merged):
         print_table(

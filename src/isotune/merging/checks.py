@@ -18,6 +18,7 @@ from isotune.merging.inputs import Inputs, Model
 from isotune.merging.names import model_names
 from isotune.merging.ortha import ortha_conflicts
 from isotune.merging.statistics import StoredStatistic
+from isotune.merging.vocabularies import difference, token_ids
 
 T = TypeVar("T")
 
@@ -99,7 +100,9 @@ def check_models(inputs: Inputs, rule: AnyRule, force: bool) -> list[str]:
     Returns notes on what differs among them and may well be meant so.
     """
     problems = Problems()
-    problems.add(_bases(inputs.models, force))
+    if not force:
+        problems.add(_bases(inputs.models))
+        problems.add(_tokenizers(inputs.models))
     problems.add(_shapes(inputs))
     problems.tell()
     problems.add(_layers(inputs, rule))
@@ -107,9 +110,7 @@ def check_models(inputs: Inputs, rule: AnyRule, force: bool) -> list[str]:
     return list(_notes(inputs))
 
 
-def _bases(models: Sequence[Model], force: bool) -> Iterator[str]:
-    if force:
-        return
+def _bases(models: Sequence[Model]) -> Iterator[str]:
     first = models[0]
     for other in models[1:]:
         one, two = _fingerprint(first.stored), _fingerprint(other.stored)
@@ -123,6 +124,15 @@ def _bases(models: Sequence[Model], force: bool) -> Iterator[str]:
                 f"{first.stored.path} names the base {_base_name(first.stored)!r}, {other.stored.path} names "
                 f"{_base_name(other.stored)!r}; merge adapters of one base, or say --force"
             )
+
+
+def _tokenizers(models: Sequence[Model]) -> Iterator[str]:
+    """Where several folders hold a tokenizer, as PEFT writes beside an adapter: it must be the same."""
+    found = {model.name: tokens for model in models if (tokens := token_ids(model.stored.path)) is not None}
+    for name, tokens in list(found.items())[1:]:
+        first = next(iter(found))
+        if different := difference(found[first], tokens):
+            yield f"the tokenizer of {name} is not that of {first}, {different}; say --force if that does not matter"
 
 
 def _fingerprint(stored: StoredAdapter) -> str:

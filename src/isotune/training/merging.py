@@ -16,11 +16,11 @@ from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.load import load
 from isotune.checkpoint.stored import State, read_stored
 from isotune.errors import IsotuneError, OptionError
+from isotune.merging.adapters import Merged, merge, open_adapters, open_inputs
 from isotune.merging.checkpoints import MergedCheckpoint, merge_checkpoints
 from isotune.merging.checks import check_options
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.explain import Explanation, explain
-from isotune.merging.merge import Merged, merge, open_adapters, open_inputs
 from isotune.merging.names import model_names
 from isotune.merging.recipe import MergeRecipe
 from isotune.merging.reversible import Reversible
