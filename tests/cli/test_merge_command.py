@@ -21,6 +21,7 @@ from isotune.training import build_recipe, train
 from support import adapted
 
 Command = Callable[..., int]
+DOCS = Path(__file__).parents[2] / "docs" / "rules.md"
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,19 @@ def test_rules_lists_every_rule(command: Command, capsys: pytest.CaptureFixture[
     assert command("rules") == 0
     text, _ = capsys.readouterr()
     assert all(name in text for name in rule_names())
+
+
+def test_the_committed_page_of_rules_is_what_they_say(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("rules", "--write", tmp_path / "rules.md") == 0
+    assert DOCS.read_text() == (tmp_path / "rules.md").read_text(), "run isotune rules --write docs/rules.md"
+    assert command("rules", "ties") == 0
+    text = capsys.readouterr().out
+    assert "arXiv 2306.01708" in text
+    assert "density" in text
+    assert command("rules", "tie") == 2
+    assert "Did you mean 'ties'?" in capsys.readouterr().err
 
 
 def test_recover_gets_one_adapter_back(
