@@ -11,6 +11,7 @@ import argparse
 import gzip
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -87,9 +88,11 @@ adapter and its own head. The merged change is multiplied by one of {scales} (fo
 is taken), chosen on {validation_rows} validation rows a domain; accuracy is that on {test_rows} test rows a domain:
 mean over the domains, with its 95 % t-interval over {seeds} seeds, and relative to the domains' own adapters. The
 merged adapter has at most the ranks' sum as its rank; the error is what that cut off. Seconds, and memory beside what
-the process held before, are those of one merge from files to files. Rule rmm merges nothing: every domain has its own
-adapter as it comes back, the rank is the number of basis models, and the error the largest of a layer's change. The
-error of the factors that the singular values left out predict was off by {predicted} at most.
+the process held before, are those of one merge from files to files, measured apart.
+
+Rule rmm merges nothing: every domain has its own adapter as it comes back, the rank is the number of basis models, and
+the error the largest of a layer's change. The error of the factors that the singular values left out predict was off
+by {predicted} at most.
 
 {where}
 """
@@ -200,8 +203,13 @@ def measure(given: argparse.Namespace, data: dict[str, dict[str, Path]]) -> dict
                     make = partial(measured, one, folders, given.output / "merged" / name)
                     cells.append(_kept(given, name, make))
                     cells[-1] |= {"rank": rank, "seed": seed}
+    costs = {
+        f"{one.title}, rank {rank}": cost(one, runs_of(given, data, one.method, rank, 1))
+        for rank in given.ranks
+        for one in contenders
+    }
     options = ("per_intent", "epochs", "rate", "seeds", "domains")
-    return {**about, "settings": {name: getattr(given, name) for name in options}, "cells": cells}
+    return {**about, "settings": {name: getattr(given, name) for name in options}, "cells": cells, "costs": costs}
 
 
 def _kept(given: argparse.Namespace, name: str, make: Any) -> dict[str, Any]:
@@ -234,10 +242,7 @@ def _merged(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]
                 collect_fisher(adapter, examples=EXAMPLES, progress=False)
     common: dict[str, Any] = {"names": names, "modules": "drop", "progress": False}
     whole = output / "whole"
-    reset_peak_memory()
-    before, started = peak_memory_bytes(), time.perf_counter()
     result = merge(adapters, one.rule, [1.0] * len(adapters), whole, options=one.options, **common)
-    seconds, memory = time.perf_counter() - started, peak_memory_bytes() - before
     candidates = {1.0: whole}
     for scale in one.scales:
         if scale != 1:
@@ -258,8 +263,6 @@ def _merged(one: Contender, folders: list[Path], output: Path) -> dict[str, Any]
         "accuracy": _accuracy(test, candidates[best]),
         "merged_rank": max(result.ranks.values()),
         "error": result.error,
-        "seconds": seconds,
-        "memory_bytes": memory,
     }
 
 
@@ -267,10 +270,7 @@ def _recovered(one: Contender, folders: list[Path], output: Path) -> dict[str, A
     """The adapters as a few basis models, and each domain with its own adapter, got back by name."""
     names = [folder.name for folder in folders]
     adapters = [RunFolder(folder).adapter for folder in folders]
-    reset_peak_memory()
-    before, started = peak_memory_bytes(), time.perf_counter()
     found = compress_adapters(adapters, output / "compressed", names, progress=False, **one.options)
-    seconds, memory = time.perf_counter() - started, peak_memory_bytes() - before
     accuracy: dict[str, float] = {}
     for folder in folders:
         back = recover_adapter(output / "compressed", folder.name, output / folder.name)
@@ -286,9 +286,27 @@ def _recovered(one: Contender, folders: list[Path], output: Path) -> dict[str, A
         "error": found.error,
         "predicted_off_by": max(abs(error.factors - error.predicted) for error in errors),
         "share": found.values / found.separate_values,
-        "seconds": seconds,
-        "memory_bytes": memory,
     }
+
+
+def cost(one: Contender, folders: list[Path]) -> dict[str, float]:
+    """Seconds of one merge, the median of three, and the largest memory that one took beside what there was."""
+    adapters, names = [RunFolder(folder).adapter for folder in folders], [folder.name for folder in folders]
+    seconds, memory = [], []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as scratch:
+            reset_peak_memory()
+            before, started = peak_memory_bytes(), time.perf_counter()
+            if one.rule == "rmm":
+                compress_adapters(adapters, Path(scratch) / "merged", names, progress=False, **one.options)
+            else:
+                merge(
+                    adapters, one.rule, None, Path(scratch) / "merged", options=one.options, names=names,
+                    modules="drop", progress=False,
+                )  # fmt: skip
+            seconds.append(time.perf_counter() - started)
+            memory.append(peak_memory_bytes() - before)
+    return {"seconds": statistics.median(seconds), "memory_bytes": max(memory)}
 
 
 def _accuracy(tasks: Tasks, adapter: Path | None) -> dict[str, float]:
@@ -319,7 +337,10 @@ def page(result: dict[str, Any]) -> str:
         body.append(_row(f"no adapter, heads of {next(iter(alone))}", bare, next(iter(alone.values()))))
         merged = [(title, found) for title, found in rows.items() if "rule" in found[0]]
         merged.sort(key=lambda entry: -statistics.fmean(map(_mean, entry[1])))
-        body += [_row(title, found, alone[found[0]["method"]]) for title, found in merged]
+        body += [
+            _row(title, found, alone[found[0]["method"]], result["costs"][f"{title}, rank {rank}"])
+            for title, found in merged
+        ]
         header = ["merged", "accuracy", "relative to alone, %", "scale", "rank", "error", "seconds", "MB"]
         parts.append(f"## Adapters of rank {rank}\n\n{table(header, body)}\n")
     return "\n".join(parts)
@@ -329,7 +350,9 @@ def _mean(cell: dict[str, Any]) -> float:
     return statistics.fmean(cell["accuracy"].values())
 
 
-def _row(title: str, found: list[dict[str, Any]], alone: list[dict[str, Any]]) -> list[str]:
+def _row(
+    title: str, found: list[dict[str, Any]], alone: list[dict[str, Any]], cost: dict[str, float] | None = None
+) -> list[str]:
     accuracy = [100 * _mean(cell) for cell in found]
     relative = [
         100 * statistics.fmean(cell["accuracy"][name] / own["accuracy"][name] for name in own["accuracy"])
@@ -337,17 +360,17 @@ def _row(title: str, found: list[dict[str, Any]], alone: list[dict[str, Any]]) -
     ]
     row = [title, f"{statistics.fmean(accuracy):.1f} ± {half_width(accuracy):.1f}"]
     row.append(f"{statistics.fmean(relative):.1f} ± {half_width(relative):.1f}")
-    if "rule" not in found[0]:
+    if cost is None:
         return [*row, "", "", "", "", ""]
-    median = {key: statistics.median(cell[key] for cell in found) for key in ("seconds", "memory_bytes", "error")}
+    error = statistics.median(cell["error"] for cell in found)
     scales = sorted({cell["scale"] for cell in found})
     return [
         *row,
         ", ".join(f"{scale:g}" for scale in scales),
         str(max(cell["merged_rank"] for cell in found)),
-        f"{median['error']:.2f}" if median["error"] > 1e-3 else "0",
-        f"{median['seconds']:.2f}",
-        f"{median['memory_bytes'] / 2**20:.0f}",
+        f"{error:.2f}" if error > 1e-3 else "0",
+        f"{cost['seconds']:.2f}",
+        f"{cost['memory_bytes'] / 2**20:.0f}",
     ]
 
 
