@@ -28,11 +28,11 @@ from isotune.merging.reversible_adapters import compress_adapters, recover_adapt
 from isotune.training.demo import half_width
 from isotune.training.folder import RunFolder
 from isotune.training.measure import peak_memory_bytes, reset_peak_memory
-from isotune.training.merging import Tasks
 from isotune.training.models import MINILM
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import build_recipe
 from isotune.training.run import train
+from isotune.training.scores import Tasks
 from isotune.training.statistics import collect_fisher
 
 ROWS = Path(__file__).parent / "clinc150" / "rows.jsonl.gz"
@@ -90,9 +90,9 @@ mean over the domains, with its 95 % t-interval over {seeds} seeds, and relative
 merged adapter has at most the ranks' sum as its rank; the error is what that cut off. Seconds, and memory beside what
 the process held before, are those of one merge from files to files, measured apart.
 
-Rule rmm merges nothing: every domain has its own adapter as it comes back, the rank is the number of basis models, and
-the error the largest of a layer's change. The error of the factors that the singular values left out predict was off
-by {predicted} at most.
+Rule rmm merges nothing: every domain has its own adapter as it comes back, the rank is the number of basis models,
+and the error the largest of a layer's change. The error of the factors that the singular values left out predict was
+off by {predicted} at most.
 
 {where}
 """

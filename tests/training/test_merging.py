@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +24,10 @@ from isotune.merging.reversible_adapters import recover_adapter
 from isotune.merging.search import FIRST, search_weights
 from isotune.merging.transfer import Transfer
 from isotune.training import build_recipe, evaluate, train
-from isotune.training import merging as module
+from isotune.training import scores as module
 from isotune.training.folder import RunFolder
-from isotune.training.merging import Compressed, Tasks, explain_recipe, merge_recipe
+from isotune.training.merging import Compressed, explain_recipe, merge_recipe
+from isotune.training.scores import Tasks
 
 LORA = ["method.name=lora", "method.rank=2", "training.max_steps=12", "training.learning_rate=0.03"]
 
@@ -134,6 +136,13 @@ def test_a_search_ends_no_worse_than_it_began(
     again = merge_recipe(recipe, search=4, progress=False)
     assert isinstance(again, Merged)
     assert again.models == found.models
+
+
+def test_weights_that_cannot_be_used_score_worst() -> None:
+    found = search_weights(lambda weights: -math.inf if weights[0] > 0.2 else weights[0], [1.0, 1.0], 12)
+    assert found.trials[0]["score"] == -math.inf
+    assert found.weights[0] <= 0.2
+    assert found.score == found.weights[0]
 
 
 def test_a_search_is_refused_before_its_first_trial(runs: list[Path], tmp_path: Path) -> None:

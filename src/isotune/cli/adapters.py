@@ -36,7 +36,8 @@ def inspect_command(
 ) -> None:
     """Show an adapter: its layers, parameters, how orthogonal its rotations are, norm and rank of the change."""
     from isotune.diagnostics.change import inspect_adapter
-    from isotune.training.export import adapter_folder, local_base
+    from isotune.training.export import local_base
+    from isotune.training.folder import adapter_folder
 
     source = adapter_folder(adapter)
     found = inspect_adapter(source, local_base(source, base))
@@ -77,7 +78,8 @@ def export_command(
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    from isotune.training.export import adapter_folder, base_of, export_merged
+    from isotune.training.export import base_of, export_merged
+    from isotune.training.folder import adapter_folder
 
     source = adapter_folder(adapter)
     if to == "lora":

@@ -13,22 +13,11 @@ from isotune.checkpoint.files import read_adapter, replaced_folder
 from isotune.checkpoint.load import load
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.fold import fold
-from isotune.training.folder import RunFolder
 from isotune.training.models import load_tokenizer, locate
 from isotune.training.progress import quiet_libraries
 from isotune.training.session import TASK_FILE, Session, TaskSpec
 
 HEAD_FILE = "head.safetensors"
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """The adapter's folder, given that or its run's. Raises IsotuneError for a run that is not finished."""
-    run = RunFolder(path)
-    if not run.is_run():
-        return Path(path)
-    if not run.adapter.is_dir():
-        raise IsotuneError(f"the run in {path} is not finished: isotune train {run.recipe_file} --resume")
-    return run.adapter
 
 
 def base_of(adapter: str | Path, base: str | None = None) -> str:

@@ -113,6 +113,16 @@ class RunFolder:
         return [folder for folder in self.path.glob("checkpoint-*") if folder.name[11:].isdecimal()]
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter's folder, given that or its run's. Raises IsotuneError for a run that is not finished."""
+    run = RunFolder(path)
+    if not run.is_run():
+        return Path(path)
+    if not run.adapter.is_dir():
+        raise IsotuneError(f"the run in {path} is not finished: isotune train {run.recipe_file} --resume")
+    return run.adapter
+
+
 def mark_complete(checkpoint: Path) -> None:
     """Flush a checkpoint's files to the disk, then write the marker that makes it valid."""
     for file in checkpoint.rglob("*"):
