@@ -26,11 +26,11 @@ sharded or not) are streamed tensor by tensor, and --base names what they were a
 
 Examples:
 
-  isotune merge runs/a runs/b runs/c --rule ties --weights 1,1,0.5 --set density=0.3 --out merged
+  isotune merge runs/a runs/b runs/c --rule ties --weights 1,1,0.5 --set density=0.3 --modules drop --out merged
 
   isotune merge runs/a runs/b --explain
 
-  isotune merge runs/a runs/b runs/c --rule knots --search 30 --out merged
+  isotune merge runs/a runs/b runs/c --rule knots --search 30 --modules a --out merged
 
   isotune merge ./tuned-1 ./tuned-2 --base ./base --rule task_arithmetic --set scale=0.4 --out merged --resume
 
