@@ -45,10 +45,15 @@ Written by `python -m benchmarks.accuracy`, from `methods-compared.json`; do not
 all-MiniLM-L6-v2 learns what a citation in SciCite is for (background, method or result): adapters on the query and
 value projections of all layers, the head from a converged linear probe. Every method has the size that comes nearest
 to {budget:,} parameters in the encoder, and the same {trials} learning rates ({rates}), tried with seed 0 and
-chosen on the validation rows; then {seeds} fresh seeds at the best, {rows} training rows, one epoch in batches of 16.
-Accuracy on the test rows: mean and 95 % t-interval over the seeds, and the paired difference to LoRA with its
-interval. Peak memory is that of the same runs, relative to LoRA's. Time a step is measured apart: each method beside
-LoRA in one process, by turns, the ratio of the medians, on a batch of 16 x 64 tokens.
+chosen on the validation rows; then {seeds} fresh seeds at the best, {rows} training rows, one epoch in batches of
+16. Accuracy on {eval_rows} test rows: mean and 95 % t-interval over the seeds, and the paired difference to LoRA with
+its interval. Peak memory is that of the same runs, relative to LoRA's. Time a step is measured apart: each method
+beside LoRA in one process, by turns, the ratio of the medians, on a batch of 16 x 64 tokens; LoRA's row, beside
+itself, shows how exact that is.
+
+A rate at an end of the grid is marked: beyond it the method may do better. {rows} rows are few: a wide interval means
+that the rate which did best for one seed did badly for another, and a difference smaller than its interval means
+nothing.
 
 The linear probe alone reaches {probe:.1f}. {where}
 """
@@ -108,6 +113,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "rates": given.rates,
         "seeds": found.seeds,
         "rows": given.rows,
+        "eval_rows": given.eval_rows,
         "probe_accuracy": found.probe_accuracy,
         "left_out": left_out,
         "methods": {
@@ -196,6 +202,7 @@ def page(result: dict[str, Any]) -> str:
         rates=", ".join(f"{rate:g}" for rate in result["rates"]),
         seeds=len(result["seeds"]),
         rows=result["rows"],
+        eval_rows=result["eval_rows"] or "all",
         probe=100 * result["probe_accuracy"],
         where=f"{result['machine']['cpu']}, {result['machine']['threads']} threads; commit "
         f"{result['versions'].get('commit', 'unknown')}; {result['date']}.",

@@ -31,6 +31,7 @@ def result(**methods: dict[str, Any]) -> dict[str, Any]:
         "rates": [3e-4, 1e-3, 3e-3],
         "seeds": [1, 2],
         "rows": 100,
+        "eval_rows": None,
         "probe_accuracy": 0.695,
         "left_out": {"big": "it does not fit"},
         "methods": {
