@@ -12,22 +12,23 @@ import gzip
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.__main__ import rounded
 from benchmarks.machine import machine, now, versions
+from benchmarks.memory import run_child
 from benchmarks.tables import table
 from isotune.checkpoint.files import STATISTICS
 from isotune.merging.adapters import merge
 from isotune.merging.reversible_adapters import compress_adapters, recover_adapter
 from isotune.training.demo import half_width
 from isotune.training.folder import RunFolder
-from isotune.training.measure import peak_memory_bytes, reset_peak_memory
 from isotune.training.models import MINILM
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import build_recipe
@@ -292,23 +293,12 @@ def _recovered(one: Contender, folders: list[Path], output: Path) -> dict[str, A
 
 
 def cost(one: Contender, folders: list[Path]) -> dict[str, float]:
-    """Seconds of one merge, the median of three, and the largest memory that one took beside what there was."""
-    adapters, names = [RunFolder(folder).adapter for folder in folders], [folder.name for folder in folders]
-    seconds, memory = [], []
-    for _ in range(3):
-        with tempfile.TemporaryDirectory() as scratch:
-            reset_peak_memory()
-            before, started = peak_memory_bytes(), time.perf_counter()
-            if one.rule == "rmm":
-                compress_adapters(adapters, Path(scratch) / "merged", names, progress=False, **one.options)
-            else:
-                merge(
-                    adapters, one.rule, None, Path(scratch) / "merged", options=one.options, names=names,
-                    modules="drop", progress=False,
-                )  # fmt: skip
-            seconds.append(time.perf_counter() - started)
-            memory.append(peak_memory_bytes() - before)
-    return {"seconds": statistics.median(seconds), "memory_bytes": max(memory)}
+    """Seconds of one merge, and the memory that it took beside what there was, in a process of its own."""
+    adapters = [str(RunFolder(folder).adapter) for folder in folders]
+    with tempfile.TemporaryDirectory() as scratch:
+        where, threads = str(Path(scratch) / "merged"), str(torch.get_num_threads())
+        found = run_child("benchmarks.one_merge", [one.rule, json.dumps(one.options), where, threads, *adapters])
+    return {"seconds": found["seconds"], "memory_bytes": found["added_bytes"]}
 
 
 def _accuracy(tasks: Tasks, adapter: Path | None) -> dict[str, float]:

@@ -107,7 +107,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         file = folder / f"{rule}.json"
         if given.again or not file.is_file():
             print(rule, file=sys.stderr, flush=True)
-            asked = [rule, str(folder / "merged"), str(given.threads), *map(str, adapters)]
+            asked = [rule, "{}", str(folder / "merged"), str(given.threads), *map(str, adapters)]
             file.write_text(json.dumps({"kind": kinds[rule], **run_child("benchmarks.one_merge", asked)}))
         found[rule] = json.loads(file.read_text())
     return about | {"rules": found}

@@ -1,6 +1,6 @@
 """One merge in a process of its own, which holds nothing else: its seconds and its memory.
 
-`python -m benchmarks.one_merge RULE OUTPUT THREADS ADAPTER...` is such a process.
+`python -m benchmarks.one_merge RULE OPTIONS OUTPUT THREADS ADAPTER...`, with the options as JSON, is such a process.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from isotune.merging.registry import rule_class
 from isotune.merging.reversible_adapters import compress_adapters
 
 
-def one_merge(rule: str, output: Path, adapters: Sequence[Path]) -> dict[str, Any]:
+def one_merge(
+    rule: str, output: Path, adapters: Sequence[Path], options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Merge by a rule, or compress by "rmm", and tell what it took; what is written is removed."""
     rule_class(rule)  # so that no import is counted
     reset_peak()
     before, cpu, wall = peak_bytes(), time.process_time(), time.perf_counter()
     if rule == "rmm":
-        error, rank = compress_adapters(adapters, output, progress=False).error, None
+        error, rank = compress_adapters(adapters, output, progress=False, **(options or {})).error, None
     else:
-        merged = merge(adapters, rule, output=output, progress=False)
+        merged = merge(adapters, rule, options=dict(options or {}), output=output, modules="drop", progress=False)
         error, rank = merged.error, max(merged.ranks.values())
     figures = {
         "models": len(adapters),
@@ -51,6 +53,6 @@ def _size(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    _, asked, where, threads, *folders = sys.argv
+    _, asked, chosen, where, threads, *folders = sys.argv
     torch.set_num_threads(int(threads))
-    print(json.dumps(one_merge(asked, Path(where), list(map(Path, folders)))))
+    print(json.dumps(one_merge(asked, Path(where), list(map(Path, folders)), json.loads(chosen))))
