@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--per-intent", type=int, default=50, help="training rows an intent, at most 100")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of training")
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of all adapters and heads")
+    parser.add_argument("--finished", action="store_true", help="write the page of what is measured so far")
     parser.add_argument("--train-only", action="store_true", help="train the adapters, and merge nothing")
     given = parser.parse_args(arguments)
     quiet_libraries()
@@ -121,9 +122,9 @@ def main(arguments: list[str] | None = None) -> None:
             for rank, seed in _cells(given):
                 runs_of(given, data, method, rank, seed)
         return
-    result = measure(given, data)
+    result = rounded(measure(given, data))
     given.docs.mkdir(parents=True, exist_ok=True)
-    (given.docs / "merging-compared.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
+    (given.docs / "merging-compared.json").write_text(json.dumps(result, indent=1) + "\n")
     (given.docs / "merging-compared.md").write_text(page(result))
 
 
@@ -207,10 +208,15 @@ def measure(given: argparse.Namespace, data: dict[str, dict[str, Path]]) -> dict
                     cells.append(_kept(given, name, make))
                     cells[-1] |= {"rank": rank, "seed": seed}
     costs = {
-        f"{one.title}, rank {rank}": cost(one, runs_of(given, data, one.method, rank, 1))
+        f"{one.title}, rank {rank}": _kept(
+            given,
+            f"cost-of-{one.title.replace(' ', '-')}-r{rank}",
+            partial(cost, one, runs_of(given, data, one.method, rank, 1)),
+        )
         for rank in given.ranks
         for one in contenders
     }
+    cells = [cell for cell in cells if "title" in cell]
     options = ("per_intent", "epochs", "rate", "seeds", "domains")
     return {**about, "settings": {name: getattr(given, name) for name in options}, "cells": cells, "costs": costs}
 
@@ -218,6 +224,8 @@ def measure(given: argparse.Namespace, data: dict[str, dict[str, Path]]) -> dict
 def _kept(given: argparse.Namespace, name: str, make: Any) -> dict[str, Any]:
     """What was measured before under that name, or is measured now."""
     file = given.output / "results" / f"{name}.json"
+    if not file.is_file() and given.finished:
+        return {}
     if not file.is_file():
         Screen().say(name)
         found = make()
@@ -328,13 +336,16 @@ def page(result: dict[str, Any]) -> str:
         bare = [{**cell, "accuracy": cell["bare"]} for cell in next(iter(alone.values()))]
         body.append(_row(f"no adapter, heads of {next(iter(alone))}", bare, next(iter(alone.values()))))
         merged = [(title, found) for title, found in rows.items() if "rule" in found[0]]
+        short = [title for title, found in merged if len(found) < settings["seeds"]]
+        merged = [(title, found) for title, found in merged if title not in short]
         merged.sort(key=lambda entry: -statistics.fmean(map(_mean, entry[1])))
         body += [
             _row(title, found, alone[found[0]["method"]], result["costs"][f"{title}, rank {rank}"])
             for title, found in merged
         ]
         header = ["merged", "accuracy", "relative to alone, %", "scale", "rank", "error", "seconds", "MB"]
-        parts.append(f"## Adapters of rank {rank}\n\n{table(header, body)}\n")
+        left_out = f"\nLeft out, for not all seeds were measured: {'; '.join(short)}.\n" if short else ""
+        parts.append(f"## Adapters of rank {rank}\n\n{table(header, body)}\n{left_out}")
     return "\n".join(parts)
 
 
@@ -361,8 +372,8 @@ def _row(
         ", ".join(f"{scale:g}" for scale in scales),
         str(max(cell["merged_rank"] for cell in found)),
         f"{error:.2f}" if error > 1e-3 else "0",
-        f"{cost['seconds']:.2f}",
-        f"{cost['memory_bytes'] / 2**20:.0f}",
+        f"{cost['seconds']:.2f}" if cost else "",
+        f"{cost['memory_bytes'] / 2**20:.0f}" if cost else "",
     ]
 
 
