@@ -30,6 +30,18 @@ def local_folder(name: str | Path) -> Path | None:
     return None
 
 
+def read_tensor(file: Path, key: str) -> Tensor:
+    """One tensor of a safetensors file, opened anew each time: the pages of an open file stay in memory.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
 class StoredBase:
     """The safetensors files of a base model, sharded or not. Raises CheckpointError where there are none."""
 
@@ -68,11 +80,7 @@ class StoredBase:
         return self._tensor(key) if key in self.file_of else None
 
     def _tensor(self, key: str) -> Tensor:
-        try:
-            with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
-                return opened.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / self.file_of[key]} cannot be read: {error}") from None
+        return read_tensor(self.folder / self.file_of[key], key)
 
     def _key(self, wanted: str) -> str:
         parts = wanted.split(".")

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isotune.cli import adapters, demo, merge, methods, train
+from isotune.cli import adapters, demo, merge, methods, rules, train
 from isotune.errors import IsotuneError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ train.register(app)
 methods.register(app)
 adapters.register(app)
 merge.register(app)
+rules.register(app)
 demo.register(app)
 
 

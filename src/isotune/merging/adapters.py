@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from isotune.adapters.contract import Adapter
 from isotune.adapters.low_rank.lora import LoRA
@@ -25,13 +24,13 @@ from isotune.linalg.low_rank import Factored, from_dense, truncated
 from isotune.merging.checks import check_models, check_options, read_models
 from isotune.merging.contract import AnyRule, Change, RotationRule, Rule, size
 from isotune.merging.inputs import Inputs, Model
+from isotune.merging.modules import TASK, merged_modules, task_file
 from isotune.merging.registry import rule as rule_by_name
 from isotune.merging.run import Run
 from isotune.progress import counting
 from isotune.sites import Site
 
 REPORT = "merge.json"
-TASK = "task.json"
 
 Parts = dict[str, tuple[Site, Settings, Adapter]]
 
@@ -134,7 +133,7 @@ def merge(
         inputs.models[0].stored.config.get("base_model_name_or_path"),
         next((header["base_config"] for header in headers if header["base_config"]), ""),
         {path: entry for header in headers for path, entry in header["sites"].items()},
-        files={REPORT: report, TASK: _task(inputs.models, modules)},
+        files={REPORT: report, TASK: task_file(inputs.models, modules)},
     )
     return merged
 
@@ -263,55 +262,6 @@ def _unturned(settings: Settings, site: Site, name: str) -> tuple[Settings, Adap
             "is no mean; merge adapters of the same layers, or use rule compose"
         )
     return settings, settings.build(site, torch.Generator().manual_seed(0))
-
-
-def merged_modules(models: Sequence[Model], policy: str | None) -> State:
-    """The modules trained in full that the merged adapter holds, by path.
-
-    Those that are the same in all adapters that have them are kept; for others the policy decides.
-    """
-    names = [model.name for model in models]
-    if policy == "drop":
-        return {}
-    if policy in names:
-        return models[names.index(policy)].stored.trained
-    if policy not in (None, "average"):
-        raise OptionError(f"modules={policy!r} is unknown; say average, drop, or an adapter: {', '.join(names)}")
-    found: State = {}
-    for path in dict.fromkeys(p for model in models for p in model.stored.trained):
-        owners = [(model.weight, model.stored.trained[path]) for model in models if path in model.stored.trained]
-        first = owners[0][1]
-        shapes = {tuple((key, tuple(t.shape)) for key, t in sorted(state.items())) for _, state in owners}
-        if len(shapes) == 1 and all(state[key].equal(first[key]) for _, state in owners for key in first):
-            found[path] = first
-        elif policy is None or len(shapes) > 1:
-            why = "of different shapes" if len(shapes) > 1 else "with different values"
-            averaged = "" if len(shapes) > 1 else "modules=average (--modules average), "
-            raise CheckpointError(
-                f"{len(owners)} adapters hold the module {path!r}, trained in full, {why}; say what to do: {averaged}"
-                "modules=drop, or the name of the adapter whose modules to keep"
-            )
-        else:
-            found[path] = {key: _average([(w, state[key]) for w, state in owners], path) for key in first}
-    return found
-
-
-def _average(owners: Sequence[tuple[float, Tensor]], path: str) -> Tensor:
-    total = sum(weight for weight, _ in owners)
-    if total == 0:
-        raise OptionError(f"the weights sum to zero, so that there is no average of the module {path!r}")
-    mean = sum((weight / total * tensor.float() for weight, tensor in owners), torch.zeros(()))
-    return mean.to(owners[0][1].dtype)
-
-
-def _task(models: Sequence[Model], policy: str | None) -> str | None:
-    """What `isotune evaluate` needs to know, where all adapters agree on it or one lends its modules."""
-    files = {model.name: model.stored.path / TASK for model in models}
-    if policy in files:
-        files = {policy: files[policy]}
-    texts = {file.read_text() if file.is_file() else None for file in files.values()}
-    (text, *others) = texts
-    return None if others else text
 
 
 def _finite_size(path: str, change: Change) -> float:

@@ -17,9 +17,9 @@ from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError, NoLowRankFormError
 from isotune.linalg.low_rank import Factored
-from isotune.merging.adapters import TASK
 from isotune.merging.checks import read_models
 from isotune.merging.inputs import Model
+from isotune.merging.modules import TASK
 from isotune.merging.names import model_names
 from isotune.merging.reversible import INDEX, Granularity, Reversible, compress
 from isotune.merging.sealed import Shapes, read_sealed, write_sealed

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.base import StoredBase, read_tensor
 from isotune.errors import CheckpointError
 
 CODES = {
@@ -72,27 +72,22 @@ class StoredModel:
 
     def tensor(self, name: str) -> Tensor:
         """That tensor as stored, lazily read. Raises CheckpointError for NaN, infinity, or a copy that differs."""
-        found = self._read(self.shared.get(name, name))
+        found = self._stored(self.shared.get(name, name))
         if found.is_floating_point() and found.numel() and not all(x.isfinite() for x in found.aminmax()):
             raise CheckpointError(
                 f"{name!r} of {self.label} ({self.folder}) holds values that are not finite (NaN or infinity); "
                 "leave this model out, or restore the file from its source"
             )
         for copy in self.copies.get(name, ()):
-            if not self._read(copy).equal(found):
+            if not self._stored(copy).equal(found):
                 raise CheckpointError(
                     f"config.json of {self.label} ({self.folder}) ties {copy!r} to {name!r}, but the two differ in "
                     "its files; if they are meant to differ, set tie_word_embeddings to false in every config.json"
                 )
         return found
 
-    def _read(self, name: str) -> Tensor:
-        # Opened anew each time: the pages of an open file stay in memory.
-        try:
-            with safe_open(self.folder / self.file_of[name], framework="pt") as opened:
-                return opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / self.file_of[name]} cannot be read: {error}") from None
+    def _stored(self, name: str) -> Tensor:
+        return read_tensor(self.folder / self.file_of[name], name)
 
 
 def read_model(name: str | Path, label: str) -> StoredModel:

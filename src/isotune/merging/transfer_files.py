@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.base import StoredBase, read_tensor
 from isotune.errors import CheckpointError
 
 PREFIX = "model."
@@ -41,11 +41,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         key = self.stored_as[name]
-        try:
-            with safe_open(self.folder / self.base.file_of[key], framework="pt") as opened:
-                return opened.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / self.base.file_of[key]} cannot be read: {error}") from None
+        return read_tensor(self.folder / self.base.file_of[key], key)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read."""
