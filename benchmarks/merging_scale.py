@@ -182,9 +182,11 @@ def _promise(settings: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
         return "This is not the size at which anything is promised."
     missed = [name for name, row in found.items() if row["kind"] != "entries" and not kept_promise(row)]
     verdict = f"missed by {', '.join(missed)}" if missed else "kept by all of them"
+    unknown = [name for name, kind in candidates().items() if kind != "entries" and name not in found]
     return (
         f"Promised of every rule but those on single entries: at most {PROMISED['seconds']:g} seconds and "
         f"{PROMISED['bytes'] / 1e6:g} MB in all; {verdict}."
+        + (f" Not measured, and so not among them: {', '.join(unknown)}." if unknown else "")
     )
 
 
