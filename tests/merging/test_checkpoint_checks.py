@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isotune.errors import CheckpointError, OptionError
+from isotune.merging import stored_models
 from isotune.merging.checkpoint_checks import check_checkpoints
 from isotune.merging.checkpoints import merge_checkpoints
 from isotune.merging.contract import Aligned, Change, RotationRule, Rule
 from isotune.merging.rules.sum import Sum
 from isotune.merging.shards import parse_size
-from isotune.merging.stored_models import StoredModel
 from isotune.merging.tensor_kinds import tensor_kinds
 from isotune.merging.vocabularies import token_ids
 
@@ -36,7 +36,7 @@ def refusal(folders: list[Path], base: Path | None, monkeypatch: pytest.MonkeyPa
     def read(*_: Any) -> Tensor:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(StoredModel, "_read", read)
+    monkeypatch.setattr(stored_models, "read_tensor", read)
     output = folders[0].parent / "out"
     with pytest.raises(CheckpointError) as caught:
         merge(folders, Sum(), output, base, **options)

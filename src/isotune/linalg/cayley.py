@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from isotune.linalg.factorised import solve
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.thin import without_autocast
 
@@ -40,7 +41,7 @@ def cayley(Q: Tensor) -> Tensor:
     with without_autocast(Q):
         Q = at_least_fp32(Q)
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        return torch.linalg.solve(eye - Q, eye + Q)
+        return solve(eye - Q, eye + Q)
 
 
 def inverse_cayley(R: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def inverse_cayley(R: Tensor) -> Tensor:
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     if bool((torch.linalg.svdvals(R + eye) < 2 * torch.finfo(R.dtype).eps ** 0.5).any()):
         raise ValueError("it has the eigenvalue -1, which no Cayley transform has")
-    Q = torch.linalg.solve(R + eye, R - eye)
+    Q = solve(R + eye, R - eye)
     return (Q - Q.mT) / 2
 
 

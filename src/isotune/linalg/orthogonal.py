@@ -22,6 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from isotune.linalg.factorised import det
+
 
 def nearest_orthogonal(X: Tensor) -> Tensor:
     """The orthogonal matrices nearest to X (..., k, k): the polar factors. They are unique where X is invertible."""
@@ -41,7 +43,7 @@ def _nearest_with_determinant(X: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     The second is zero where there are several, else positive (Kabsch 1976; Umeyama 1991).
     """
     U, S, Vh = torch.linalg.svd(X)
-    last = torch.sign(torch.linalg.det(U @ Vh) * sign)
+    last = torch.sign(det(U @ Vh) * sign)
     U = torch.cat([U[..., :-1], U[..., -1:] * last[..., None, None]], dim=-1)
     return U @ Vh, S[..., -2] + last * S[..., -1] if S.shape[-1] > 1 else torch.ones_like(last)
 
@@ -96,7 +98,7 @@ def mean(rotations: Sequence[Tensor], weights: Sequence[float], steps: int = 500
     """
     R = torch.stack(tuple(torch.broadcast_tensors(*rotations)))
     w = torch.tensor(weights, dtype=R.dtype, device=R.device).view(-1, *[1] * (R.dim() - 1))
-    determinants = torch.linalg.det(R)
+    determinants = det(R)
     if bool((determinants * determinants[0] < 0).any()):
         raise ValueError(
             "some of them have the determinant 1 and some -1 (an even and an odd number of reflections), and no path "

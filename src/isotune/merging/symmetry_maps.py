@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from isotune.errors import OptionError, nearest
+from isotune.linalg.factorised import inv
 from isotune.linalg.low_rank import Factored
 
 SYMMETRIES = ("permutation", "value_output", "query_key", "scale")
@@ -73,7 +74,7 @@ class Blocks:
 
         Columns mapped by it, `W -> W (diag(M) P)⁻¹`, undo this map.
         """
-        inverse = None if self.matrices is None else torch.linalg.inv(self.matrices).mT
+        inverse = None if self.matrices is None else inv(self.matrices).mT
         return Blocks(self.order if order is None else order, inverse)
 
 
