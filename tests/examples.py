@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 NOT_RUN = "not run"
 """How the title of a block begins that the tests cannot run; the rest of the title says why."""
-BRIEFLY = ("--set", "training.max_steps=2")
+BRIEFLY = ("--set", "training.max_steps=2", "--set", "data.max_length=32")
 """What makes the training of an example short: it is added to its `isotune train`."""
 LANGUAGES = {"python", "bash", "yaml", "toml", "json", "text"}
 
