@@ -74,8 +74,8 @@ def _info(line: str) -> tuple[str, str]:
     return line.split(" ", 1)[0], title[1] if title else ""
 
 
-def run_page(page: Path, names: dict[str, Any], training: Sequence[str] = ()) -> dict[str, Any]:
-    """Run a page's blocks one after the other in the working folder; returns what its Python left behind.
+def run_page(page: Path, names: dict[str, Any], training: Sequence[str] = ()) -> None:
+    """Run a page's blocks one after the other in the working folder, its Python among `names`.
 
     Blocks of YAML or JSON whose title is a file's name are written there. `training` is what is added to each
     `isotune train`, to make it short.
@@ -87,7 +87,6 @@ def run_page(page: Path, names: dict[str, Any], training: Sequence[str] = ()) ->
             run_python(block, names)
         elif block.is_run:
             run_commands(block, training)
-    return names
 
 
 def run_python(block: Block, names: dict[str, Any]) -> None:
