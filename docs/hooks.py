@@ -33,8 +33,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """In the table of all methods, lead to their pages in place of the sections below it, which those repeat."""
-    if page.file.src_uri != "methods.md":
-        return markdown
-    table = markdown[: markdown.index("\n## ")]
-    return re.sub(r"\]\(#(\w+)\)", r"](methods/\1.md)", table)
+    """Lead to the methods' pages, where the Markdown leads to the sections of the table, which is cut down to itself."""
+    if page.file.src_uri == "methods.md":
+        table = markdown[: markdown.index("\n## ")]
+        return re.sub(r"\]\(#(\w+)\)", r"](methods/\1.md)", table)
+    return re.sub(r"methods\.md#(\w+)\)", r"methods/\1.md)", markdown)
