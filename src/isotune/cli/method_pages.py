@@ -34,7 +34,7 @@ def method_page(found: MethodInfo, kind: type[Settings]) -> str:
 
 
 def _use(found: MethodInfo, kind: type[Settings]) -> str:
-    size = kind.size_option
+    size = kind.size_option or ""
     value = kind.model_fields[size].default if size in kind.model_fields else None
     given = f"{size}={value}" if value is not None else ""
     public = f"{kind.__name__}({given})"
@@ -55,20 +55,17 @@ method: {recipe}
 
 def _can(found: MethodInfo) -> str:
     """What probing shows, at the default options."""
-    rank = f"yes; the rank of the change is {found.lora_rank}" if found.lora_rank else "no"
+    lora = f"yes; the rank of the change is {found.lora_rank}" if found.lora_rank else "no"
     rows = [
         ["trained in a layer with W of shape (n_out, n_in)", f"`{found.parameters}`"],
         ["layers", ", ".join(found.kinds)],
         ["a fresh adapter changes nothing", said(found.identity_at_start)],
         ["folds into the weight and the bias", said(found.foldable)],
-        [
-            "exported as an exact LoRA",
-            f"yes; the rank of the change is {rank}" if (rank := found.lora_rank) else "no",
-        ],
+        ["exported as an exact LoRA", lora],
         ["a saved adapter loads in PEFT", said(found.peft)],
         ["learning rate of a recipe without one", f"{found.learning_rate:g}"],
     ]
-    return f"## What it can do\n\nProbed at the default options.\n\n{markdown_table(['', ''], rows)}"
+    return f"## What it can do\n\n{markdown_table(['at the default options', 'probed'], rows)}"
 
 
 def _properties(kind: type[Settings]) -> dict[str, dict[str, Any]]:
