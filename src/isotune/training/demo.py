@@ -25,8 +25,9 @@ from isotune.training.models import MINILM
 from isotune.training.probe import Probe, fit_probe
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import Recipe, build_recipe
-from isotune.training.run import Result, split_features, train
+from isotune.training.run import Result, train
 from isotune.training.session import Session, TaskSpec
+from isotune.training.start import split_features
 from isotune.training.tasks import Example
 
 METHODS: dict[str, dict[str, Any]] = {"hra": {"name": "hra", "rank": 8}, "lora": {"name": "lora", "rank": 4}}

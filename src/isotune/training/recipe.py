@@ -48,7 +48,9 @@ class Recipe(Section):
     model: str = Field(description="Folder or hub id of the pretrained model; `minilm` for the packaged one.")
     task: Literal["classification", "causal-lm"] = Field(default="classification", description="What to learn.")
     data: DataSettings = Field(description="The rows and their columns.")
-    method: dict[str, Any] = Field(default={"name": "hra"}, description="The method's name and its options.")
+    method: dict[str, Any] = Field(
+        default={"name": "hra"}, description="The method's name and its options; `full` trains the whole model."
+    )
     targets: str | list[str] = Field(default="attention", description="Which layers: preset, suffixes, regex.")
     exclude: str | list[str] | None = Field(default=None, description="Layers to leave out of the targets.")
     overrides: dict[str, dict[str, Any]] = Field(default={}, description="Method options per target.")
