@@ -102,6 +102,16 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise IsotuneError(f"{self.metrics_file} cannot be read: {error}") from None
 
+    def history(self) -> list[dict[str, float]]:
+        """Losses and validation metrics by step; empty where the run wrote none."""
+        try:
+            found: list[dict[str, float]] = json.loads(self.history_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise IsotuneError(f"{self.history_file} cannot be read: {error}") from None
+        return found
+
     def trained(self) -> Path | None:
         """The final adapter's folder, or the final model's; None before there is one."""
         return next((folder for folder in (self.adapter, self.model) if folder.is_dir()), None)
