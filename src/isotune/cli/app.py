@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isotune.cli import adapters, demo, merge, methods, rules, train
+from isotune.cli import adapters, compare, demo, merge, methods, rules, train
 from isotune.errors import IsotuneError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 
 train.register(app)
+compare.register(app)
 methods.register(app)
 adapters.register(app)
 merge.register(app)

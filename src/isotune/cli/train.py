@@ -13,7 +13,8 @@ Flag = typer.Option
 
 _TRAIN_HELP = """Train an adapter from a recipe, from flags, or from a recipe with flags over it.
 
-Everything goes into the output folder: the resolved recipe, checkpoints, the adapter, metrics.json.
+Everything goes into the output folder: the resolved recipe, checkpoints, the adapter, metrics.json, history.json.
+Method full trains the whole model in place of an adapter, and leaves it in the folder `model`.
 
 Examples:
 
@@ -32,7 +33,7 @@ for example --set training.num_train_epochs=1 --set training.report_to=tensorboa
 On several processes: torchrun --nproc-per-node 2 -m isotune.cli train recipe.yaml
 """
 
-_EVALUATE_HELP = """Evaluate a run, or an adapter that `isotune train` wrote, and write its predictions.
+_EVALUATE_HELP = """Evaluate a run, or an adapter or model that isotune wrote, and write its predictions.
 
 Without --data the run's own test rows are used (else its validation rows).
 
@@ -59,7 +60,7 @@ def train_command(
     label: Annotated[str | None, Flag(help="Column with the label.")] = None,
     prompt: Annotated[str | None, Flag(help="Column with the prompt (causal-lm).")] = None,
     completion: Annotated[str | None, Flag(help="Column with the completion (causal-lm).")] = None,
-    method: Annotated[str | None, Flag(help="Method; see isotune methods.")] = None,
+    method: Annotated[str | None, Flag(help="Method; see isotune methods. Or full: no adapter.")] = None,
     rank: Annotated[int | None, Flag(help="The method's rank.")] = None,
     targets: Annotated[
         str | None, Flag(help="attention, query-value, mlp, all-linear, or a regular expression.")
@@ -85,11 +86,13 @@ def train_command(
     except KeyboardInterrupt as stopped:
         print(f"\nisotune: {stopped or 'stopped at once'}", file=sys.stderr)
         raise typer.Exit(130) from None
-    _show(result.metrics, as_json, f"{result.output}: finished. Adapter: {result.adapter}")
+    _show(result.metrics, as_json, f"{result.output}: finished. Trained: {result.trained}")
 
 
 def evaluate_command(
-    path: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder or an adapter's.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_FOLDER", help="A run, an adapter, or a model trained in full or merged.")
+    ],
     data: Annotated[str | None, Flag(help="Rows to evaluate on.")] = None,
     model: Annotated[str | None, Flag(help="The pretrained model, if it has moved.")] = None,
     text: Annotated[str | None, Flag(help="Column with the text.")] = None,
