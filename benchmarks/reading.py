@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from benchmarks.standings import Row, Summary, apart, difference, ranked, tied_with_best, worth_of_tuning
 from benchmarks.tables import table
-from isotune.training.demo import half_width
+from isotune.comparison.intervals import half_width
 
 
 def at_budget(summary: Summary, budget: int) -> str:
@@ -44,7 +44,7 @@ def reading(summary: Summary, budget: int) -> str:
         said.append(f"Best at an end of the range of rates, so perhaps better than shown: {_named(edges)}.")
     if front := [row for row in rows if row.get("front")]:
         said.append(f"On the Pareto front of {metric} over parameters, all budgets together: {_named(front)}.")
-    if sum(len(row.get("learning_rates") or {}) > 1 for row in rows) > 1:
+    if sum(len(row.get("learning_rates", {})) > 1 for row in rows) > 1:
         rate, method = worth_of_tuning(rows)
         said.append(
             f"On the validation rows the worst of the tried rates cost a method {number(rate, metric)} (median); the "
@@ -98,9 +98,9 @@ def _difference(row: Row, baseline: Row, metric: str) -> str:
 
 
 def number(value: float, metric: str) -> str:
-    """Shares in percent, other figures to three digits."""
+    """Shares in percent, other figures as they are."""
     is_share = any(word in metric for word in ("accuracy", "f1"))
-    return f"{100 * value:.1f}" if is_share else f"{value:.3g}"
+    return f"{100 * value:.1f}" if is_share else f"{value:.3f}"
 
 
 def _words(key: str) -> str:

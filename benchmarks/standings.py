@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from isotune.training.demo import half_width
+from isotune.comparison.intervals import half_width
 
 Row = dict[str, Any]
 Summary = dict[str, Any]
@@ -60,12 +60,17 @@ def ranked(summary: Summary, budget: int | None) -> list[Row]:
 def difference(row: Row, other: Row) -> tuple[float, float | None]:
     """`row` minus `other`, paired over the seeds: mean and half of its 95 % t-interval.
 
-    The half is None for fewer than two seeds, and where a seed of one of them is missing.
+    Only seeds that both have count; the half is None for fewer than two of them.
     """
-    mean = statistics.fmean(row["values"]) - statistics.fmean(other["values"])
-    if len(row["values"]) != len(other["values"]) or len(row["values"]) < 2:
-        return mean, None
-    return mean, half_width([a - b for a, b in zip(row["values"], other["values"], strict=True)])
+    ours, theirs = _by_seed(row), _by_seed(other)
+    paired = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    if not paired:
+        return statistics.fmean(row["values"]) - statistics.fmean(other["values"]), None
+    return statistics.fmean(paired), half_width(paired) if len(paired) > 1 else None
+
+
+def _by_seed(row: Row) -> dict[int, float]:
+    return dict(zip(row.get("seeds", range(len(row["values"]))), row["values"], strict=True))
 
 
 def apart(row: Row, other: Row) -> bool:
@@ -82,8 +87,10 @@ def tied_with_best(rows: list[Row]) -> list[Row]:
 def worth_of_tuning(rows: list[Row]) -> tuple[float, float]:
     """The median over the methods of best minus worst validation score by learning rate, and best minus worst method.
 
-    The second is that of validation scores at each method's best rate, so that the two can be compared.
+    The second is that of validation scores at each method's best rate, so that the two can be compared. A higher
+    score is better. Rates that diverged, whose score is None, are left out: the first is too small if anything.
     """
-    scores = [list(row["learning_rates"].values()) for row in rows if len(row.get("learning_rates") or {}) > 1]
+    tried = [[score for score in row.get("learning_rates", {}).values() if score is not None] for row in rows]
+    scores = [found for found in tried if len(found) > 1]
     best = [max(found) for found in scores]
     return statistics.median(max(found) - min(found) for found in scores), max(best) - min(best)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 NOT_RUN = "not run"
 """How the title of a block begins that the tests cannot run; the rest of the title says why."""
-BRIEFLY = ("--set", "training.max_steps=2", "--set", "data.max_length=32")
-"""What makes the training of an example short: it is added to its `isotune train`."""
+BRIEFLY = {
+    "train": ("--set", "training.max_steps=2", "--set", "data.max_length=32"),
+    "compare": ("--plan",),
+}
+"""By command, what is added to it to make an example short: little training, and of a comparison the plan only."""
 LANGUAGES = {"python", "bash", "yaml", "toml", "json", "text"}
 
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -74,11 +76,10 @@ def _info(line: str) -> tuple[str, str]:
     return line.split(" ", 1)[0], title[1] if title else ""
 
 
-def run_page(page: Path, names: dict[str, Any], training: Sequence[str] = ()) -> None:
-    """Run a page's blocks one after the other in the working folder, its Python among `names`.
+def run_page(page: Path, names: dict[str, Any]) -> None:
+    """Run a page's blocks one after the other in the working folder, its Python among `names`, and all `BRIEFLY`.
 
-    Blocks of YAML or JSON whose title is a file's name are written there. `training` is what is added to each
-    `isotune train`, to make it short.
+    Blocks of YAML or JSON whose title is a file's name are written there.
     """
     for block in blocks(page):
         if block.file is not None:
@@ -86,7 +87,7 @@ def run_page(page: Path, names: dict[str, Any], training: Sequence[str] = ()) ->
         elif block.is_run and block.language == "python":
             run_python(block, names)
         elif block.is_run:
-            run_commands(block, training)
+            run_commands(block)
 
 
 def run_python(block: Block, names: dict[str, Any]) -> None:
@@ -94,14 +95,14 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
     exec(compile("\n" * (block.line - 1) + block.text, str(block.page), "exec"), names)
 
 
-def run_commands(block: Block, training: Sequence[str] = ()) -> None:
-    """Run every line of a block, each a command of isotune's, in this process."""
+def run_commands(block: Block) -> None:
+    """Run every line of a block, each a command of isotune's, in this process; `BRIEFLY`."""
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words:
             assert words[0] == "isotune", f"{block.where}: {words[0]!r} is not run here; say so in the block's title"
-            resumed = "train" not in words or "--resume" in words
-            assert not run_isotune(*words[1:], *(() if resumed else training)), f"{block.where}: {line}"
+            more = () if "--resume" in words else BRIEFLY.get(words[1], ())
+            assert not run_isotune(*words[1:], *more), f"{block.where}: {line}"
 
 
 def run_isotune(*arguments: object) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import isotune
-from examples import BRIEFLY, ROOT, Block, blocks, run_commands, run_isotune, run_python
+from examples import ROOT, Block, blocks, run_commands, run_isotune, run_python
 from isotune.adapters.registry import method_names
 from support import STORIES, write_citations
 
@@ -31,7 +31,7 @@ def test_the_command_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "recipe.yaml").write_text(recipe.text)
     monkeypatch.chdir(tmp_path)
     (commands,) = shown("From the command line", "")
-    run_commands(commands, BRIEFLY)
+    run_commands(commands)
     resume = re.search(r"`isotune (train [^`]*--resume)`", README)
     assert resume is not None
     assert run_isotune(*shlex.split(resume.group(1))) == 0

@@ -13,7 +13,7 @@ import pytest
 from worlds import WORLDS
 
 import isotune
-from examples import BRIEFLY, DOCS, LANGUAGES, NOT_RUN, Block, blocks, run_page
+from examples import DOCS, LANGUAGES, NOT_RUN, Block, blocks, run_page
 from laws.suite import LAWS, check_law
 
 PAGES = {str(page.relative_to(DOCS)): page for page in sorted(DOCS.rglob("*.md"))}
@@ -38,7 +38,7 @@ def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "page", module)
     with others_may_warn():
         vars(module).update(WORLDS.get(name, dict)())
-        run_page(PAGES[name], vars(module), BRIEFLY)
+        run_page(PAGES[name], vars(module))
     if name == "adding-a-method.md":
         _obeys_the_laws(module.Gain)
 

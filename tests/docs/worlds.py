@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import make_bert, sentences, write_jsonl
 
 from examples import run_isotune
 from support import MINILM, STORIES, tokens, write_citations
@@ -78,6 +79,23 @@ def finished_runs() -> Names:
     return {}
 
 
+def comparison() -> Names:
+    """A recipe of a tiny encoder with a section on what to compare, of the least size."""
+    Path("model").mkdir()
+    make_bert(Path("model"))
+    write_jsonl(Path("train.jsonl"), sentences(24, seed=1))
+    write_jsonl(Path("test.jsonl"), sentences(8, seed=2))
+    recipe = {
+        "model": "model",
+        "data": {"train": "train.jsonl", "test": "test.jsonl", "max_length": 16},
+        "training": {"max_steps": 1},
+        "compare": {"budgets": [300], "seeds": 1, "trials": 1, "cost_steps": 1, "full": False, "frozen": False},
+        "output": "runs/compared",
+    }
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    return {}
+
+
 def images() -> Names:
     """Batches of images and their classes."""
     draw = torch.Generator().manual_seed(0)
@@ -112,6 +130,7 @@ WORLDS: dict[str, Callable[[], Names]] = {
     "serving.md": finished_run,
     "from-peft.md": causal_model,
     "file-format.md": causal_model,
+    "compare.md": comparison,
     "merging.md": finished_runs,
 }
 """By page; a page that is not here starts in an empty folder."""
