@@ -64,6 +64,10 @@ class StoredBase:
             )
         return tensor if matrix is None else as_matrix(tensor, **matrix)
 
+    def name_of(self, path: str, matrix: Mapping[str, Any] | None = None) -> str:
+        """The stored tensor that `weight` reads, by its name in the files. Raises CheckpointError where none fits."""
+        return self._key(_name(path, matrix))
+
     def shape(self, path: str, matrix: Mapping[str, Any] | None = None) -> list[int]:
         """The shape of that weight, which is not read. Raises CheckpointError where `weight` finds none."""
         key = self._key(_name(path, matrix))
