@@ -107,10 +107,11 @@ def survey(
     check_settings(k, threshold, side)
     if not sources:
         raise OptionError("there is nothing to diagnose; name at least one adapter, run or model")
+    _check_device(device)
     opened = [open_source(source, base) for source in sources]
     settings = DiagnosisSettings(k, threshold, side)
     names = _chosen(opened, only)
-    rows: list[list[_Row]] = [[] for _ in opened]
+    rows: list[dict[str, _Row]] = [{} for _ in opened]
     overlaps: dict[tuple[int, int], list[SiteOverlap]] = {
         p: [] for p in itertools.combinations(range(len(opened)), 2)
     }
@@ -125,6 +126,14 @@ def survey(
         [_diagnosis(path, s, settings, own) for path, s, own in zip(paths, opened, rows, strict=True)],
         [Overlap.of((paths[i], paths[j]), own) for (i, j), own in overlaps.items()],
     )
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise OptionError(f"device={str(device)!r} is not usable: {first}") from None
 
 
 def _chosen(opened: Sequence[Source], only: str | None) -> list[str]:
@@ -147,7 +156,7 @@ def _at(
     settings: DiagnosisSettings,
     spectral: bool,
     device: str | torch.device,
-    rows: list[list[_Row]],
+    rows: list[dict[str, _Row]],
     advance: Callable[[int], None],
 ) -> dict[int, SVD]:
     """Measure one weight in every source that has it; the directions of its changes, where they are compared."""
@@ -157,7 +166,7 @@ def _at(
             continue
         weight = source.at(source.names[name]).to(device)
         decomposed = bases.of(source, weight) if spectral and weight.W is not None else None
-        rows[i].append(_measured(weight, decomposed, settings))
+        rows[i][name] = _measured(weight, decomposed, settings)
         if len(opened) > 1 and weight.change is not None:
             found[i] = directions(weight.change, settings.k)
         advance(1)
@@ -208,7 +217,8 @@ def _measured(weight: Weight, base: SVD | None, settings: DiagnosisSettings) -> 
     return _Row(row, moved, norm)
 
 
-def _diagnosis(path: str, source: Source, settings: DiagnosisSettings, rows: Sequence[_Row]) -> Diagnosis:
+def _diagnosis(path: str, source: Source, settings: DiagnosisSettings, found: dict[str, _Row]) -> Diagnosis:
+    rows = [found[name] for name in source.names if name in found]
     squares = [None if row.change is None else row.change**2 for row in rows]
     known = [square for square in squares if square is not None]
     total = math.fsum(known) if len(known) == len(rows) else None
@@ -218,8 +228,7 @@ def _diagnosis(path: str, source: Source, settings: DiagnosisSettings, rows: Seq
         row.site if total is None or square is None else replace(row.site, share=square / total if total else 0.0)
         for row, square in zip(rows, squares, strict=True)
     ]
-    found = [site.intruders for site in sites]
-    counted = [own for own in found if own is not None]
+    counted = [site.intruders for site in sites if site.intruders is not None]
     all_counted = bool(sites) and len(counted) == len(sites)
     return Diagnosis(
         path,
