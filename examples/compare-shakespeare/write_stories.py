@@ -22,7 +22,9 @@ def main() -> None:
         start = torch.full((64, 1), tokenizer.bos_token_id)
         options = {"do_sample": True, "top_k": 0, "max_new_tokens": 200, "pad_token_id": 0}
         for row in model.generate(start, attention_mask=torch.ones_like(start), **options).tolist():
-            ends = [row.index(token, 1) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token in row[1:]]
+            ends = [
+                row.index(token, 1) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token in row[1:]
+            ]
             stories.append(tokenizer.decode(row[1 : min(ends, default=None)], skip_special_tokens=True).strip())
     lines = (json.dumps({"text": story}, ensure_ascii=False) for story in stories if len(story) > 100)
     OUTPUT.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

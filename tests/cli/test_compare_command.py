@@ -24,7 +24,7 @@ def test_the_plan_shows_sizes_and_writes_nothing(
     given = arguments(bert, rows, tmp_path / "c")
     assert command(*given, "--plan") == 0
     shown = capsys.readouterr().out
-    assert "8 runs: 1 learning rates, then 2 seeds for each" in shown
+    assert "8 runs; of each row 1 learning rates, then 2 seeds" in shown
     assert "256 (far)" in shown
     assert command(*given, "--plan", "--json") == 0
     cells = json.loads(capsys.readouterr().out)
@@ -42,7 +42,7 @@ def test_a_table_for_people_and_json_for_machines(
     given = arguments(bert, rows, tmp_path / "c")
     assert command(*given) == 0
     out, err = capsys.readouterr()
-    assert "accuracy on the test rows, mean and 95 % t-interval over seeds" in out
+    assert "accuracy on the test rows: mean and 95 % t-interval over seeds" in out
     assert all(word in out for word in ("minus lora", "hra", "frozen", "±"))
     assert "8/8 " in err
     assert command(*given, "--json") == 0

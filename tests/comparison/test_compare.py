@@ -156,7 +156,7 @@ def test_causal_models_are_compared_by_their_loss(llama: Path, prompts: Path, tm
 def test_a_method_that_does_not_fit_is_refused_before_anything_is_written(
     bert: Path, rows: Path, tmp_path: Path
 ) -> None:
-    made = recipe(bert, rows, tmp_path / "c", compare__methods=[{"name": "hra"}, {"name": "oft", "block": 7}])
-    with pytest.raises(IsotuneError, match=r"compare\.methods: oft"):
+    made = recipe(bert, rows, tmp_path / "c", compare__methods="hra,bat", targets=["word_embeddings"])
+    with pytest.raises(IsotuneError, match=r"compare\.methods: bat cannot adapt 'backbone\.embeddings"):
         compare(made, progress=False)
     assert not (tmp_path / "c").exists()

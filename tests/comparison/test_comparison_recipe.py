@@ -56,6 +56,7 @@ def test_a_run_is_a_recipe_of_its_own_and_a_trial_never_sees_the_test_rows() -> 
         ({"compare__methods": [{"name": "hra", "rnk": 2}]}, "rnk"),
         ({"compare__methods": [{"rank": 2}]}, "does not name a method"),
         ({"compare__methods": "hra,hra"}, "the same method twice"),
+        ({"compare__methods": [{"name": "oft", "block": 8}]}, "the budget decides block"),
         ({"compare__methods": "hra,full"}, "a row of its own"),
         ({"compare__budgets": "many"}, "'many' is no number of parameters"),
         ({"compare__span": [10, 0.1]}, "the smaller first"),

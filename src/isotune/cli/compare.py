@@ -100,7 +100,7 @@ def _show_plan(cells: Any, recipe: Any) -> None:
     of = recipe.compare
     low, high = of.span
     print_table(
-        f"{recipe.model}, {planned(cells, recipe)} runs: {of.trials} learning rates, then {of.seeds} seeds for each",
+        f"{planned(cells, recipe)} runs; of each row {of.trials} learning rates, then {of.seeds} seeds",
         ["method", "budget", "size", "parameters", "learning rates"],
         [
             [
@@ -121,7 +121,7 @@ def show(found: dict[str, Any]) -> None:
     percent = found["metric"] == "accuracy"
     held_out = list(found["forgetting"])
     print_table(
-        f"{found['model']}: {found['metric']} on the test rows, mean and {found['confidence']}",
+        f"{found['metric']} on the test rows: mean and {found['confidence']}",
         ["method", "parameters", "learning rate", found["metric"], f"minus {found['baseline']}", *held_out,
          "s a step", "peak MB", "KB stored", "LoRA rank"],
         [

@@ -44,6 +44,11 @@ Examples:
   isotune evaluate runs/one --data new.csv --predictions new-predictions.csv
 
   isotune evaluate ./adapter --model ./base --data new.csv --json
+
+  isotune evaluate runs/one --forgetting other-task.csv --forgetting-text question --forgetting-label topic
+
+The last one shows what the model has forgotten: a linear probe on another task's rows, three tenths of them held out,
+with the features of the pretrained and of the trained model; of language models, the perplexity on a text.
 """
 
 
@@ -102,15 +107,27 @@ def evaluate_command(
     predictions: Annotated[Path | None, Flag(help="Write predictions here (.csv or .jsonl).")] = None,
     batch_size: Annotated[int, Flag(min=1, help="Rows at a time.")] = 64,
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
+    forgetting: Annotated[
+        str | None, Flag(help="Rows of another task (causal-lm: general text) to measure before and after.")
+    ] = None,
+    forgetting_text: Annotated[str, Flag(help="Their column with the text.")] = "text",
+    forgetting_label: Annotated[str, Flag(help="Their column with the label.")] = "label",
     as_json: Annotated[bool, Flag("--json", help="Only the metrics, as JSON, on standard output.")] = False,
 ) -> None:
-    from isotune.training.evaluation import evaluate
+    from isotune.training.evaluation import evaluate, find_trained
+    from isotune.training.forgetting import settings_for
+    from isotune.training.session import TaskSpec
 
     named = {"text": text, "label": label, "prompt": prompt, "completion": completion}
     columns = {key: name for key, name in named.items() if name is not None}
+    rows = None
+    if forgetting is not None:
+        task = TaskSpec.read(find_trained(path)[0]).task
+        rows = settings_for(task, forgetting, text=forgetting_text, label=forgetting_label)
     metrics = evaluate(
-        path, data, model=model, columns=columns, predictions=predictions, batch_size=batch_size, force=force
-    )
+        path, data, model=model, columns=columns, predictions=predictions, batch_size=batch_size, force=force,
+        forgetting=rows,
+    )  # fmt: skip
     _show(metrics, as_json, "")
 
 

@@ -23,6 +23,7 @@ from isotune.training.frozen import Frozen, frozen_metrics, frozen_probe
 from isotune.training.progress import quiet_libraries
 from isotune.training.recipe import Recipe
 from isotune.training.run import Result, train
+from isotune.training.session import TaskSpec
 
 
 @functools.lru_cache(maxsize=1)

@@ -59,8 +59,8 @@ def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
     model = Session(TaskSpec.of(recipe, splits.labels)).model
     found = find_targets(model, recipe.targets, recipe.exclude, trained=["head", *recipe.train_also])
-    sites = [require_site(layer, path) for path, layer in found.items()]
-    budgets = recipe.compare.budgets or [total_parameters(method("hra", rank=8), sites)]
+    sites = {path: require_site(layer, path) for path, layer in found.items()}
+    budgets = recipe.compare.budgets or [total_parameters(method("hra", rank=8), list(sites.values()))]
     cells = [_sized(options, budget, sites) for budget in budgets for options in recipe.methods]
     if recipe.compare.full:
         trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
@@ -70,13 +70,18 @@ def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
     return cells
 
 
-def _sized(options: dict[str, Any], budget: int, sites: list[Site]) -> Cell:
-    settings = nearest_to(budget, method(**options), sites)
-    for site in sites:
+def _sized(options: dict[str, Any], budget: int, sites: dict[str, Site]) -> Cell:
+    settings = nearest_to(budget, method(**options), list(sites.values()))
+    for path, site in sites.items():
+        if site.kind not in settings.kinds:
+            raise IsotuneError(
+                f"compare.methods: {label(options)} cannot adapt {path!r}, of kind {site.kind}; it can adapt: "
+                f"{', '.join(sorted(settings.kinds))}"
+            )
         try:
             settings.check(site)
         except IsotuneError as error:
-            raise IsotuneError(f"compare.methods: {label(options)} cannot adapt {site.path!r}: {error}") from None
+            raise IsotuneError(f"compare.methods: {label(options)} does not fit {path!r}: {error}") from None
     sized = {"name": options["name"], **settings.model_dump(exclude_unset=True)}
-    rate = method_class(options["name"]).learning_rate
-    return Cell(label(options), sized, budget, total_parameters(settings, sites), rate)
+    parameters = total_parameters(settings, list(sites.values()))
+    return Cell(label(options), sized, budget, parameters, method_class(options["name"]).learning_rate)

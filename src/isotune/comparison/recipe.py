@@ -60,9 +60,11 @@ class CompareSettings(Section):
             if one["name"] in (FULL, FROZEN):
                 raise ValueError(f"{one['name']!r} is a row of its own: compare.{one['name']}: true or false")
             try:
-                method(**one)
+                size = method(**one).size_option
             except IsotuneError as error:
                 raise ValueError(str(error)) from None
+            if size in one:
+                raise ValueError(f"{label(one)}: the budget decides {size}; leave it out")
         labels = [label(one) for one in value]
         if len(set(labels)) < len(labels):
             raise ValueError(f"the same method twice: {', '.join(labels)}")

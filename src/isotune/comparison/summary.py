@@ -114,7 +114,7 @@ def _held_out(recipe: ComparisonRecipe, rows: Sequence[Row]) -> dict[str, Any]:
     settings = recipe.compare.forgetting
     if settings is None or not rows:
         return {}
-    base = next((row["forgetting"] for row in rows if row["method"] == FROZEN), {})
+    base: dict[str, Any] = next((row["forgetting"] for row in rows if row["method"] == FROZEN), {})
     rows_of = Path(settings.train or str(settings.test)).name
     about = {
         "probe_accuracy": f"accuracy of a linear probe on {rows_of}",

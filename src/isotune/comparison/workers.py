@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import socket
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -84,9 +86,10 @@ class RayWorkers:
         self._ray = ray
         self._started = not ray.is_initialized()
         if self._started:
+            _check_answers(address)
             local: dict[str, Any] = {"num_cpus": count, "include_dashboard": False} if address == "local" else {}
             try:
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
             except (ConnectionError, ValueError) as error:
                 raise IsotuneError(f"no Ray cluster at {address!r}: {error}") from None
         self.count = count or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -102,6 +105,17 @@ class RayWorkers:
         """Leave the cluster."""
         if self._started:
             self._ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise IsotuneError where nobody answers at `host:port`; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto", "local"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise IsotuneError(f"no Ray cluster at {address!r}: {error}") from None
 
 
 def _pool(count: int) -> ProcessPoolExecutor:

@@ -6,6 +6,7 @@ import csv
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from isotune.errors import DataError, IsotuneError
 from isotune.training.arguments import machine_arguments
 from isotune.training.data import Row, check_labels, load_rows, load_splits
 from isotune.training.folder import RunFolder, trained_folder
+from isotune.training.forgetting import Forgetting, ForgettingSettings
 from isotune.training.model_folder import open_trained
 from isotune.training.progress import Screen, is_first_process, quiet_libraries
 from isotune.training.recipe import DataSettings, Recipe
@@ -37,6 +39,7 @@ def evaluate(
     predictions: str | Path | None = None,
     batch_size: int = 64,
     force: bool = False,
+    forgetting: ForgettingSettings | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate what a run trained: its adapter, or with `method: full` its model.
@@ -49,10 +52,12 @@ def evaluate(
         predictions: A .csv or .jsonl file to write one line a row to.
         batch_size: Rows at a time.
         force: Use the adapter on a base model that does not look like its own.
+        forgetting: Other rows, on which the pretrained model is measured before and after, too.
         progress: Whether to show anything on standard error.
 
     Returns:
-        Metrics with flat keys, such as `accuracy`, `macro_f1`, `loss`, `perplexity`, and `rows`.
+        Metrics with flat keys, such as `accuracy`, `macro_f1`, `loss`, `perplexity`, and `rows`; of forgetting,
+        `forgetting_probe_accuracy` (after) and `forgetting_base_probe_accuracy` (before), and so on.
 
     Raises:
         IsotuneError: The adapter, the model or the data cannot be used.
@@ -66,6 +71,10 @@ def evaluate(
     rows = rows_for(data, spec, recipe, columns or _NO_CHANGES, ("test", "validation"))
     if spec.task == "classification":
         check_labels(rows, spec.labels, "the data")
+    held_out = None
+    if forgetting is not None:
+        screen.say("measuring the pretrained model on the rows of forgetting")
+        held_out = Forgetting(forgetting, replace(spec, model=model or spec.model))
     session = open_trained(trained, model, force)
     examples = session.examples(rows)
     screen.say(f"evaluating {trained} on {len(examples)} examples")
@@ -75,7 +84,12 @@ def evaluate(
         lines = _predicted(rows, scores, spec)
         write_atomically(Path(predictions), _table(lines, Path(predictions).suffix))
         screen.say(f"predictions written to {predictions}")
-    return {**metrics, "rows": len(rows)}
+    found = {**metrics, "rows": len(rows)}
+    if held_out is not None:
+        screen.say("measuring the trained model on the rows of forgetting")
+        found |= {f"forgetting_{name}": value for name, value in held_out.measure(session.model).items()}
+        found |= {f"forgetting_base_{name}": value for name, value in held_out.base.items()}
+    return found
 
 
 def measured(

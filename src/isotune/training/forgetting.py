@@ -30,6 +30,11 @@ HIGHER_IS_BETTER = {"probe_accuracy": True, "similarity": True, "perplexity": Fa
 """The measures."""
 
 
+def settings_for(task: str, rows: str, **columns: str) -> ForgettingSettings:
+    """Settings for a single source: of a classification's rows a part is held out, causal-lm is measured on all."""
+    return ForgettingSettings(**{"train" if task == "classification" else "test": rows, **columns})
+
+
 class Forgetting:
     """Held-out rows, what the base does on them, and what any model trained from it does.
 

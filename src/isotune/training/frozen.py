@@ -41,8 +41,8 @@ def frozen_probe(recipe: Recipe, screen: Screen | None = None) -> Frozen:
 def frozen_metrics(recipe: Recipe) -> dict[str, Any]:
     """What the model itself reaches on the validation and the test rows."""
     session, examples = _prepared(recipe)
-    arguments = training_arguments(resolve_training(recipe, 0.0), recipe.output)
-    trainer = session.trainer(arguments)
+    still = recipe.model_copy(update={"training": {**recipe.training, "eval_strategy": "no"}})
+    trainer = session.trainer(training_arguments(resolve_training(still, 0.0), recipe.output))
     metrics: dict[str, Any] = {}
     for name in ("validation", "test"):
         if name in examples:

@@ -6,7 +6,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,12 @@ from isotune.training.weights import load_weights, save_weights
 class AdapterTrainer(Trainer):
     """A Trainer whose checkpoints hold the adapter alone (a model without adapters whole), once they are complete."""
 
-    def __init__(self, *args: Any, base_model: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.base_model = base_model
+    def __init__(self, *args: Any, base_model: str, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
         self.timer = StepTimer()
+        super().__init__(*args, callbacks=[self.timer, *callbacks], **kwargs)
+        self.base_model = base_model
         self.remove_callback(PrinterCallback)
         self.add_callback(_AdapterSteps())
-        self.add_callback(self.timer)
         self.add_callback(_MissedEvaluation(self))
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
