@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isotune.cli import adapters, demo, merge, methods, rules, train
+from isotune.cli import adapters, demo, merge, methods, report, rules, train
 from isotune.errors import IsotuneError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ methods.register(app)
 adapters.register(app)
 merge.register(app)
 rules.register(app)
+report.register(app)
 demo.register(app)
 
 
