@@ -97,7 +97,8 @@ def sweep(
         }
         rows.append(
             row(
-                method, values, budget, options=common["options"], parameters=parameters, learning_rate=top if tried else None,
+                method, values, budget, options=common["options"], parameters=parameters,
+                learning_rate=top if tried else None,
                 learning_rates={f"{rate:g}": value for rate, value in tried.items()}, edge=method == "ia3",
                 forgetting=forgotten, seconds_per_step=step, difference=None,
                 peak_memory_bytes=None if step is None else int(step * 2.4e9), adapter_bytes=parameters * 4,

@@ -142,8 +142,8 @@ def _add(found: Collected, path: Path, name: str) -> None:
         found.weights.append(Weights(path, name, "checkpoint", read_json(path / "config.json"), _merge(path)))
     else:
         raise IsotuneError(
-            f"{path} holds no comparison (summary.json), no run (recipe.yaml of isotune train), no adapter ({CONFIG}) "
-            "and no model (config.json); name a folder that does"
+            f"{path} holds no comparison (summary.json), no run (recipe.yaml of isotune train), no adapter "
+            f"({CONFIG}) and no model (config.json); name a folder that does"
         )
 
 
@@ -155,7 +155,7 @@ def _comparison(path: Path, name: str) -> Comparison:
     rows = summary.get("rows")
     if not isinstance(rows, list) or not isinstance(summary.get("metric"), str):
         raise IsotuneError(
-            f"{file} is no summary of a comparison: `metric` and `rows` are missing; run isotune compare"
+            f"{file} is no summary of a comparison: `metric` or `rows` is missing; run isotune compare"
         )
     if not any(isinstance(row, dict) and row.get("values") for row in rows):
         raise IsotuneError(

@@ -35,7 +35,8 @@ def add_diagnoses(
     if len(found) > most:
         left = len(found) - most
         collected.notes.append(
-            f"{words.counted(left, 'model was', 'models were')} not diagnosed, beyond the limit of {most} (--diagnose-most)."
+            f"{words.counted(left, 'model was', 'models were')} not diagnosed, beyond the limit of {most} "
+            "(--diagnose-most)."
         )
     run = diagnose or _diagnose()
     if run is None:

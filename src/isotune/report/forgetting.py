@@ -50,8 +50,8 @@ def forgetting_findings(comparison: Comparison) -> list[str]:
         apart = abs(high.mean - low.mean) > (high.half_width or 0) + (low.half_width or 0)
         known_apart = apart and high.half_width is not None and low.half_width is not None
         said.append(
-            f"Forgetting, {measure.label}: {_name(most)} keeps most, {_value(measure, high)}, and {_name(least)} least, "
-            f"{_value(measure, low)}{base}"
+            f"Forgetting, {measure.label}: {_name(most)} keeps most, {_value(measure, high)}, and {_name(least)} "
+            f"least, {_value(measure, low)}{base}"
             + ("." if known_apart else "; their intervals overlap." if high.half_width is not None else ".")
         )
     return said

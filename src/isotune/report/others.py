@@ -84,26 +84,38 @@ def compressed(one: Weights) -> str:
     """Of what rule rmm wrote: how much smaller, and the worst error."""
     errors = (one.merge or {}).get("errors") or {}
     worst = f"; the worst of them changes by {words.share(max(errors.values()))}" if errors else ""
-    return f"{one.name}: {words.counted(len(errors), 'adapter')} compressed by rmm, each of which can be recovered{worst}."
+    many = words.counted(len(errors), "adapter")
+    return f"{one.name}: {many} compressed by rmm, each of which can be recovered{worst}."
 
 
 def diagnosis_findings(diagnoses: Sequence[Diagnosis]) -> list[str]:
-    """For each diagnosed model: how far its weights moved, and its intruder dimensions."""
-    said = []
-    for one in diagnoses:
-        total = one.found.get("total") or {}
-        parts = []
-        if total.get("relative_change") is not None:
-            parts.append(f"changed the weights by {words.share(total['relative_change'])}")
-        if total.get("intruders") is not None:
-            count, where = total["intruders"], total.get("sites_with_intruders", 0)
-            layers = f" in {where} of {total.get('sites', len(one.found.get('sites', [])))} layers" if count else ""
-            parts.append(
-                f"brought {words.counted(count, 'intruder dimension') if count else 'no intruder dimension'}{layers}"
-            )
-        if parts:
-            said.append(f"{words.sentence(one.label)} {words.listed(parts)}.")
-    return said
+    """How far the weights moved, and who brought intruder dimensions: each by name, or of many the extremes."""
+    if len(diagnoses) <= 6:
+        said = [part for one in diagnoses if (part := _moved(one))]
+        return [f"Change of the weights: {'; '.join(said)}."] if said else []
+    counts = [
+        (one, count) for one in diagnoses if (count := (one.found.get("total") or {}).get("intruders")) is not None
+    ]
+    if not counts:
+        return []
+    most, many = max(counts, key=lambda pair: pair[1])
+    some = sum(count > 0 for _, count in counts)
+    return [
+        f"Intruder dimensions in {some} of {len(counts)} models that were diagnosed"
+        + (f", most of them, {many}, in {most.label}." if many else ".")
+    ]
+
+
+def _moved(one: Diagnosis) -> str:
+    total = one.found.get("total") or {}
+    change, count = total.get("relative_change"), total.get("intruders")
+    parts = [] if change is None else [words.share(change)]
+    if count:
+        where, sites = total.get("sites_with_intruders"), total.get("sites", len(one.found["sites"]))
+        parts.append(f"{words.counted(count, 'intruder dimension')} in {where} of {sites} layers")
+    elif count == 0:
+        parts.append("no intruder dimensions")
+    return f"{one.label} {words.listed(parts)}" if parts else ""
 
 
 def _parts(merge: Json) -> int:

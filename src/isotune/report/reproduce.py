@@ -23,7 +23,7 @@ class Block:
 def reproduce_comparison(comparison: Comparison) -> Iterator[Block]:
     """The command, the versions, the recipe."""
     summary = comparison.summary
-    chosen = {
+    chosen: Json = {
         key: summary[key]
         for key in ("task", "model", "metric", "baseline", "seeds", "trials", "confidence")
         if key in summary
@@ -70,5 +70,5 @@ def _pairs(values: dict[str, Any]) -> Table:
 
 def _cell(value: Any) -> Cell:
     if isinstance(value, dict):
-        return text(", ".join(f"{key} {own}" for key, own in value.items()) or "–")
-    return text("; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+        value = [f"{key} {own}" for key, own in value.items()] or "–"
+    return text("; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value), "long")

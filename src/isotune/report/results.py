@@ -9,8 +9,7 @@ from isotune.report import words
 from isotune.report.data import Comparison, Diagnosis, Json, RunResult, Weights
 from isotune.report.forgetting import kept, measures
 from isotune.report.intervals import Estimate
-from isotune.report.others import described, main_score
-from isotune.report.standings import FROZEN, FULL, groups, mean, score
+from isotune.report.standings import FROZEN, FULL, groups, score
 from isotune.report.tables import Cell, Column, Table, simple, text
 
 
@@ -106,7 +105,7 @@ def unit_table(comparison: Comparison) -> Table:
                 Cell(str(unit.get("seed", "–")), unit.get("seed")),
                 *[Cell(words.score(metric, value), value) for value in scores],
                 Cell(words.number(unit.get("seconds")), unit.get("seconds")),
-                text("done", "") if not failed else text(f"failed: {unit.get('error') or 'no message'}", "failed"),
+                text("done") if not failed else text(f"failed: {unit.get('error') or 'no message'}", "failed long"),
             ]
         )
     name = metric.replace("_", " ")
@@ -210,15 +209,3 @@ def diagnosis_table(diagnoses: Sequence[Diagnosis]) -> Table:
     return simple(
         "Models side by side", [*titles, "layers with intruders", "distance from orthogonality, worst"], lines
     )
-
-
-__all__ = [
-    "described",
-    "diagnosis_table",
-    "main_score",
-    "mean",
-    "merge_table",
-    "result_table",
-    "run_table",
-    "unit_table",
-]

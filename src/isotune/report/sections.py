@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from isotune.report import words
-from isotune.report.data import Collected, Comparison
+from isotune.report.data import Collected, Comparison, Json
 from isotune.report.figures.angles import angle_histograms
 from isotune.report.figures.curves import curve_figures, run_curves
 from isotune.report.figures.figure import Figure, styles
@@ -28,12 +28,16 @@ class Section:
 
     key: str
     title: str
+    brief: str
+    """The title in the navigation."""
     about: str = ""
     tables: list[Table] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     folded: list[Table] = field(default_factory=list)
     """Tables that are shown on demand."""
     blocks: list[Block] = field(default_factory=list)
+    side_by_side: bool = False
+    """Whether the figures show the same of several models."""
 
 
 def sections(collected: Collected) -> list[Section]:
@@ -44,6 +48,7 @@ def sections(collected: Collected) -> list[Section]:
         for section in _comparison(comparison):
             if several:
                 section.title = f"{section.title}: {comparison.name}"
+                section.brief = f"{section.brief}, {comparison.name}"
             section.key = f"{section.key}-{number}" if several else section.key
             found.append(section)
     found += [*_runs(collected), *_weights(collected), *_diagnoses(collected)]
@@ -56,33 +61,39 @@ def _comparison(comparison: Comparison) -> Iterator[Section]:
     yield Section(
         "results",
         "Results",
-        f"Dots are means, bars their {confidence}, ticks single seeds. Overlapping bars do not decide: the verdict uses "
-        "paired differences, seed by seed, which the table has. Full fine-tuning and the frozen base stand in each.",
+        "Results",
+        f"Dots are means, bars their {confidence}, ticks single seeds. Overlapping bars do not decide: the verdict "
+        "uses differences paired by seed. Full fine-tuning and the frozen base stand in each figure.",
         [result_table(comparison)],
         score_figures(comparison, style),
     )
+    better = "Up" if comparison.summary.get("higher_is_better", True) else "Down"
     yield Section(
         "cost",
         "Score and cost",
-        "Up and left is better; the dotted steps join what nothing cheaper beats (the Pareto front). Bars are intervals.",
+        "Cost",
+        f"{better} and left is better; the dotted steps join what nothing cheaper beats (the Pareto front).",
         figures=pareto_figures(comparison, style),
     )
     yield Section(
         "forgetting",
         "Forgetting against gain",
-        "What was learned of the task, to the right, and what was kept of the base model, upwards or downwards as said.",
+        "Forgetting",
+        "How much was learned of the task, across, and how much was kept of the base model, upwards.",
         figures=forgetting_figures(comparison, style),
     )
     yield Section(
         "rates",
         "Learning rates searched",
-        "Validation scores of the trials; the large mark is the rate that the seeds ran with. A large mark at the end "
-        "of its line says that the search may have stopped too early.",
+        "Learning rates",
+        "Validation scores of the trials; the large mark is the rate that the seeds ran with. A large mark at the "
+        "end of its line says that the search may have stopped too early.",
         figures=rate_figures(comparison, style),
     )
     yield Section(
         "curves",
         "Learning curves",
+        "Curves",
         "The mean over seeds at the chosen learning rate; the band reaches from the lowest to the highest seed.",
         figures=curve_figures(comparison, style),
         folded=[unit_table(comparison)] if comparison.units else [],
@@ -91,8 +102,8 @@ def _comparison(comparison: Comparison) -> Iterator[Section]:
 
 def _runs(collected: Collected) -> Iterator[Section]:
     if collected.runs:
-        yield Section("runs", "Runs", "", [run_table(collected.runs)])
-        yield Section("run-curves", "Learning curves of the runs", "", figures=run_curves(collected.runs))
+        yield Section("runs", "Runs", "Runs", "", [run_table(collected.runs)])
+        yield Section("run-curves", "Learning curves of the runs", "Curves", "", figures=run_curves(collected.runs))
 
 
 def _weights(collected: Collected) -> Iterator[Section]:
@@ -100,6 +111,7 @@ def _weights(collected: Collected) -> Iterator[Section]:
     if merged:
         yield Section(
             "merging",
+            "Merging",
             "Merging",
             "What was merged with which weight. Cut off: |written − merged| / |merged| in the Frobenius norm, for a "
             "merge that was written at a smaller rank than it has.",
@@ -112,14 +124,16 @@ def _diagnoses(collected: Collected) -> Iterator[Section]:
     found = collected.diagnoses
     if not found:
         return
-    settings = next((d.found["settings"] for d in found if d.found.get("settings")), {})
+    settings: Json = next((d.found["settings"] for d in found if d.found.get("settings")), {})
     yield Section(
         "changes",
         "What the adaptation did to the weights",
+        "Weights",
         "Relative change: |W′ − W| / |W| of a layer. Effective rank: how many directions the change is spread over. "
         "Colours mean the same in all maps.",
         [diagnosis_table(found)],
         heat_maps(found),
+        side_by_side=True,
     )
     drawn = spectra(found)
     layers = {site["site"] for d in found for site in d.found["sites"] if site.get("adapted_values")}
@@ -129,16 +143,20 @@ def _diagnoses(collected: Collected) -> Iterator[Section]:
     yield Section(
         "spectra",
         "Spectra and intruder dimensions",
+        "Spectra",
         f"The largest singular values before and after, and those of the change. An intruder, ringed, is one of the "
         f"first {settings.get('k', 'k')} singular vectors of W′ whose cosine with every one of W is below "
         f"{settings.get('threshold', 'the threshold')}." + (limited if len(layers) > len(shown_sites(found)) else ""),
         figures=drawn,
+        side_by_side=True,
     )
     yield Section(
         "angles",
         "Rotation angles",
-        "By how much the rotations of orthogonal methods turn, in all layers together; axes that stay are not counted.",
+        "Angles",
+        "By how much the rotations of orthogonal methods turn, in all layers; what stays in place is not counted.",
         figures=angle_histograms(found),
+        side_by_side=True,
     )
 
 
@@ -151,4 +169,4 @@ def _reproduce(collected: Collected) -> Section:
     for one in collected.weights:
         blocks += reproduce_weights(one)
     about = "Settings and versions of what is shown. " + " ".join(words.sentence(note) for note in collected.notes)
-    return Section("reproduce", "Settings and versions", about.strip(), blocks=blocks)
+    return Section("reproduce", "Settings and versions", "Versions", about.strip(), blocks=blocks)

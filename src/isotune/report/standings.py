@@ -64,7 +64,10 @@ def ranked(comparison: Comparison, rows: list[Json]) -> list[Standing]:
 
 def lead(comparison: Comparison, one: Json, other: Json) -> Estimate | None:
     """How much better one row is than another, paired over seeds; positive is better, None without a common seed."""
-    found = paired(comparison.seeds(one), comparison.seeds(other))
+    ours, theirs = comparison.seeds(one), comparison.seeds(other)
+    if other["method"] == FROZEN and len(theirs) == 1:  # the same for every seed: nothing in it is drawn
+        theirs = dict.fromkeys(ours, *theirs.values())
+    found = paired(ours, theirs)
     if found is None or comparison.summary.get("higher_is_better", True):
         return found
     return Estimate(-found.mean, found.half_width)
@@ -83,4 +86,4 @@ def mean(row: Json) -> float:
 def score(row: Json) -> Estimate:
     """The row's mean score with its interval, as the comparison computed it, else a t-interval."""
     own = estimate(row["values"])
-    return Estimate(mean(row), row["half_width"] if "half_width" in row else own.half_width)
+    return Estimate(mean(row), row.get("half_width", own.half_width))

@@ -13,7 +13,7 @@ from isotune.report.data import Collected, Comparison, Json
 from isotune.report.forgetting import forgetting_findings
 from isotune.report.intervals import Estimate
 from isotune.report.others import adapter_findings, diagnosis_findings, run_verdict
-from isotune.report.standings import FROZEN, FULL, Group, Standing, groups, lead, mean, reference, score
+from isotune.report.standings import FROZEN, FULL, Group, Standing, groups, lead, reference, score
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def compared(comparison: Comparison) -> Verdict:
     found = groups(comparison)
     return Verdict(
         _subject(comparison, found),
-        [_headline(comparison, group, len(found) > 1) for group in found] or [_only_references(comparison)],
+        [_headline(comparison, group) for group in found] or [_only_references(comparison)],
         [
             *_cheapest(comparison, found),
             *_against_references(comparison, found),
@@ -83,36 +83,32 @@ def _subject(comparison: Comparison, found: list[Group]) -> str:
     )
 
 
-def _headline(comparison: Comparison, group: Group, several: bool) -> str:
+def _headline(comparison: Comparison, group: Group) -> str:
     metric, best = comparison.summary["metric"], group.best
-    where = f"At {group.budget:,} parameters " if group.budget is not None and several else ""
-    value = words.score(metric, best.score.mean, best.score.half_width)
-    tied = [words.method_name(standing.method) for standing in group.tied]
-    beaten = len(group.standings) - 1 - len(tied)
-    if not group.standings[1:]:
+    value = _value(metric, best.score)
+    others, tied = group.standings[1:], [standing.method for standing in group.tied]
+    beaten = [standing.method for standing in others if not standing.tied]
+    if not others:
         said = f"{best.method} reaches {value}"
-    elif all(standing.behind is None or standing.behind.half_width is None for standing in group.standings[1:]):
+    elif all(standing.behind is None or standing.behind.half_width is None for standing in others):
         said = f"{best.method} scores best, {value}, but with one seed each nobody can say whether that is luck"
     elif not tied:
         said = f"{best.method} is best, {value}, and ahead of every other method by more than the seeds vary"
-    elif not beaten:
-        said = f"no method can be told apart from another at the top: {best.method} has the best mean, {value}, but the paired interval of its lead over each of {words.listed(tied)} holds zero"
-        said = said if len(tied) > 1 else _two(best, group.tied[0], value)
+    elif beaten:
+        clear = "all others are" if len(beaten) > 1 else f"{beaten[0]} is"
+        said = f"{best.method} has the best mean, {value}, but cannot be told apart from {words.listed(tied)}; "
+        said += f"{clear} clearly behind"
     else:
-        clear = "all others are" if beaten > 1 else f"{_only_beaten(group)} is"
         said = (
-            f"{best.method} has the best mean, {value}, but cannot be told apart from {words.listed(tied)}; "
-            f"{clear} clearly behind"
+            f"{words.listed([best.method, *tied])} cannot be told apart: {best.method} has the best mean, {value}, "
         )
-    return words.sentence(f"{where}{said}.")
+        said += "but the paired interval of its lead over " + ("each of them " if len(tied) > 1 else f"{tied[0]} ")
+        said += "holds zero"
+    return f"{_at(group.budget)}{said}."
 
 
-def _two(best: Standing, other: Standing, value: str) -> str:
-    return f"{best.method} and {other.method} cannot be told apart: {best.method} has the better mean, {value}, but the paired interval of the difference holds zero"
-
-
-def _only_beaten(group: Group) -> str:
-    return next(standing.method for standing in group.standings[1:] if not standing.tied)
+def _at(budget: int | None) -> str:
+    return "" if budget is None else f"At {budget:,} parameters "
 
 
 def _only_references(comparison: Comparison) -> str:
@@ -133,10 +129,10 @@ def _cheapest(comparison: Comparison, found: list[Group]) -> list[str]:
     least = min(tied, key=lambda s: (s.row.get("parameters") or 0, -s.score.mean if higher else s.score.mean))
     metric = comparison.summary["metric"]
     if least is top:
-        return [f"The best score overall is {_row(top)}, {_value(metric, top.score)}."]
+        return [f"The best score overall is {_named(top.row)}, {_value(metric, top.score)}."]
     return [
-        f"The best score overall is {_row(top)}, {_value(metric, top.score)}; the cheapest that cannot be told apart "
-        f"from it is {_row(least)}, {_value(metric, least.score)}."
+        f"The best score overall is {_named(top.row)}, {_value(metric, top.score)}; the cheapest that cannot be told "
+        f"apart from it is {_named(least.row)}, {_value(metric, least.score)}."
     ]
 
 
@@ -155,18 +151,18 @@ def _against_references(comparison: Comparison, found: list[Group]) -> list[str]
         if margin is None or margin.half_width is None:
             said.append(f"Full fine-tuning reaches {value}{size}; one seed cannot say whether that differs.")
         elif margin.holds_zero:
-            said.append(f"Full fine-tuning, {value}{size}, cannot be told apart from {_row(top)}.")
+            said.append(f"Full fine-tuning, {value}{size}, cannot be told apart from {_named(top.row)}.")
         else:
             word = "better" if margin.mean > 0 else "worse"
             size_of_it = words.score(metric, abs(margin.mean), margin.half_width, signed=True).lstrip("+")
-            said.append(f"Full fine-tuning, {value}{size}, is {word} than {_row(top)} by {size_of_it}.")
+            said.append(f"Full fine-tuning, {value}{size}, is {word} than {_named(top.row)} by {size_of_it}.")
     if frozen is not None:
         weak = [s for g in found for s in g.standings if _not_better(lead(comparison, s.row, frozen))]
         value = _value(metric, score(frozen))
         said.append(
             f"Without any adaptation the frozen base reaches {value}"
             + (
-                f"; {words.listed([_row(s) for s in weak])} cannot be shown to improve on it."
+                f"; {words.listed([_named(s.row) for s in weak])} cannot be shown to improve on it."
                 if weak
                 else ", and every method clearly improves on it."
             )
@@ -175,15 +171,15 @@ def _against_references(comparison: Comparison, found: list[Group]) -> list[str]
 
 
 def _speed(found: list[Group]) -> list[str]:
-    """What the best cost in time, against the fastest that is tied with it or not."""
+    """The fastest and the slowest step."""
     timed = [s for group in found for s in group.standings if s.row.get("seconds_per_step")]
     if len({s.method for s in timed}) < 2:
         return []
     fastest, slowest = (f(timed, key=lambda s: s.row["seconds_per_step"]) for f in (min, max))
     ratio = slowest.row["seconds_per_step"] / fastest.row["seconds_per_step"]
     return [
-        f"A step takes from {words.number(fastest.row['seconds_per_step'])} s ({_row(fastest)}) to "
-        f"{words.number(slowest.row['seconds_per_step'])} s ({_row(slowest)}), {words.number(ratio, 2)} times as long."
+        f"A training step takes {words.number(fastest.row['seconds_per_step'])} s with {_named(fastest.row)}, the "
+        f"fastest, and {words.number(ratio, 2)} times as long with {_named(slowest.row)}, the slowest."
     ]
 
 
@@ -251,14 +247,5 @@ def _value(metric: str, found: Estimate) -> str:
     return words.score(metric, found.mean, found.half_width)
 
 
-def _row(standing: Standing) -> str:
-    return _named(standing.row)
-
-
-def _named(row: Json) -> str:
-    parameters = row.get("parameters")
-    name = words.method_name(row["method"])
-    return name if row["method"] in (FULL, FROZEN) or not parameters else f"{name} ({parameters:,} parameters)"
-
-
-__all__ = ["Verdict", "compared", "judge", "mean"]
+def _named(row: Json, several: bool = True) -> str:
+    return words.method_name(row["method"]) + (f" at {row['budget']:,}" if several and row.get("budget") else "")

@@ -73,8 +73,8 @@
   const drawn = () => figures.filter((figure) => figure.dataset.drawn);
 
   async function unpacked() {
-    const packed = atob(document.getElementById("plotly-gz").textContent);
-    const bytes = Uint8Array.from(packed, (letter) => letter.charCodeAt(0));
+    const packed = document.getElementById("plotly-gz").textContent;
+    const bytes = Uint8Array.fromBase64?.(packed) ?? Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
     script.textContent = await new Response(stream).text();
@@ -179,5 +179,6 @@
   }, { rootMargin: "-20% 0px -70%" });
   for (const section of document.querySelectorAll("main > section")) reading.observe(section);
 
-  start();
+  // The verdict is on the screen before the figures' library is unpacked.
+  requestAnimationFrame(() => setTimeout(start));
 })();

@@ -53,11 +53,8 @@ def points(curve: Sequence[Mapping[str, Any]], key: str) -> Points:
 
 def _figure(key: str, title: str, metric: str, lines: Mapping[str, tuple[Style, Sequence[Sequence[Json]]]]) -> Figure:
     plots, ends = {}, {}
-    for name, field in (
-        ("training loss", "loss"),
-        ("validation loss", "eval_loss"),
-        (f"validation {metric}", f"eval_{metric}"),
-    ):
+    kinds = {f"validation {metric}": f"eval_{metric}", "validation loss": "eval_loss", "training loss": "loss"}
+    for name, field in kinds.items():
         found = [(label, own, [points(curve, field) for curve in curves]) for label, (own, curves) in lines.items()]
         found = [(label, own, [p for p in series if p]) for label, own, series in found]
         drawn = [line for line in found if line[2]]
@@ -90,7 +87,8 @@ def _plot(lines: Sequence[Line], title: str, metric: str) -> Plot:
             edge = [max(at[s]) for s in steps] + [min(at[s]) for s in reversed(steps)]
             data.append(
                 {
-                    "type": "scatter", "mode": "lines", "x": around, "y": [rounded(v, 4) for v in edge], "fill": "toself",
+                    "type": "scatter", "mode": "lines", "fill": "toself", "x": around,
+                    "y": [rounded(v, 4) for v in edge],
                     "fillcolor": f"{own.colour}/15", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False,
                     "legendgroup": label,
                 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from isotune.report import words
 from isotune.report.data import Comparison
 from isotune.report.figures.figure import Figure, Plot, Style, axis_name, error_bar, layout, rounded, scale
+from isotune.report.figures.lines import level_lines
 from isotune.report.forgetting import Measure, kept, measures
 from isotune.report.standings import FROZEN, mean, reference, score
 from isotune.report.tables import Cell, simple
@@ -44,9 +45,8 @@ def _figure(comparison: Comparison, measure: Measure, style: dict[str, Style]) -
         )  # fmt: skip
     gain_axis = f"gain over the frozen base, {axis_name(metric)}" if frozen else axis_name(metric)
     kept_axis = measure.label + (" (%)" if up == 100 else "")
-    plot = {"data": data, "layout": layout(gain_axis, kept_axis, 420)}
-    if measure.base is not None:
-        plot["layout"] |= _base(up * measure.base)
+    levels = [] if measure.base is None else [(up * measure.base, "the base itself")]
+    plot = {"data": data, "layout": layout(gain_axis, kept_axis, 420, **level_lines(levels, left=True))}
     table = simple(
         f"Forgetting, {measure.label}",
         ["method", "budget", gain_axis, measure.label, "± (95 %)"],
@@ -69,16 +69,3 @@ def _figure(comparison: Comparison, measure: Measure, style: dict[str, Style]) -
 
 def _at(row: dict) -> str:
     return f" at {row['budget']:,}" if row.get("budget") else ""
-
-
-def _base(value: float) -> Plot:
-    line = {"color": "@muted", "width": 1, "dash": "dash"}
-    return {
-        "shapes": [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": line}],
-        "annotations": [
-            {
-                "xref": "paper", "x": 0, "y": value, "text": "the base itself", "showarrow": False,
-                "xanchor": "left", "yanchor": "bottom", "font": {"color": "@muted", "size": 12},
-            }
-        ],
-    }  # fmt: skip

@@ -40,7 +40,7 @@ def value(site: dict[str, Any], key: str) -> float | None:
 
 
 def place(path: str) -> tuple[int | None, str]:
-    """The layer's number and the module in it: `encoder.layer.3.attention.self.query` is (3, "attention.self.query")."""
+    """The layer's number and the module in it: `encoder.layer.3.attention.query` is (3, "attention.query")."""
     parts = path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     if not numbers or numbers[0] == len(parts) - 1:
@@ -58,7 +58,7 @@ def _plot(diagnosis: Diagnosis, key: str, times: float, unit: str, most: float |
     places = [place(site["site"]) for site in sites]
     kinds = list(dict.fromkeys(kind for _, kind in places))
     layers = sorted({layer for layer, _ in places}, key=lambda layer: (layer is None, layer))
-    at = {where: site for where, site in zip(places, sites, strict=True)}
+    at = dict(zip(places, sites, strict=True))
     grid = [[_scaled(at.get((layer, kind)), key, times) for kind in kinds] for layer in layers]
     names = ["–" if layer is None else str(layer) for layer in layers]
     short = words.short(kinds) if len(set(words.short(kinds))) == len(kinds) else kinds
@@ -73,7 +73,7 @@ def _plot(diagnosis: Diagnosis, key: str, times: float, unit: str, most: float |
         "xaxis": {"title": {"text": ""}, "type": "category", "automargin": True, "showgrid": False},
         "yaxis": {"type": "category", "autorange": "reversed", "automargin": True, "showgrid": False},
     }
-    return {"data": [trace], "layout": layout("", "layer", max(220, 130 + 26 * len(layers)), **axes)}
+    return {"data": [trace], "layout": layout("", "layer", max(200, 100 + 26 * len(layers)), **axes)}
 
 
 def _scaled(site: dict[str, Any] | None, key: str, times: float) -> float | None:
@@ -83,9 +83,10 @@ def _scaled(site: dict[str, Any] | None, key: str, times: float) -> float | None
 
 def site_table(diagnosis: Diagnosis) -> Any:
     """Every layer with its measures."""
+    titles = ["layer", "W", "trainable", "relative change", "share", "rank", "effective rank", "intruders"]
     return simple(
         f"Layers of {diagnosis.label}",
-        ["layer", "W", "trainable", "relative change", "share", "rank", "effective rank", "intruders", "distance from orthogonality"],
+        [*titles, "distance from orthogonality"],
         [
             [
                 site["site"],

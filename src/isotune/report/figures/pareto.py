@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from isotune.report import words
 from isotune.report.data import Comparison, Json
 from isotune.report.figures.figure import Figure, Plot, Style, axis_name, error_bar, layout, rounded, scale
-from isotune.report.standings import FROZEN, mean, reference, score
-from isotune.report.tables import Cell, simple
+from isotune.report.figures.lines import level_lines, log_axis
+from isotune.report.standings import FROZEN, FULL, mean, reference, score
+from isotune.report.tables import Cell, Table, simple
 
-_COSTS: list[tuple[str, str, str, Callable[[float], str]]] = [
-    ("parameters", "Score over trainable parameters", "trainable parameters", lambda v: f"{v:,.0f}"),
-    ("seconds_per_step", "Score over time", "seconds a training step", words.number),
-    ("peak_memory_bytes", "Score over peak memory", "peak memory (bytes)", words.memory),
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row cost: its key in the summary, the axis, and how it is said."""
+
+    key: str
+    axis: str
+    said: Callable[[float], str]
+    unit: float = 1.0
+
+
+_MIB = 2**20
+_COSTS: list[Cost] = [
+    Cost("parameters", "trainable parameters", lambda v: f"{v:,.0f}"),
+    Cost("seconds_per_step", "seconds a training step", words.number),
+    Cost("peak_memory_bytes", "peak memory (MiB)", words.memory, 1 / _MIB),
 ]
 
 
 def pareto_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figure]:
-    """One for each cost that at least two rows know."""
-    figures = []
-    for key, title, axis, said in _COSTS:
-        rows = [row for row in comparison.rows if row["values"] and row.get(key)]
+    """The score over parameters, and over time or memory, as far as at least two rows know them."""
+    drawn: dict[str, tuple[Plot, Table]] = {}
+    for cost in _COSTS:
+        rows = [row for row in comparison.rows if row["values"] and row.get(cost.key)]
         if len(rows) > 1:
-            figures.append(_figure(comparison, rows, key, title, axis, said, style))
+            drawn[cost.key] = _plot(comparison, rows, cost, style), _table(comparison, rows, cost)
+    figures = []
+    if "parameters" in drawn:
+        plot, table = drawn.pop("parameters")
+        figures.append(Figure("pareto-parameters", "Score over trainable parameters", {"": plot}, table))
+    if drawn:
+        plots = {cost.axis: drawn[cost.key][0] for cost in _COSTS if cost.key in drawn}
+        table = next(iter(drawn.values()))[1]
+        figures.append(Figure("pareto-time", "Score over time and memory", plots, table, "Cost"))
     return figures
 
 
@@ -36,80 +58,59 @@ def front(rows: list[Json], key: str, higher: bool) -> list[Json]:
     return best
 
 
-def _figure(
-    comparison: Comparison,
-    rows: list[Json],
-    key: str,
-    title: str,
-    axis: str,
-    said: Callable[[float], str],
-    style: dict[str, Style],
-) -> Figure:
+def _plot(comparison: Comparison, rows: list[Json], cost: Cost, style: dict[str, Style]) -> Plot:
     metric, higher = comparison.summary["metric"], comparison.summary.get("higher_is_better", True)
-    best, times = front(rows, key, higher), scale(metric)
+    times, key, unit = scale(metric), cost.key, cost.unit
+    # Full fine-tuning, with hundreds of times the parameters, would press all others into one spot.
+    far = key == "parameters" and [row for row in rows if row["method"] == FULL and len(rows) > 2]
+    near = [row for row in rows if not far or row["method"] != FULL]
+    best = front(near, key, higher)
     data: list[Plot] = [
         {
             "type": "scatter", "mode": "lines", "name": "Pareto front", "hoverinfo": "skip",
-            "x": [row[key] for row in best], "y": [rounded(times * mean(row)) for row in best],
+            "x": [unit * row[key] for row in best], "y": [rounded(times * mean(row)) for row in best],
             "line": {"color": "@muted", "shape": "hv", "width": 1.5, "dash": "dot"},
         }
     ]  # fmt: skip
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own, mine = style[method], sorted((r for r in rows if r["method"] == method), key=lambda r: r[key])
+    for method in dict.fromkeys(row["method"] for row in near):
+        own, mine = style[method], sorted((r for r in near if r["method"] == method), key=lambda r: r[key])
         found = [score(row) for row in mine]
         name = words.method_name(method)
         data.append(
             {
                 "type": "scatter", "mode": "markers", "name": name,
-                "x": [row[key] for row in mine], "y": [rounded(times * f.mean) for f in found],
+                "x": [rounded(unit * row[key], 6) for row in mine], "y": [rounded(times * f.mean) for f in found],
                 "error_y": error_bar([times * (f.half_width or 0) for f in found], own.colour),
                 "marker": {"color": own.colour, "symbol": own.symbol, "size": 10},
                 "text": [
-                    f"{name}: {words.score(metric, f.mean, f.half_width)}, {said(row[key])}"
+                    f"{name}: {words.score(metric, f.mean, f.half_width)}, {cost.said(row[key])}"
                     for f, row in zip(found, mine, strict=True)
                 ],
                 "hovertemplate": "%{text}<extra></extra>",
             }
         )  # fmt: skip
-    plot = {"data": data, "layout": layout(axis, axis_name(metric), 420, xaxis=_axis(rows, key))}
     frozen = reference(comparison, FROZEN)
-    if frozen and frozen not in rows:
-        plot["layout"] |= _level(times * mean(frozen))
-    table = simple(
-        title,
-        ["method", axis, axis_name(metric), "± (95 %)", "on the front"],
+    levels = [(times * mean(frozen), "frozen base")] if frozen and frozen not in rows else []
+    levels += [(times * mean(row), f"full fine-tuning, {row[key]:,} parameters") for row in far or ()]
+    costs = [unit * row[key] for row in near]
+    axis = log_axis(costs) if max(costs) > 1.5 * min(costs) and key == "parameters" else {}
+    return {"data": data, "layout": layout(cost.axis, axis_name(metric), 420, xaxis=axis, **level_lines(levels))}
+
+
+def _table(comparison: Comparison, rows: list[Json], cost: Cost) -> Table:
+    metric, higher = comparison.summary["metric"], comparison.summary.get("higher_is_better", True)
+    best = front(rows, cost.key, higher)
+    return simple(
+        f"Score over {cost.axis}",
+        ["method", cost.axis, axis_name(metric), "± (95 %)", "on the front"],
         [
             [
                 words.method_name(row["method"]),
-                Cell(said(row[key]), row[key]),
+                Cell(cost.said(row[cost.key]), row[cost.key]),
                 Cell(words.score(metric, mean(row)), mean(row)),
                 Cell(words.score(metric, score(row).half_width), score(row).half_width),
                 "yes" if row in best else "no",
             ]
-            for row in sorted(rows, key=lambda r: r[key])
+            for row in sorted(rows, key=lambda r: r[cost.key])
         ],
     )
-    return Figure(f"pareto-{key}", title, {"": plot}, table)
-
-
-def _axis(rows: list[Json], key: str) -> Plot:
-    costs = [row[key] for row in rows]
-    return {"type": "log", "dtick": 1} if max(costs) > 20 * min(costs) else {"rangemode": "normal"}
-
-
-def _level(value: float) -> Plot:
-    """A line at the frozen base's score, which has no trainable parameters to stand over."""
-    return {
-        "shapes": [
-            {
-                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value,
-                "line": {"color": "@muted", "width": 1, "dash": "dash"},
-            }
-        ],
-        "annotations": [
-            {
-                "xref": "paper", "x": 1, "y": value, "text": "frozen base", "showarrow": False,
-                "xanchor": "right", "yanchor": "bottom", "font": {"color": "@muted", "size": 12},
-            }
-        ],
-    }  # fmt: skip

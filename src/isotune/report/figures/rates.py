@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from isotune.report import words
 from isotune.report.data import Comparison, Json
-from isotune.report.figures.figure import Figure, Plot, Style, axis_name, layout, rounded, scale
+from isotune.report.figures.figure import Figure, Style, axis_name, layout, rounded, scale
+from isotune.report.figures.lines import log_axis
 from isotune.report.standings import FULL
 from isotune.report.tables import Cell, simple
 
@@ -28,7 +29,8 @@ def tried(row: Json) -> list[tuple[float, float]]:
 
 def _figure(comparison: Comparison, budget: int | None, rows: list[Json], style: dict[str, Style]) -> Figure:
     metric = comparison.summary["metric"]
-    times, data, lines = scale(metric), [], []
+    times, data = scale(metric), []
+    lines: list[list[Cell | str]] = []
     for row in rows:
         own, points, name = style[row["method"]], tried(row), words.method_name(row["method"])
         chosen = row.get("learning_rate")
@@ -53,7 +55,7 @@ def _figure(comparison: Comparison, budget: int | None, rows: list[Json], style:
         ]
     at = f" at {budget:,} parameters" if budget is not None else ""
     table = simple(f"Learning rates tried{at}", ["method", "learning rate", axis_name(metric), "chosen"], lines)
-    axis: Plot = {"type": "log", "dtick": 1, "exponentformat": "power"}
+    axis = log_axis([rate for row in rows for rate, _ in tried(row)] or [1e-3])
     plot = {"data": data, "layout": layout("learning rate", f"validation {axis_name(metric)}", 400, xaxis=axis)}
     return Figure(f"rates-{budget}", words.sentence(f"learning rates searched{at}"), {"": plot}, table)
 

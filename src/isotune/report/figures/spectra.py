@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from isotune.report import words
 from isotune.report.data import Diagnosis, Json
 from isotune.report.figures.figure import Figure, Plot, layout, rounded
+from isotune.report.figures.lines import log_axis
 from isotune.report.tables import Cell, Table, simple
 
 MOST_SITES = 48
@@ -57,7 +58,10 @@ def _plot(site: Json) -> Plot:
             "hovertemplate": "intruder %{x}%{text}<extra></extra>",
         }
     )  # fmt: skip
-    axes: Plot = {"yaxis": {"type": "log", "exponentformat": "power"}, "xaxis": {"rangemode": "tozero"}}
+    axes: Plot = {
+        "yaxis": log_axis([y for line in data for y in line["y"]] or [1.0]),
+        "xaxis": {"rangemode": "tozero"},
+    }
     return {"data": [line for line in data if line["x"]], "layout": layout("index", "singular value", 380, **axes)}
 
 
@@ -68,7 +72,8 @@ def _line(name: str, values: Sequence[float], colour: str, symbol: str, dash: st
     return {
         "type": "scatter", "mode": "lines+markers", "name": name, "x": [j for j, _ in kept],
         "y": [rounded(value, 4) for _, value in kept],
-        "line": {"color": colour, "dash": dash, "width": 1.5}, "marker": {"color": colour, "symbol": symbol, "size": 6},
+        "line": {"color": colour, "dash": dash, "width": 1.5},
+        "marker": {"color": colour, "symbol": symbol, "size": 6},
         "hovertemplate": f"{name}: %{{y}}, number %{{x}}<extra></extra>",
     }  # fmt: skip
 
