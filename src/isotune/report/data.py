@@ -18,6 +18,7 @@ from isotune.errors import IsotuneError
 from isotune.training.folder import RunFolder
 
 MERGE = "merge.json"
+COMPRESSED = "reversible.json"
 COMPARISON = ("comparison.yaml", "summary.json", "results.jsonl")
 
 Json = dict[str, Any]
@@ -39,7 +40,9 @@ class Comparison:
         return self.summary["rows"]
 
     def seeds(self, row: Json) -> dict[int, float]:
-        """The row's test scores by seed; from the units where they are, else in the summary's order."""
+        """The row's test scores by seed: as the row says, from the units, or else in the summary's order."""
+        if len(row.get("seeds") or ()) == len(row["values"]):
+            return {int(seed): float(value) for seed, value in zip(row["seeds"], row["values"], strict=True)}
         metric = f"test_{self.summary['metric']}"
         found = {
             int(unit["seed"]): float(unit["metrics"][metric])
@@ -136,6 +139,8 @@ def _add(found: Collected, path: Path, name: str) -> None:
         found.comparisons.append(_comparison(path, name))
     elif run.is_run():
         found.runs.append(_run(run, name))
+    elif (path / COMPRESSED).is_file():
+        found.weights.append(Weights(path, name, "compressed", {}, _compressed(path / COMPRESSED)))
     elif (path / CONFIG).is_file():
         found.weights.append(Weights(path, name, "adapter", read_json(path / CONFIG), _merge(path)))
     elif (path / "config.json").is_file():
@@ -196,6 +201,16 @@ def _state(path: Path) -> list[Json]:
 
 def _merge(path: Path) -> Json | None:
     return read_json(path / MERGE) if (path / MERGE).is_file() else None
+
+
+def _compressed(file: Path) -> Json:
+    """What is known of adapters that rule rmm compressed: their names, and the worst error of each one's change."""
+    index = read_json(file)
+    errors: dict[str, float] = {}
+    for site in index.get("sites", {}).values():
+        for name, (_, _, error) in site.get("members", {}).items():
+            errors[name] = max(errors.get(name, 0.0), error[0])
+    return {"rule": "rmm", "models": index.get("names", []), "errors": errors}
 
 
 def read_json(file: Path, kind: type = dict) -> Any:

@@ -14,7 +14,7 @@ from isotune.report.standings import FROZEN, FULL, groups
 
 Diagnose = Callable[[Path, "str | Path | None"], Json]
 Candidate = tuple[str, str, Path, "str | None"]
-"""Label, method, folder, base."""
+"""Label, method, folder, and the base where the folder does not say it."""
 
 
 def add_diagnoses(
@@ -57,10 +57,15 @@ def _candidates(collected: Collected) -> Iterator[Candidate]:
         yield from _of_comparison(comparison, len(collected.comparisons) > 1)
     for run in collected.runs:
         if run.weights is not None:
-            base = run.recipe.get("model")
-            yield run.name, str(run.metrics.get("method", "")), run.weights, base
+            yield (
+                run.name,
+                str(run.metrics.get("method", "")),
+                run.weights,
+                _named(run.weights, run.recipe.get("model")),
+            )
     for one in collected.weights:
-        yield one.name, "", one.path, one.config.get("base_model_name_or_path")
+        if one.kind != "compressed":
+            yield one.name, "", one.path, None
 
 
 def _of_comparison(comparison: Comparison, several: bool) -> Iterator[Candidate]:
@@ -90,8 +95,13 @@ def _weights(comparison: Comparison, row: Json) -> Path | None:
     return None
 
 
+def _named(folder: Path, model: str | None) -> str | None:
+    """The base of a full model, which does not say it; adapters do."""
+    return model if folder.name == "model" else None
+
+
 def _diagnose() -> Diagnose | None:
     from isotune import diagnostics
 
     found: Any = getattr(diagnostics, "diagnose", None)
-    return None if found is None else lambda path, base: found(path, base)
+    return None if found is None else lambda path, base: found(path, base, progress=False).to_dict()

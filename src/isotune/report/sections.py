@@ -62,8 +62,9 @@ def _comparison(comparison: Comparison) -> Iterator[Section]:
         "results",
         "Results",
         "Results",
-        f"Dots are means, bars their {confidence}, ticks single seeds. Overlapping bars do not decide: the verdict "
-        "uses differences paired by seed. Full fine-tuning and the frozen base stand in each figure.",
+        f"Dots are means, bars their {confidence}, ticks single seeds; overlapping bars do not decide, "
+        "because the verdict uses differences paired by seed. In the table a difference in bold excludes zero, and "
+        "◂▸ marks a learning rate at an end of the range that was searched.",
         [result_table(comparison)],
         score_figures(comparison, style),
     )

@@ -187,15 +187,16 @@ def _cautions(comparison: Comparison, found: list[Group]) -> list[str]:
     summary, said = comparison.summary, []
     units = summary.get("units") or {}
     planned, done, failed = (units.get(key, 0) for key in ("planned", "done", "failed"))
-    if planned and done + failed < planned:
+    if done + failed < planned:
         said.append(
             f"The comparison is not finished: {done:,} of {planned:,} units are done, so all of this may change."
         )
     if failed:
         said.append(f"{words.counted(failed, 'unit')} failed; see the list of units.")
-    empty = [row for row in comparison.rows if not row["values"]]
+    empty = [_named(row) for row in comparison.rows if not row["values"]]
+    empty += [str(cell) for cell in summary.get("without_result") or ()]
     if empty:
-        said.append(f"No results for {words.listed([_named(row) for row in empty])}.")
+        said.append(f"No results for {words.listed(empty)}.")
     edges = [_named(row) for row in comparison.rows if row.get("edge")]
     if edges:
         said.append(

@@ -180,5 +180,5 @@
   for (const section of document.querySelectorAll("main > section")) reading.observe(section);
 
   // The verdict is on the screen before the figures' library is unpacked.
-  requestAnimationFrame(() => setTimeout(start));
+  (self.requestIdleCallback ?? setTimeout)(start, { timeout: 500 });
 })();

@@ -28,6 +28,9 @@ class Figure:
     table: Table | None = None
     """The same in words and numbers, beneath the figure."""
     choose: str = "Show"
+    """What the chooser chooses."""
+    chosen: str = ""
+    """What it has chosen at first; by default the first."""
 
 
 @dataclass(frozen=True)

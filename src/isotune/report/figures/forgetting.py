@@ -46,7 +46,7 @@ def _figure(comparison: Comparison, measure: Measure, style: dict[str, Style]) -
     gain_axis = f"gain over the frozen base, {axis_name(metric)}" if frozen else axis_name(metric)
     kept_axis = measure.label + (" (%)" if up == 100 else "")
     levels = [] if measure.base is None else [(up * measure.base, "the base itself")]
-    plot = {"data": data, "layout": layout(gain_axis, kept_axis, 420, **level_lines(levels, left=True))}
+    plot = {"data": data, "layout": layout(gain_axis, kept_axis, 420, **level_lines(levels, x=0.0))}
     table = simple(
         f"Forgetting, {measure.label}",
         ["method", "budget", gain_axis, measure.label, "± (95 %)"],

@@ -9,20 +9,17 @@ from isotune.report.figures.figure import Plot
 from isotune.report.words import number
 
 
-def log_axis(values: Sequence[float], most: int = 8) -> Plot:
-    """A logarithmic axis with plain numbers at round places, at most `most` of them."""
+def log_axis(values: Sequence[float], most: int = 8, at: Sequence[float] = ()) -> Plot:
+    """A logarithmic axis with plain numbers at round places, at most `most` of them, or at the places given."""
     low, high = math.log10(min(values)), math.log10(max(values))
     margin = 0.06 * (high - low) or 0.1
     low, high = low - margin, high + margin
     powers = range(math.floor(low), math.ceil(high) + 1)
-    every = 1
     for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
         ticks = [step * 10.0**power for power in powers for step in steps if low <= math.log10(step) + power <= high]
         if len(ticks) <= most:
             break
-    else:
-        every = math.ceil(len(ticks) / most)
-    shown = ticks[::every]
+    shown = at or ticks[:: math.ceil(len(ticks) / most) or 1]
     return {
         "type": "log",
         "range": [round(low, 4), round(high, 4)],
@@ -37,8 +34,8 @@ def _tick(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
-def level_lines(levels: Sequence[tuple[float, str]], left: bool = False) -> Plot:
-    """Dashed lines across a figure, each with its name above it."""
+def level_lines(levels: Sequence[tuple[float, str]], x: float = 1.0) -> Plot:
+    """Dashed lines across a figure, each with its name above it, at `x` between the sides 0 and 1."""
     line = {"color": "@muted", "width": 1, "dash": "dash"}
     return {
         "shapes": [
@@ -46,8 +43,9 @@ def level_lines(levels: Sequence[tuple[float, str]], left: bool = False) -> Plot
         ],
         "annotations": [
             {
-                "xref": "paper", "x": 0 if left else 1, "y": y, "text": name, "showarrow": False,
-                "xanchor": "left" if left else "right", "yanchor": "bottom", "font": {"color": "@muted", "size": 12},
+                "xref": "paper", "x": x, "y": y, "text": name, "showarrow": False,
+                "xanchor": {0.0: "left", 1.0: "right"}.get(x, "center"), "yanchor": "bottom",
+                "font": {"color": "@muted", "size": 12},
             }
             for y, name in levels
         ],

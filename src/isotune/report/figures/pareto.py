@@ -93,8 +93,10 @@ def _plot(comparison: Comparison, rows: list[Json], cost: Cost, style: dict[str,
     levels = [(times * mean(frozen), "frozen base")] if frozen and frozen not in rows else []
     levels += [(times * mean(row), f"full fine-tuning, {row[key]:,} parameters") for row in far or ()]
     costs = [unit * row[key] for row in near]
-    axis = log_axis(costs) if max(costs) > 1.5 * min(costs) and key == "parameters" else {}
-    return {"data": data, "layout": layout(cost.axis, axis_name(metric), 420, xaxis=axis, **level_lines(levels))}
+    budgets = sorted({row["budget"] for row in near if row.get("budget")}) if key == "parameters" else []
+    few = 1 < len(budgets) <= 5
+    axis = log_axis(costs, at=budgets if few else ()) if key == "parameters" and max(costs) > 1.5 * min(costs) else {}
+    return {"data": data, "layout": layout(cost.axis, axis_name(metric), 420, xaxis=axis, **level_lines(levels, 0.5))}
 
 
 def _table(comparison: Comparison, rows: list[Json], cost: Cost) -> Table:

@@ -67,4 +67,4 @@ def _role(row: Json, rate: float) -> str:
 
 
 def _same(one: float, other: float | None) -> bool:
-    return other is not None and abs(one - other) <= 1e-6 * abs(other)
+    return other is not None and abs(one - other) <= 1e-4 * abs(other)

@@ -17,6 +17,7 @@ def spectra(diagnoses: Sequence[Diagnosis]) -> list[Figure]:
     """One figure for each diagnosis that saw the base, with a choice of layers: those that changed the most."""
     known = [d for d in diagnoses if any(site.get("adapted_values") for site in d.found["sites"])]
     sites = shown_sites(known)
+    first = _most_invaded(known, sites)
     figures = []
     for number, diagnosis in enumerate(known):
         at = {site["site"]: site for site in diagnosis.found["sites"] if site.get("adapted_values")}
@@ -24,7 +25,7 @@ def spectra(diagnoses: Sequence[Diagnosis]) -> list[Figure]:
         plots = {site: _plot(at[site]) for site in sites if site in at}
         if plots:
             table = _table(diagnosis, [at[site] for site in plots], threshold)
-            figures.append(Figure(f"spectrum-{number}", diagnosis.label, plots, table, "Layer"))
+            figures.append(Figure(f"spectrum-{number}", diagnosis.label, plots, table, "Layer", first))
     return figures
 
 
@@ -38,6 +39,16 @@ def shown_sites(diagnoses: Sequence[Diagnosis]) -> list[str]:
                 weight[site["site"]] = max(weight.get(site["site"], 0.0), own)
     kept = set(sorted(weight, key=lambda site: -weight[site])[:MOST_SITES])
     return [site for site in weight if site in kept]
+
+
+def _most_invaded(diagnoses: Sequence[Diagnosis], sites: Sequence[str]) -> str:
+    """The layer with the most intruders in all models together: the first to be shown."""
+    counts = dict.fromkeys(sites, 0)
+    for diagnosis in diagnoses:
+        for site in diagnosis.found["sites"]:
+            if site["site"] in counts:
+                counts[site["site"]] += len(site.get("intruders") or ())
+    return max(counts, key=lambda site: counts[site], default="")
 
 
 def _plot(site: Json) -> Plot:
