@@ -15,10 +15,10 @@ import yaml
 
 from isotune.checkpoint.files import CONFIG
 from isotune.errors import IsotuneError
+from isotune.merging.reversible import INDEX
 from isotune.training.folder import RunFolder
 
 MERGE = "merge.json"
-COMPRESSED = "reversible.json"
 COMPARISON = ("comparison.yaml", "summary.json", "results.jsonl")
 
 Json = dict[str, Any]
@@ -139,8 +139,8 @@ def _add(found: Collected, path: Path, name: str) -> None:
         found.comparisons.append(_comparison(path, name))
     elif run.is_run():
         found.runs.append(_run(run, name))
-    elif (path / COMPRESSED).is_file():
-        found.weights.append(Weights(path, name, "compressed", {}, _compressed(path / COMPRESSED)))
+    elif (path / INDEX).is_file():
+        found.weights.append(Weights(path, name, "compressed", {}, _compressed(path / INDEX)))
     elif (path / CONFIG).is_file():
         found.weights.append(Weights(path, name, "adapter", read_json(path / CONFIG), _merge(path)))
     elif (path / "config.json").is_file():

@@ -78,12 +78,8 @@ def _of_comparison(comparison: Comparison, several: bool) -> Iterator[Candidate]
         if folder is not None and row["method"] != FROZEN:
             at = f" at {row['budget']:,}" if budgets and row.get("budget") else ""
             of = f", {comparison.name}" if several else ""
-            yield (
-                f"{words.method_name(row['method'])}{at}{of}",
-                row["method"],
-                folder,
-                comparison.summary.get("model"),
-            )
+            base = _named(folder, comparison.summary.get("model"))
+            yield f"{words.method_name(row['method'])}{at}{of}", row["method"], folder, base
 
 
 def _weights(comparison: Comparison, row: Json) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any
 import isotune
 from isotune.checkpoint.files import write_atomically
 from isotune.errors import IsotuneError
-from isotune.report.data import Collected, collect
+from isotune.report.data import Collected, Comparison, RunResult, Weights, collect
 from isotune.report.diagnosing import add_diagnoses
 from isotune.report.sections import sections
 from isotune.report.verdict import Verdict, judge
@@ -104,15 +104,15 @@ def render(collected: Collected, verdicts: Sequence[Verdict], when: datetime | N
 
 
 def _title(collected: Collected) -> str:
-    names = [one.name for one in (*collected.comparisons, *collected.runs, *collected.weights)]
+    shown: list[Comparison | RunResult | Weights] = [*collected.comparisons, *collected.runs, *collected.weights]
+    names = [one.name for one in shown]
     kinds = [
         (collected.comparisons, "Comparison"),
         (collected.runs, "Run" if len(collected.runs) == 1 else "Runs"),
         (collected.weights, "Adapter" if len(collected.weights) == 1 else "Adapters"),
     ]
     kind = next((word for found, word in kinds if found), "Report")
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{kind}: {shown}"
+    return f"{kind}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _data(collected: Collected, verdicts: Sequence[Verdict]) -> dict[str, Any]:
