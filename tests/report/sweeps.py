@@ -34,7 +34,7 @@ def spread(values: list[float]) -> tuple[float, float | None]:
 
 def row(method: str, values: list[float], budget: int | None = 36864, **more: Any) -> dict[str, Any]:
     """A row of a summary with these scores."""
-    mean, half = spread(values)
+    mean, half = spread(values) if values else (0.0, None)
     return {
         "method": method, "budget": budget, "options": {"rank": 4}, "parameters": budget or 22_000_000,
         "learning_rate": 0.004, "learning_rates": {"0.001": mean - 0.02, "0.004": mean, "0.016": mean - 0.01},

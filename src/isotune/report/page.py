@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import importlib.util
 import json
@@ -166,6 +167,7 @@ def _own(name: str) -> Any:
     return Markup((files("isotune.report") / "assets" / name).read_text(encoding="utf-8"))
 
 
+@functools.cache
 def _plotly() -> Any:
     """plotly.js, compressed: the browser unpacks it in a tenth of a second, and the page is 3 MB smaller."""
     from markupsafe import Markup

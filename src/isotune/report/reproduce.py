@@ -62,10 +62,9 @@ def reproduce_weights(one: Weights) -> Iterator[Block]:
     yield Block(f"{one.name}: settings", table=_pairs({key: value for key, value in told.items() if value}))
 
 
-def _pairs(values: dict[str, Any]) -> Table:
-    return simple(
-        "Settings", ["setting", "value"], [[key.replace("_", " "), _cell(value)] for key, value in values.items()]
-    )
+def _pairs(values: Json) -> Table:
+    lines = [[key.replace("_", " "), _cell(value)] for key, value in values.items()]
+    return simple("Settings", ["setting", "value"], lines, sortable=False)
 
 
 def _cell(value: Any) -> Cell:

@@ -169,5 +169,5 @@ def _reproduce(collected: Collected) -> Section:
         blocks += reproduce_run(run)
     for one in collected.weights:
         blocks += reproduce_weights(one)
-    about = "Settings and versions of what is shown. " + " ".join(words.sentence(note) for note in collected.notes)
-    return Section("reproduce", "Settings and versions", "Versions", about.strip(), blocks=blocks)
+    about = " ".join(words.sentence(note) for note in collected.notes)
+    return Section("reproduce", "Settings and versions", "Versions", about, blocks=blocks)

@@ -39,6 +39,7 @@ class Table:
     caption: str
     columns: Sequence[Column]
     rows: list[list[Cell]] = field(default_factory=list)
+    sortable: bool = True
 
 
 def text(value: str, mark: str = "", title: str = "") -> Cell:
@@ -46,8 +47,8 @@ def text(value: str, mark: str = "", title: str = "") -> Cell:
     return Cell(value, value.lower(), mark, title)
 
 
-def simple(caption: str, titles: Sequence[str], rows: Iterable[Sequence[Cell | str]]) -> Table:
+def simple(caption: str, titles: Sequence[str], rows: Iterable[Sequence[Cell | str]], sortable: bool = True) -> Table:
     """A table whose columns are numeric where all their cells are."""
     cells = [[cell if isinstance(cell, Cell) else text(cell) for cell in row] for row in rows]
     numeric = [all(not isinstance(row[i].value, str) for row in cells) for i in range(len(titles))]
-    return Table(caption, [Column(title, flag) for title, flag in zip(titles, numeric, strict=True)], cells)
+    return Table(caption, [Column(title, flag) for title, flag in zip(titles, numeric, strict=True)], cells, sortable)
