@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,40 @@ class Opened:
     """A page in the browser, and what it did that it should not."""
 
     def __init__(self, page: Any, file: Path) -> None:
-        self.page, self.complaints = page, []
+        self.page = page
+        self.complaints: list[str] = []
         self.asked: list[str] = []
         page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("request", lambda request: self.asked.append(request.url))
         page.goto(file.as_uri())
-        page.wait_for_selector("html[data-ready]", timeout=60_000)
+
+    def until(self, condition: str, of: Any = None) -> None:
+        """Wait for a condition: Playwright's own waiting is forbidden by the page's security policy."""
+        for _ in range(600):
+            if self.page.evaluate(condition, of):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"{condition} did not come true")
+
+    def draw(self, selector: str) -> Any:
+        """Scroll to a figure and wait until it is drawn as the window is now; gives its locator."""
+        figure = self.page.locator(selector).first
+        figure.scroll_into_view_if_needed()
+        shape = """f => {
+            const system = matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light';
+            const theme = document.documentElement.dataset.theme ?? system;
+            return f.dataset.drawn === f.querySelector('.plot').clientWidth + ' ' + theme;
+        }"""
+        self.until(shape, figure.element_handle())
+        return figure
+
+    def see(self, width: int = 1280, theme: str = "light") -> None:
+        """The top of the page in a window of that width, in a system of that theme."""
+        self.page.set_viewport_size({"width": width, "height": 900})
+        self.page.emulate_media(media="screen", color_scheme=theme)
+        self.page.evaluate("delete document.documentElement.dataset.theme; localStorage.clear(); scrollTo(0, 0)")
+        self.page.evaluate("document.activeElement.blur()")
 
 
 @pytest.fixture(scope="session")
@@ -47,24 +74,21 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def _opened(chromium: Any, page: Path) -> Opened:
+    """The report, opened once: unpacking the figures' library takes longer than all tests of what it drew."""
+    opened = Opened(chromium.new_page(viewport={"width": 1280, "height": 900}), page)
+    opened.page.wait_for_selector("html[data-ready]", timeout=120_000)
+    return opened
+
+
 @pytest.fixture
-def visit(chromium: Any) -> Iterator[Callable[..., Opened]]:
-    """Open a file in a fresh context; at the end nothing may have been asked for or complained about."""
-    contexts, visited = [], []
-
-    def go(file: Path, width: int = 1280, theme: str = "light", **options: Any) -> Opened:
-        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, **options)
-        contexts.append(context)
-        visited.append(Opened(context.new_page(), file))
-        return visited[-1]
-
-    yield go
-    for context in contexts:
-        context.close()
-    for opened in visited:
-        assert opened.complaints == []
-        assert [url for url in opened.asked if not url.startswith("file:")] == []
-        assert len(opened.asked) == 1
+def opened(_opened: Opened) -> Iterator[Opened]:
+    """The report as it is seen first. At the end it may have complained of nothing, and asked for nothing more."""
+    _opened.see()
+    yield _opened
+    assert _opened.complaints == []
+    assert len(_opened.asked) == 1
 
 
 @pytest.fixture(scope="session")

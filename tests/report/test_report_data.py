@@ -56,7 +56,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (lambda folder: folder.rmdir(), "does not exist"),
     "empty": (lambda folder: None, "is empty"),
     "foreign": (lambda folder: (folder / "thesis.txt").write_text("x"), "holds no comparison"),
-    "unfinished comparison": (lambda folder: (folder / "results.jsonl").write_text("{}\n"), "has no summary.json yet"),
+    "unfinished comparison": (lambda f: (f / "results.jsonl").write_text("{}\n"), "has no summary.json yet"),
     "damaged summary": (lambda folder: (folder / "summary.json").write_text('{"rows": ['), "the file is damaged"),
     "a list as summary": (lambda folder: (folder / "summary.json").write_text("[]"), "holds no JSON object"),
     "no rows": (lambda folder: (folder / "summary.json").write_text("{}"), "`metric` or `rows` is missing"),
@@ -150,7 +150,7 @@ def test_the_first_seed_of_each_row_is_diagnosed_full_fine_tuning_first(tmp_path
 
 
 def test_what_cannot_be_diagnosed_is_noted_and_stops_nothing(tmp_path: Path) -> None:
-    def refuse(path: Path, base: str | Path | None) -> dict:
+    def refuse(*_: object) -> dict:
         raise CheckpointError("the base is not at hand")
 
     collected: Collected = collect([write_adapter(tmp_path / "adapter")])

@@ -16,8 +16,8 @@ CLEAR = {"hra": [0.84, 0.86, 0.85], "lora": [0.80, 0.82, 0.81], "ia3": [0.70, 0.
 NOISY = {"hra": [0.84, 0.86, 0.85], "lora": [0.86, 0.83, 0.84], "ia3": [0.70, 0.72, 0.71]}
 
 
-def verdict(rows: list[dict[str, Any]], units: list[dict[str, Any]] | None = None, **more: Any) -> Verdict:
-    return compared(Comparison(Path("x"), "x", summary(rows, **more), units or [], None))
+def verdict(rows: list[dict[str, Any]], lines: list[dict[str, Any]] | None = None, **more: Any) -> Verdict:
+    return compared(Comparison(Path("x"), "x", summary(rows, **more), lines or [], None))
 
 
 def scored(scores: dict[str, list[float]], budget: int | None = 1000, **more: Any) -> list[dict[str, Any]]:

@@ -57,6 +57,8 @@
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
   };
 
+  const state = (width) => `${width} ${isDark() ? "dark" : "light"}`;
+
   function draw(figure) {
     const own = plots[figure.dataset.plot];
     const chosen = figure.querySelector(".choose select")?.value ?? Object.keys(own)[0];
@@ -66,11 +68,26 @@
     const [data, layout] = themed(own[chosen], width);
     Plotly.react(place, data, layout, config);
     place.style.minHeight = "";
-    figure.dataset.drawn = width;
+    figure.dataset.drawn = state(width);
   }
 
   const figures = [...document.querySelectorAll("figure[data-plot]")].filter((figure) => figure.querySelector(".plot"));
-  const drawn = () => figures.filter((figure) => figure.dataset.drawn);
+
+  // Only what is about to be seen is drawn: a page of many figures opens, and changes, as fast as one of few.
+  const seen = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) {
+      if (!isIntersecting) continue;
+      seen.unobserve(target);
+      if (target.dataset.drawn !== state(target.querySelector(".plot").clientWidth)) draw(target);
+    }
+  }, { rootMargin: "400px" });
+
+  function refresh() {
+    for (const figure of figures) {
+      seen.unobserve(figure);
+      seen.observe(figure);
+    }
+  }
 
   async function unpacked() {
     const packed = document.getElementById("plotly-gz").textContent;
@@ -85,27 +102,24 @@
     if (!figures.length) return;
     for (const figure of figures) figure.querySelector(".plot").style.minHeight = `${figure.dataset.height}px`;
     await unpacked();
-    // Only what is about to be seen is drawn: a page of many figures opens as fast as one of few.
-    const seen = new IntersectionObserver((entries) => {
-      for (const { isIntersecting, target } of entries) {
-        if (!isIntersecting) continue;
-        seen.unobserve(target);
-        if (!target.dataset.drawn) draw(target);
-      }
-    }, { rootMargin: "400px" });
-    for (const figure of figures) seen.observe(figure);
     let waiting;
     new ResizeObserver(() => {
       clearTimeout(waiting);
-      waiting = setTimeout(() => {
-        if (printing) return;
-        for (const figure of drawn()) {
-          if (Math.abs(figure.dataset.drawn - figure.querySelector(".plot").clientWidth) > 1) draw(figure);
-        }
-      }, 120);
+      waiting = setTimeout(() => printing || refresh(), 120);
     }).observe(document.body);
-    addEventListener("beforeprint", () => { printing = true; retheme("light"); figures.forEach(draw); });
-    addEventListener("afterprint", () => { printing = false; retheme(before); drawn().forEach(draw); });
+    let theme;
+    addEventListener("beforeprint", () => {
+      if (!printing) theme = root.dataset.theme;
+      printing = true;
+      retheme("light");
+      figures.forEach(draw);
+    });
+    addEventListener("afterprint", () => {
+      printing = false;
+      retheme(theme);
+      refresh();
+    });
+    refresh();
     root.dataset.ready = "yes";
   }
 
@@ -121,10 +135,8 @@
   }
 
   const button = document.getElementById("theme");
-  let before;
 
   function retheme(theme) {
-    before = root.dataset.theme;
     if (theme) root.dataset.theme = theme;
     else delete root.dataset.theme;
     button.textContent = isDark() ? "Light theme" : "Dark theme";
@@ -135,9 +147,9 @@
   button.addEventListener("click", () => {
     retheme(isDark() ? "light" : "dark");
     try { localStorage.setItem("isotune-theme", root.dataset.theme); } catch {}
-    drawn().forEach(draw);
+    refresh();
   });
-  dark.addEventListener("change", () => { retheme(root.dataset.theme); drawn().forEach(draw); });
+  dark.addEventListener("change", () => { retheme(root.dataset.theme); refresh(); });
 
   // Tables: a button in each header; what is unknown stays at the end either way.
   const key = (cell) => cell.dataset.v ?? cell.textContent.trim().toLowerCase();
