@@ -102,6 +102,11 @@ class Collected:
     diagnoses: list[Diagnosis] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def subjects(self) -> list[Comparison | RunResult | Weights]:
+        """Everything that was asked about."""
+        return [*self.comparisons, *self.runs, *self.weights]
+
 
 def collect(paths: Sequence[str | Path]) -> Collected:
     """Read the folders, in any mix.

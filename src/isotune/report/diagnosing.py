@@ -52,6 +52,15 @@ def add_diagnoses(
             advance(1)
 
 
+def note_undiagnosed(collected: Collected) -> None:
+    """Say on the page that the weights were not looked at, and which command does."""
+    if any(True for _ in _candidates(collected)):
+        folders = " ".join(one.path.name for one in collected.subjects)
+        collected.notes.append(
+            f"what the adaptation did to the weights was not measured for this page; isotune report {folders} does."
+        )
+
+
 def _candidates(collected: Collected) -> Iterator[Candidate]:
     for comparison in collected.comparisons:
         yield from _of_comparison(comparison, len(collected.comparisons) > 1)

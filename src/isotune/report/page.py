@@ -17,8 +17,9 @@ from typing import Any
 import isotune
 from isotune.checkpoint.files import write_atomically
 from isotune.errors import IsotuneError
-from isotune.report.data import Collected, Comparison, RunResult, Weights, collect
-from isotune.report.diagnosing import add_diagnoses
+from isotune.report import words
+from isotune.report.data import Collected, collect
+from isotune.report.diagnosing import add_diagnoses, note_undiagnosed
 from isotune.report.sections import sections
 from isotune.report.verdict import Verdict, judge
 
@@ -55,6 +56,8 @@ def build(
     collected = collect(paths)
     if diagnose:
         add_diagnoses(collected, base, most, progress=progress)
+    else:
+        note_undiagnosed(collected)
     verdicts = judge(collected)
     write_page(render(collected, verdicts), output)
     return verdicts
@@ -93,6 +96,7 @@ def render(collected: Collected, verdicts: Sequence[Verdict], when: datetime | N
     return template.from_string(_own("page.html.jinja")).render(
         title=_title(collected),
         verdicts=verdicts,
+        notes=[words.sentence(note) for note in collected.notes],
         sections=parts,
         css=_own("page.css"),
         js=_own("page.js"),
@@ -105,8 +109,7 @@ def render(collected: Collected, verdicts: Sequence[Verdict], when: datetime | N
 
 
 def _title(collected: Collected) -> str:
-    shown: list[Comparison | RunResult | Weights] = [*collected.comparisons, *collected.runs, *collected.weights]
-    names = [one.name for one in shown]
+    names = [one.name for one in collected.subjects]
     kinds = [
         (collected.comparisons, "Comparison"),
         (collected.runs, "Run" if len(collected.runs) == 1 else "Runs"),

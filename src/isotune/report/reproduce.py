@@ -63,7 +63,7 @@ def reproduce_weights(one: Weights) -> Iterator[Block]:
 
 
 def _pairs(values: Json) -> Table:
-    lines = [[key.replace("_", " "), _cell(value)] for key, value in values.items()]
+    lines: list[list[Cell | str]] = [[key.replace("_", " "), _cell(value)] for key, value in values.items()]
     return simple("Settings", ["setting", "value"], lines, sortable=False)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from isotune.report import words
 from isotune.report.data import Collected, Comparison, Json
 from isotune.report.figures.angles import angle_histograms
 from isotune.report.figures.curves import curve_figures, run_curves
@@ -169,5 +168,4 @@ def _reproduce(collected: Collected) -> Section:
         blocks += reproduce_run(run)
     for one in collected.weights:
         blocks += reproduce_weights(one)
-    about = " ".join(words.sentence(note) for note in collected.notes)
-    return Section("reproduce", "Settings and versions", "Versions", about, blocks=blocks)
+    return Section("reproduce", "Settings and versions", "Versions", blocks=blocks)
