@@ -1,5 +1,6 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
 # make test   install the development tools too, then lint, type-check and run the whole suite
+# make docs   build the documentation into site/; read it with: python3 -m http.server -d site
 # make bench  time isotune and PEFT side by side (about 20 minutes; BENCH=--quick: one) and render benchmarks/
 PYTHON ?= python3
 VENV   ?= .venv
@@ -7,7 +8,7 @@ BIN    := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test lint types unit clean
+.PHONY: help demo docs bench test lint types unit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -26,6 +27,10 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 demo: $(VENV)/.installed-demo,peft
 	@echo "== running the demo"
 	$(BIN)/isotune demo $(DEMO)
+
+docs: $(VENV)/.installed-docs
+	@echo "== building the documentation into site/"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-demo,peft
 	@echo "== running the benchmarks"
@@ -48,4 +53,4 @@ unit: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

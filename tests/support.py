@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import csv
+import gzip
+import importlib.resources
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,6 +107,17 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 def files(folder: Path) -> dict[str, bytes]:
     """Every file under a folder with its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def write_citations(folder: Path, train: int = 48, test: int = 16) -> None:
+    """Rows of SciCite as train.csv and test.csv, with the columns text and label."""
+    source = importlib.resources.files("isotune.training") / "scicite" / "validation.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(source.read_bytes()).decode().splitlines()]
+    for name, part in (("train", rows[:train]), ("test", rows[train : train + test])):
+        with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["text", "label"], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(part)
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ import isotune
 from isotune import HRA, LoRA
 from isotune.adapted_site import AdaptedSite
 from isotune.adapters.low_rank.hydra import Hydra
-from isotune.diagnostics.change import inspect_adapter
+from isotune.diagnostics import diagnose
 from isotune.errors import NoLowRankFormError, OptionError
 from isotune.sites import require_site
 from support import MINILM, STORIES, adapted, assert_same_output, minilm, move, output, stories
@@ -131,7 +131,8 @@ def test_merged_weights_and_biases_compute_the_same(tmp_path: Path) -> None:
 def test_inspection_measures_the_change_of_the_weight(base: Path, at: str, tmp_path: Path) -> None:
     model = adapted({STORIES: stories, MINILM: minilm}[base](), Hydra(rank=2, sequential_rank=1), [at])
     isotune.save(model, tmp_path)
-    row = inspect_adapter(tmp_path, base).sites[0]
+    row = diagnose(tmp_path, base).sites[0]
     assert row.change_rank == 3
     assert row.trainable == Hydra(rank=2, sequential_rank=1).parameter_count(row.in_features, row.out_features)
-    assert inspect_adapter(tmp_path).sites[0].change_rank is None
+    isotune.save(model, tmp_path, base_model="no/such-base")
+    assert diagnose(tmp_path).sites[0].change_rank is None

@@ -19,7 +19,7 @@ from checkpoint.test_hostile import rewrite
 from isotune import LoRA
 from isotune.checkpoint.export_peft import export_peft
 from isotune.checkpoint.files import CONFIG, TENSORS
-from isotune.diagnostics.change import inspect_adapter
+from isotune.diagnostics import diagnose
 from isotune.errors import CheckpointError
 from isotune.model.layers import adapted_layers
 from support import DATA, adapted, assert_same_output, assert_unchanged, output, snapshot, stories
@@ -57,14 +57,15 @@ def test_export_of_a_folder_one_layer_at_a_time_knows_what_all_layers_share(meth
     export = isotune.export_lora(tmp_path / "adapter", tmp_path / "lora", base=STORIES)
     assert export.residual < 1e-5
     assert_same_output(output(isotune.load(stories(), tmp_path / "lora").eval()), output(model))
-    inspection = inspect_adapter(tmp_path / "adapter", STORIES)
+    inspection = diagnose(tmp_path / "adapter", STORIES)
     layers = dict(adapted_layers(model))
     assert len(inspection.sites) == 15
     for row in inspection.sites:
         layer = layers[row.site]
         W, changed = layer.base_layer.weight.detach(), layer.weight.detach()
         assert row.change_norm == pytest.approx(float((changed - W).norm() / W.norm()), rel=1e-4)
-    assert inspect_adapter(tmp_path / "adapter").sites[0].change_norm is None
+    isotune.save(model, tmp_path / "adapter", base_model="no/such-base")
+    assert diagnose(tmp_path / "adapter").sites[0].change_norm is None
 
 
 @unsaved
@@ -76,8 +77,10 @@ def test_export_of_a_folder_of_pefts_takes_the_sizes_of_its_layers_from_the_base
     theirs = by_peft(stories(), kind(r=6, save_projection=save, target_modules=LAYERS), tmp_path / "theirs")
     isotune.export_lora(tmp_path / "theirs", tmp_path / "lora", base=STORIES)
     assert_same_output(output(isotune.load(stories(), tmp_path / "lora").eval()), output(theirs))
+    config = tmp_path / "theirs" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(STORIES), "no/such-base"))
     with pytest.raises(CheckpointError, match="does not say how large its layers are"):
-        inspect_adapter(tmp_path / "theirs")
+        diagnose(tmp_path / "theirs")
 
 
 @each_method

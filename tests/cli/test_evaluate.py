@@ -67,6 +67,29 @@ def test_predictions_of_a_causal_run_are_losses_a_row(
     assert json.loads(capsys.readouterr().out)["perplexity"] > 1
 
 
+def test_forgetting_is_measured_before_and_after(
+    command: Callable[..., int], finished: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [(word, f"{word} the old {animal}") for word in ("sees", "near") for animal in ("cat", "dog", "fox")]
+    other = write_jsonl(tmp_path / "other.jsonl", [{"say": text, "kind": word} for word, text in texts])
+    flags = ["--forgetting", other, "--forgetting-text", "say"]
+    assert command("evaluate", finished, *flags, "--forgetting-label", "kind", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["forgetting_base_similarity"] == 1
+    assert 0 < found["forgetting_similarity"] < 1
+    assert {found["forgetting_probe_accuracy"], found["forgetting_base_probe_accuracy"]} <= {0.0, 0.5, 1.0}
+    assert command("evaluate", finished, *flags) == 2
+    assert "forgetting: " in capsys.readouterr().err
+    causal = {
+        "model": str(llama), "task": "causal-lm", "data.train": str(other), "data.text": "say", "data.max_length": 16,
+        "data.validation": 0.3, "method.rank": 2, "training.max_steps": 1, "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    train(build_recipe(flags=causal), progress=False)
+    assert command("evaluate", tmp_path / "run", *flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["forgetting_perplexity"] != found["forgetting_base_perplexity"] > 1
+
+
 MISTAKES = {
     "no such folder": (["nowhere"], "no run or adapter folder at nowhere"),
     "not an adapter": (["{tmp}"], "has no task.json"),

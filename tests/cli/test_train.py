@@ -32,9 +32,12 @@ def test_flags_alone_train_and_json_keeps_standard_output_clean(
     assert metrics["trainable_parameters_encoder"] == 2 * 2 * 32 * 2
     assert metrics["trainable_parameters"] == 2 * 2 * 32 * 2 + 2 * 33
     assert metrics["seconds_per_step"] > 0
+    assert metrics["tokens_per_second"] > 0
     assert metrics["peak_memory_bytes"] > 10**7
     assert "hra's default" in err
-    assert sorted(path.name for path in run.iterdir()) == ["adapter", "checkpoint-4", "metrics.json", "recipe.yaml"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "adapter", "checkpoint-4", "history.json", "metrics.json", "recipe.yaml"
+    ]  # fmt: skip
 
 
 def test_prompts_and_completions_train_a_causal_model_from_flags(

@@ -16,14 +16,14 @@ from models import Toy, bert, family, gpt2, llama, reconfigure, rewrite, save, s
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from isotune.checkpoint import stored_models
+from isotune.checkpoint.tensor_kinds import tensor_kinds
 from isotune.errors import CheckpointError, OptionError
-from isotune.merging import stored_models
 from isotune.merging.checkpoint_checks import check_checkpoints
 from isotune.merging.checkpoints import merge_checkpoints
 from isotune.merging.contract import Aligned, Change, RotationRule, Rule
 from isotune.merging.rules.sum import Sum
 from isotune.merging.shards import parse_size
-from isotune.merging.tensor_kinds import tensor_kinds
 from isotune.merging.vocabularies import token_ids
 
 merge = functools.partial(merge_checkpoints, progress=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import isotune
 from isotune import HRA, IsotuneError, LoRA, Settings
-from isotune.diagnostics.change import inspect_adapter
+from isotune.diagnostics import diagnose
 from isotune.sites import require_site
 from packed import NibbleLinear, SecretLinear, pack, unpack
 from support import STORIES, adapted, assert_same_output, output, stories, tokens
@@ -102,7 +102,7 @@ def test_shapes_and_counts_are_those_of_the_dense_layer(kind: Any, tmp_path: Pat
     isotune.save(model, tmp_path)
     # What was learnt on the packed base goes on the dense one, too.
     assert_same_output(output(isotune.load(stories(), tmp_path)), output(model), 0.3)
-    rows = inspect_adapter(tmp_path, STORIES).sites
+    rows = diagnose(tmp_path, STORIES).sites
     assert {(row.in_features, row.out_features) for row in rows} == {(64, 64), (64, 32)}
     assert all(row.change_rank == 4 for row in rows)
 

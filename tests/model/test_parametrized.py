@@ -19,7 +19,7 @@ import isotune
 from isotune import HRA, LoRA, Settings
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.adapters.registry import method_names
-from isotune.diagnostics.change import inspect_adapter
+from isotune.diagnostics import diagnose
 from isotune.errors import IsotuneError, NoLowRankFormError, OptionError, TargetError
 from isotune.matrix import Matrix
 from isotune.model.layers import adapted_layers
@@ -235,7 +235,7 @@ def test_inspect_measures_the_change_of_each_matrix_against_a_stored_base(kind: 
     model = host(kind)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "base/model.safetensors")
     isotune.save(adapted(model, HRA(rank=2), ["module"], size=0.2), tmp_path / "adapter")
-    found = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
+    found = diagnose(tmp_path / "adapter", tmp_path / "base")
     measured = {row.site.removeprefix("module."): (row.out_features, row.in_features) for row in found.sites}
     assert measured == KINDS[kind].shapes
     weights = dict(adapted_layers(model))

@@ -98,11 +98,24 @@ def test_the_probe_is_a_converged_logistic_regression() -> None:
     features = 3 * features + 5
     probe = fit_probe(features, labels, 3, strengths=(1e-2,))
     standard = ((features - features.mean(0)) / features.std(0)).numpy()
-    oracle = linear.LogisticRegression(C=1 / (1e-3 * 120), tol=1e-10, max_iter=5000).fit(standard, labels.numpy())
+    oracle = linear.LogisticRegression(C=1 / (1e-2 * 120), tol=1e-10, max_iter=5000).fit(standard, labels.numpy())
     expected = torch.from_numpy(oracle.predict_log_proba(standard))
     torch.testing.assert_close(probe.logits(features).log_softmax(-1), expected, rtol=1e-3, atol=1e-4)
-    again = fit_probe(features, labels, 3)
-    assert torch.equal(again.weight, probe.weight)
+    usual = fit_probe(features, labels, 3)
+    assert usual.l2 == 1e-3
+    assert usual.weight.norm() > probe.weight.norm()
+
+
+def test_a_feature_next_to_constant_has_no_part_in_the_probe() -> None:
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    labels = (features[:, 0] > 0).long()
+    features[:, 3] = 1e-7 + 1e-9 * features[:, 0]
+    probe = fit_probe(features, labels, 2)
+    assert (probe.weight[:, 3] == 0).all()
+    without = fit_probe(features[:, :3], labels, 2)
+    torch.testing.assert_close(probe.weight[:, :3], without.weight)
+    torch.testing.assert_close(probe.bias, without.bias)
 
 
 def test_the_validation_rows_choose_the_strength() -> None:

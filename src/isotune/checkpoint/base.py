@@ -53,7 +53,8 @@ class StoredBase:
         """The weight of the layer at `path`; with `matrix`, an entry of the header, the matrix (out, in) there.
 
         A module around the stored model (or a prefix in the stored names) may make the two paths differ at the
-        front; the longest common ending decides, if it is the only one. Raises CheckpointError where none fits.
+        front; the longest common ending decides: a name that is just that, or else the only one with it. Raises
+        CheckpointError where none fits.
         """
         key = self._key(_name(path, matrix))
         tensor = self._tensor(key)
@@ -63,6 +64,10 @@ class StoredBase:
                 "unquantised base with base=... (--base)"
             )
         return tensor if matrix is None else as_matrix(tensor, **matrix)
+
+    def name_of(self, path: str, matrix: Mapping[str, Any] | None = None) -> str:
+        """The stored tensor that `weight` reads, by its name in the files. Raises CheckpointError where none fits."""
+        return self._key(_name(path, matrix))
 
     def shape(self, path: str, matrix: Mapping[str, Any] | None = None) -> list[int]:
         """The shape of that weight, which is not read. Raises CheckpointError where `weight` finds none."""
@@ -86,7 +91,9 @@ class StoredBase:
         parts = wanted.split(".")
         for start in range(len(parts) - 1):
             ending = ".".join(parts[start:])
-            fitting = [key for key in self.file_of if key == ending or key.endswith(f".{ending}")]
+            if ending in self.file_of:
+                return ending
+            fitting = [key for key in self.file_of if key.endswith(f".{ending}")]
             if len(fitting) == 1:
                 return fitting[0]
         raise CheckpointError(

@@ -55,6 +55,13 @@ class StoredParts:
         return require_site(layer, p), [adapter]
 
 
+def changes_bias(adapter: Adapter, site: Site) -> bool:
+    """Whether the adapter changes the layer's bias, beside its weight."""
+    zero = site.bias if site.bias is not None else torch.zeros(site.out_features)
+    changed = adapter.bias(zero)
+    return changed is not zero and not (changed is not None and changed.equal(zero))
+
+
 def _weight(stored: StoredAdapter, base: StoredBase | None, p: str) -> torch.Tensor:
     if base is None:
         return torch.empty(_shape(stored, base, p))

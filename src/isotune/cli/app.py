@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isotune.cli import adapters, demo, merge, methods, report, rules, train
+from isotune.cli import compare, demo, export, inspect, merge, methods, report, rules, train
 from isotune.errors import IsotuneError
 
 app = typer.Typer(
@@ -19,8 +19,10 @@ app = typer.Typer(
 )
 
 train.register(app)
+compare.register(app)
 methods.register(app)
-adapters.register(app)
+inspect.register(app)
+export.register(app)
 merge.register(app)
 rules.register(app)
 report.register(app)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isotune.cli.method_pages import method_page, said
 from isotune.cli.output import print_json, print_table, write_text
 from isotune.errors import OptionError
 
@@ -44,18 +45,22 @@ def methods_command(
     model: Annotated[str | None, Flag(help="Count parameters on a model: folder or hub id; minilm.")] = None,
     targets: Annotated[str, Flag(help="With --model: which layers, as in a recipe.")] = "attention",
     write: Annotated[Path | None, Flag(help="Write isotune's own methods as Markdown to this file.")] = None,
+    pages: Annotated[Path | None, Flag(help="Write a page a method, as Markdown, into this folder.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")] = False,
 ) -> None:
-    from isotune.adapters.registry import BUILT_IN
+    from isotune.adapters.registry import BUILT_IN, method_class
     from isotune.model.catalogue import methods
 
     found = methods(_sites(layer, model, targets))
     if write is not None:
         write_text(write, markdown([m for m in found if m.name in BUILT_IN]))
+    if pages is not None:
+        for m in found:
+            write_text(pages / f"{m.name}.md", method_page(m, method_class(m.name)))
     if as_json:
         print_json(found)
-    elif write is not None:
-        print(f"{write}: written, {len(found)} methods")
+    elif written := [str(path) for path in (write, pages) if path is not None]:
+        print(f"{' and '.join(written)}: written, {len(found)} methods")
     else:
         _show(found, "layer" if layer else f"{model}, {targets}" if model else None)
 
@@ -95,11 +100,7 @@ def _count(m: MethodInfo) -> str:
 
 
 def _properties(m: MethodInfo) -> list[str]:
-    return [_said(m.identity_at_start), _said(m.foldable), m.lora_rank or "no", _said(m.peft), ", ".join(m.kinds)]
-
-
-def _said(answer: bool | None) -> str:
-    return "-" if answer is None else "yes" if answer else "no"
+    return [said(m.identity_at_start), said(m.foldable), m.lora_rank or "no", said(m.peft), ", ".join(m.kinds)]
 
 
 def markdown(found: list[MethodInfo]) -> str:

@@ -15,8 +15,9 @@ Flag = typer.Option
 
 _TRAIN_HELP = """Train an adapter from a recipe, from flags, or from a recipe with flags over it.
 
-Everything goes into the output folder: the resolved recipe, checkpoints, the adapter, metrics.json,
-and with isotune[report] installed a page to read, report.html.
+Everything goes into the output folder: the resolved recipe, checkpoints, the adapter, metrics.json, history.json, and
+with isotune[report] installed a page to read, report.html. Method full trains the whole model in place of an adapter,
+and leaves it in the folder `model`.
 
 Examples:
 
@@ -35,7 +36,7 @@ for example --set training.num_train_epochs=1 --set training.report_to=tensorboa
 On several processes: torchrun --nproc-per-node 2 -m isotune.cli train recipe.yaml
 """
 
-_EVALUATE_HELP = """Evaluate a run, or an adapter that `isotune train` wrote, and write its predictions.
+_EVALUATE_HELP = """Evaluate a run, or an adapter or model that isotune wrote, and write its predictions.
 
 Without --data the run's own test rows are used (else its validation rows).
 
@@ -46,6 +47,11 @@ Examples:
   isotune evaluate runs/one --data new.csv --predictions new-predictions.csv
 
   isotune evaluate ./adapter --model ./base --data new.csv --json
+
+  isotune evaluate runs/one --forgetting other-task.csv --forgetting-text question --forgetting-label topic
+
+The last one shows what the model has forgotten: a linear probe on another task's rows, three tenths of them held out,
+with the features of the pretrained and of the trained model; of language models, the perplexity on a text.
 """
 
 
@@ -62,7 +68,7 @@ def train_command(
     label: Annotated[str | None, Flag(help="Column with the label.")] = None,
     prompt: Annotated[str | None, Flag(help="Column with the prompt (causal-lm).")] = None,
     completion: Annotated[str | None, Flag(help="Column with the completion (causal-lm).")] = None,
-    method: Annotated[str | None, Flag(help="Method; see isotune methods.")] = None,
+    method: Annotated[str | None, Flag(help="Method; see isotune methods. Or full: no adapter.")] = None,
     rank: Annotated[int | None, Flag(help="The method's rank.")] = None,
     targets: Annotated[
         str | None, Flag(help="attention, query-value, mlp, all-linear, or a regular expression.")
@@ -93,11 +99,13 @@ def train_command(
 
     if is_first_process():
         write_beside(result.output, report)
-    _show(result.metrics, as_json, f"{result.output}: finished. Adapter: {result.adapter}")
+    _show(result.metrics, as_json, f"{result.output}: finished. Trained: {result.trained}")
 
 
 def evaluate_command(
-    path: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder or an adapter's.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_FOLDER", help="A run, an adapter, or a model trained in full or merged.")
+    ],
     data: Annotated[str | None, Flag(help="Rows to evaluate on.")] = None,
     model: Annotated[str | None, Flag(help="The pretrained model, if it has moved.")] = None,
     text: Annotated[str | None, Flag(help="Column with the text.")] = None,
@@ -107,15 +115,27 @@ def evaluate_command(
     predictions: Annotated[Path | None, Flag(help="Write predictions here (.csv or .jsonl).")] = None,
     batch_size: Annotated[int, Flag(min=1, help="Rows at a time.")] = 64,
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
+    forgetting: Annotated[
+        str | None, Flag(help="Rows of another task (causal-lm: general text) to measure before and after.")
+    ] = None,
+    forgetting_text: Annotated[str, Flag(help="Their column with the text.")] = "text",
+    forgetting_label: Annotated[str, Flag(help="Their column with the label.")] = "label",
     as_json: Annotated[bool, Flag("--json", help="Only the metrics, as JSON, on standard output.")] = False,
 ) -> None:
-    from isotune.training.evaluation import evaluate
+    from isotune.training.evaluation import evaluate, find_trained
+    from isotune.training.forgetting import settings_for
+    from isotune.training.session import TaskSpec
 
     named = {"text": text, "label": label, "prompt": prompt, "completion": completion}
     columns = {key: name for key, name in named.items() if name is not None}
+    rows = None
+    if forgetting is not None:
+        task = TaskSpec.read(find_trained(path)[0]).task
+        rows = settings_for(task, forgetting, text=forgetting_text, label=forgetting_label)
     metrics = evaluate(
-        path, data, model=model, columns=columns, predictions=predictions, batch_size=batch_size, force=force
-    )
+        path, data, model=model, columns=columns, predictions=predictions, batch_size=batch_size, force=force,
+        forgetting=rows,
+    )  # fmt: skip
     _show(metrics, as_json, "")
 
 

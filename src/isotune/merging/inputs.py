@@ -12,7 +12,7 @@ from torch import Tensor
 from isotune.adapters.contract import Adapter, LowRank
 from isotune.adapters.settings import Settings
 from isotune.checkpoint.base import StoredBase
-from isotune.checkpoint.parts import StoredParts
+from isotune.checkpoint.parts import StoredParts, changes_bias
 from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError
 from isotune.linalg.householder import at_least_fp32
@@ -58,7 +58,7 @@ class Model:
         Raises CheckpointError for a method that also changes the layer's bias.
         """
         site, _, adapter = self.adapter(path)
-        if _changes_bias(adapter, site):
+        if changes_bias(adapter, site):
             raise CheckpointError(
                 f"{self.stored.path}: {adapter.method} also changes the bias of {path!r}, which an adapter of merged "
                 "weights has no place for; export it with --to merged, and merge full checkpoints"
@@ -68,12 +68,6 @@ class Model:
         if pair is not None:
             return Factored(*map(at_least_fp32, pair))
         return adapter.weight(W) - W
-
-
-def _changes_bias(adapter: Adapter, site: Site) -> bool:
-    zero = site.bias if site.bias is not None else torch.zeros(site.out_features)
-    changed = adapter.bias(zero)
-    return changed is not zero and not (changed is not None and changed.equal(zero))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from isotune.checkpoint.files import write_atomically
+from isotune.checkpoint.stored_models import CODES
 from isotune.errors import CheckpointError, OptionError
-from isotune.merging.stored_models import CODES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

@@ -9,9 +9,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from isotune.checkpoint.stored_models import Header, StoredModel, read_header
 from isotune.errors import CheckpointError
 from isotune.merging.checkpoint_checks import Inputs, refuse
-from isotune.merging.stored_models import Header, StoredModel, read_header
 
 
 class StoredStatistics:

@@ -49,14 +49,15 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
         train, validation = cut(train, data.validation, seed)
     else:
         validation = _named_split(data.validation, source, data, task) if data.validation else []
-    train = _sample(train, data.max_train_rows, seed)
-    validation, test = (_sample(rows, data.max_eval_rows, seed) for rows in (validation, test))
+    train = sample_rows(train, data.max_train_rows, seed)
+    validation, test = (sample_rows(rows, data.max_eval_rows, seed) for rows in (validation, test))
     for name, rows in (("validation", validation), ("test", test)):
         check_labels(rows, labels, f"the {name} rows")
     return Splits(train, validation, test, labels)
 
 
-def _sample(rows: list[Row], most: int | None, seed: int) -> list[Row]:
+def sample_rows(rows: list[Row], most: int | None, seed: int) -> list[Row]:
+    """At most so many of the rows, drawn by the seed; all where there is no limit."""
     if most is None or most >= len(rows):
         return rows
     return [rows[index] for index in _permutation(len(rows), seed)[:most]]

@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from isotune.checkpoint.export import export_lora
 from isotune.checkpoint.load import load
 from isotune.errors import DivergedError
-from isotune.training.data import load_splits
 from isotune.training.export import base_of
 from isotune.training.folder import RunFolder
+from isotune.training.frozen import frozen_probe
 from isotune.training.models import MINILM
-from isotune.training.probe import Probe, fit_probe
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import Recipe, build_recipe
-from isotune.training.run import Result, split_features, train
-from isotune.training.session import Session, TaskSpec
+from isotune.training.run import Result, train
+from isotune.training.session import Session
 from isotune.training.tasks import Example
 
 METHODS: dict[str, dict[str, Any]] = {"hra": {"name": "hra", "rank": 8}, "lora": {"name": "lora", "rank": 4}}
@@ -106,12 +104,13 @@ def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> 
     for recipe in recipes.values():
         RunFolder(recipe.output).check(resume=False, overwrite=True)
     screen.say("1. a linear probe on the frozen model: a strong baseline, and the start of both heads")
-    probe, measured, session, test = _probe(recipes["hra"], screen)
+    frozen = frozen_probe(recipes["hra"], screen)
+    session, test = frozen.session, frozen.examples["test"]
 
     def run(name: str) -> tuple[DemoRow, Tensor]:
         """Train, and forget the model: it would count as the next run's memory."""
         screen.say(f"{2 + list(recipes).index(name)}. {name}, rank {METHODS[name]['rank']}")
-        result = train(recipes[name], overwrite=True, progress=progress, probe=probe)
+        result = train(recipes[name], overwrite=True, progress=progress, probe=frozen.probe)
         return _row(name, result), _predict(result.model, session, test, screen)
 
     (hra, trained), (lora, _) = run("hra"), run("lora")
@@ -126,7 +125,7 @@ def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> 
     if importlib.util.find_spec("peft"):
         predictions["the exported LoRA, in PEFT"] = _predict(_in_peft(session, exported), session, test, screen)
     return Demo(
-        rows=[_probe_row(measured), hra, lora],
+        rows=[_probe_row(frozen.metrics), hra, lora],
         adapter=adapter,
         exported=exported,
         export_residual=export.residual,
@@ -157,14 +156,14 @@ def compare(
         progress: Whether to show anything on standard error.
     """
     screen, output, rows = _prepare(progress), Path(output), dict(rows or {})
-    probe, measured, _, _ = _probe(_recipe(output / "probe", METHODS["hra"], rows), screen)
+    frozen = frozen_probe(_recipe(output / "probe", METHODS["hra"], rows), screen)
 
     def run(name: str, rate: float, seed: int) -> dict[str, Any]:
         folder = output / f"{name}-lr{rate:g}-seed{seed}"
         # The search looks at the validation rows alone, and what it leads to is measured on the test rows alone.
         recipe = _recipe(folder, dict(methods[name]), rows, rate, seed, "validation" if seed == 0 else "test")
         screen.say(f"{name}, learning rate {rate:g}, seed {seed}")
-        return train(recipe, resume=RunFolder(folder).is_run(), progress=progress, probe=probe).metrics
+        return train(recipe, resume=RunFolder(folder).is_run(), progress=progress, probe=frozen.probe).metrics
 
     def validated(name: str, rate: float) -> float:
         try:
@@ -177,7 +176,7 @@ def compare(
     chosen = list(range(1, seeds + 1))
     runs = {name: [run(name, best[name], seed) for seed in chosen] for name in methods}
     accuracy = {name: [found["test_accuracy"] for found in runs[name]] for name in methods}
-    return Comparison(chosen, searched, best, accuracy, runs, measured["accuracy"])
+    return Comparison(chosen, searched, best, accuracy, runs, frozen.metrics["test_accuracy"])
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -222,18 +221,6 @@ def _recipe(
     )
 
 
-def _probe(recipe: Recipe, screen: Screen) -> tuple[Probe, dict[str, float], Session, list[Example]]:
-    """The probe, its metrics on the test rows, the session it ran in, and the test examples."""
-    splits = load_splits(recipe.data, recipe.task, recipe.seed)
-    transformers.set_seed(recipe.seed)
-    session = Session(TaskSpec.of(recipe, splits.labels))
-    rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    examples = {name: session.examples(part) for name, part in rows.items()}
-    features = split_features(session, examples, screen)
-    probe = fit_probe(*features["train"], len(splits.labels), features["validation"])
-    return probe, probe.metrics(*features["test"]), session, examples["test"]
-
-
 def _fresh(session: Session) -> Any:
     """The pretrained model once more, as it was before any training."""
     return Session(session.spec).model
@@ -259,7 +246,7 @@ def _predict(model: nn.Module, session: Session, examples: list[Example], screen
 
 
 def _probe_row(measured: dict[str, float]) -> DemoRow:
-    return DemoRow("linear probe", measured["accuracy"], measured["macro_f1"], 0, None, None)
+    return DemoRow("linear probe", measured["test_accuracy"], measured["test_macro_f1"], 0, None, None)
 
 
 def _row(name: str, result: Result) -> DemoRow:

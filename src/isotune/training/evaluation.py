@@ -16,11 +16,12 @@ import torch
 import transformers
 
 from isotune.checkpoint.files import write_atomically
-from isotune.checkpoint.load import load
 from isotune.errors import DataError, IsotuneError
 from isotune.training.arguments import machine_arguments
 from isotune.training.data import Row, check_labels, load_rows, load_splits
-from isotune.training.folder import RunFolder
+from isotune.training.folder import RunFolder, trained_folder
+from isotune.training.forgetting import Forgetting, ForgettingSettings
+from isotune.training.model_folder import open_trained
 from isotune.training.progress import Screen, is_first_process, quiet_libraries
 from isotune.training.recipe import DataSettings, Recipe
 from isotune.training.session import Session, TaskSpec, task_metrics
@@ -38,47 +39,57 @@ def evaluate(
     predictions: str | Path | None = None,
     batch_size: int = 64,
     force: bool = False,
+    forgetting: ForgettingSettings | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate a run's adapter, or an adapter folder that `train` wrote.
+    """Evaluate what a run trained: its adapter, or with `method: full` its model.
 
     Args:
-        path: A run's folder, or its adapter folder, wherever that is now.
+        path: A run's folder, or its adapter's or model's folder, wherever that is now, or a merged export.
         data: Rows to evaluate on; by default the run's test rows, else its validation rows.
-        model: The pretrained model, where it is not what the adapter was trained on by name.
+        model: An adapter's pretrained model, where it is not what the adapter was trained on by name.
         columns: Column names (`text`, `label`, `prompt`, `completion`) where they differ from the run's.
         predictions: A .csv or .jsonl file to write one line a row to.
         batch_size: Rows at a time.
         force: Use the adapter on a base model that does not look like its own.
+        forgetting: Other rows, on which the pretrained model is measured before and after, too.
         progress: Whether to show anything on standard error.
 
     Returns:
-        Metrics with flat keys, such as `accuracy`, `macro_f1`, `loss`, `perplexity`, and `rows`.
+        Metrics with flat keys, such as `accuracy`, `macro_f1`, `loss`, `perplexity`, and `rows`; of forgetting,
+        `forgetting_probe_accuracy` (after) and `forgetting_base_probe_accuracy` (before), and so on.
 
     Raises:
         IsotuneError: The adapter, the model or the data cannot be used.
     """
     quiet_libraries()
     screen = Screen(progress)
-    adapter, recipe = find_adapter(Path(path))
-    spec = TaskSpec.read(adapter)
-    spec = replace(spec, model=model) if model else spec
+    trained, recipe = find_trained(Path(path))
+    spec = TaskSpec.read(trained)
     if predictions is not None:
         _check_predictions(Path(predictions))
     rows = rows_for(data, spec, recipe, columns or _NO_CHANGES, ("test", "validation"))
     if spec.task == "classification":
         check_labels(rows, spec.labels, "the data")
-    session = Session(spec)
-    load(session.model, adapter, force=force)
+    held_out = None
+    if forgetting is not None:
+        screen.say("measuring the pretrained model on the rows of forgetting")
+        held_out = Forgetting(forgetting, replace(spec, model=model or spec.model))
+    session = open_trained(trained, model, force)
     examples = session.examples(rows)
-    screen.say(f"evaluating {adapter} on {len(examples)} examples")
+    screen.say(f"evaluating {trained} on {len(examples)} examples")
     with screen.console.status("evaluating"):
         metrics, scores = measured(session, examples, batch_size)
     if predictions is not None and is_first_process():
         lines = _predicted(rows, scores, spec)
         write_atomically(Path(predictions), _table(lines, Path(predictions).suffix))
         screen.say(f"predictions written to {predictions}")
-    return {**metrics, "rows": len(rows)}
+    found = {**metrics, "rows": len(rows)}
+    if held_out is not None:
+        screen.say("measuring the trained model on the rows of forgetting")
+        found |= {f"forgetting_{name}": value for name, value in held_out.measure(session.model).items()}
+        found |= {f"forgetting_base_{name}": value for name, value in held_out.base.items()}
+    return found
 
 
 def measured(
@@ -99,15 +110,13 @@ def measured(
     return {name.removeprefix("test_"): value for name, value in metrics.items()}, np.asarray(output.predictions)
 
 
-def find_adapter(path: Path) -> tuple[Path, Recipe | None]:
-    """The adapter's folder, and the recipe of the run it belongs to, where there is one."""
+def find_trained(path: Path) -> tuple[Path, Recipe | None]:
+    """The folder of an adapter or of a trained model, and the recipe of the run it belongs to, where there is one."""
     if not path.is_dir():
         raise IsotuneError(f"no run or adapter folder at {path}")
     run = RunFolder(path)
     if run.is_run():
-        if not run.adapter.is_dir():
-            raise IsotuneError(f"the run in {path} is not finished: isotune train {run.recipe_file} --resume")
-        return run.adapter, run.recipe()
+        return trained_folder(path), run.recipe()
     around = RunFolder(path.absolute().parent)
     return path, around.recipe() if around.is_run() else None
 

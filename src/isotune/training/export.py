@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors.torch import save_file
 
 from isotune.checkpoint.files import read_adapter, replaced_folder
 from isotune.checkpoint.load import load
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.fold import fold
+from isotune.training.model_folder import write_model
 from isotune.training.models import load_tokenizer, locate
 from isotune.training.progress import quiet_libraries
 from isotune.training.session import TASK_FILE, Session, TaskSpec
-
-HEAD_FILE = "head.safetensors"
 
 
 def base_of(adapter: str | Path, base: str | None = None) -> str:
@@ -46,7 +44,8 @@ def local_base(adapter: str | Path, base: str | None = None) -> str | None:
 def export_merged(adapter: str | Path, output: str | Path, base: str | None = None, force: bool = False) -> Path:
     """Write the base model with the adapter folded into its weights, as a transformers model folder.
 
-    A classifier's head is written beside it (`head.safetensors`, with the labels in `task.json`).
+    Where `isotune train` made the adapter, `isotune evaluate` reads the folder: a classifier's head is written beside
+    the weights (`head.safetensors`), and what it was trained for (`task.json`).
 
     Args:
         adapter: The adapter's folder.
@@ -60,17 +59,10 @@ def export_merged(adapter: str | Path, output: str | Path, base: str | None = No
     quiet_libraries()
     adapter, where = Path(adapter), base_of(adapter, base)
     with replaced_folder(output, replaces=None) as folder:
-        if (adapter / TASK_FILE).is_file():
-            spec = TaskSpec.read(adapter)
-            model = Session(TaskSpec(**{**vars(spec), "model": where})).model
-        else:
-            model = _load_by_architecture(where)
+        spec = TaskSpec.read(adapter) if (adapter / TASK_FILE).is_file() else None
+        model = Session(replace(spec, model=where)).model if spec else _load_by_architecture(where)
         fold(load(model, adapter, force=force), keep_base=False)
-        getattr(model, "backbone", model).save_pretrained(folder)
-        load_tokenizer(where).save_pretrained(folder)
-        if hasattr(model, "head") and (adapter / TASK_FILE).is_file():
-            save_file({key: t.contiguous() for key, t in model.head.state_dict().items()}, folder / HEAD_FILE)
-            shutil.copy(adapter / TASK_FILE, folder / TASK_FILE)
+        write_model(folder, model, load_tokenizer(where), spec)
     return Path(output)
 
 

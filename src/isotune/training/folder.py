@@ -1,8 +1,9 @@
 """A run's folder: who owns it, what is in it, and which checkpoint can be trusted after a crash.
 
 - recipe.yaml: the resolved recipe, written first; its first line marks the folder as ours
-- checkpoint-N/: adapter, optimizer, scheduler, random states; `complete` is written last
-- adapter/: the final adapter, with task.json beside it
+- checkpoint-N/: adapter (or model), optimizer, scheduler, random states; `complete` is written last
+- adapter/: the final adapter, with task.json beside it; with `method: full` model/ in its place
+- history.json: losses and validation metrics by step
 - metrics.json: written last of all: with it, the run is finished
 """
 
@@ -29,7 +30,9 @@ class RunFolder:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.yaml"
         self.metrics_file = self.path / "metrics.json"
+        self.history_file = self.path / "history.json"
         self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
 
     def is_run(self) -> bool:
         """Whether the folder holds a recipe that isotune wrote."""
@@ -78,7 +81,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.metrics_file.unlink(missing_ok=True)
-            for folder in (self.adapter, self.path / "runs", *self._checkpoints()):
+            self.history_file.unlink(missing_ok=True)
+            for folder in (self.adapter, self.model, self.path / "runs", *self._checkpoints()):
                 if folder.is_dir():
                     shutil.rmtree(folder)
         except OSError as error:
@@ -98,6 +102,20 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise IsotuneError(f"{self.metrics_file} cannot be read: {error}") from None
 
+    def history(self) -> list[dict[str, float]]:
+        """Losses and validation metrics by step; empty where the run wrote none."""
+        try:
+            found: list[dict[str, float]] = json.loads(self.history_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise IsotuneError(f"{self.history_file} cannot be read: {error}") from None
+        return found
+
+    def trained(self) -> Path | None:
+        """The final adapter's folder, or the final model's; None before there is one."""
+        return next((folder for folder in (self.adapter, self.model) if folder.is_dir()), None)
+
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
         complete = [folder for folder in self._checkpoints() if (folder / _COMPLETE).is_file()]
@@ -113,14 +131,28 @@ class RunFolder:
         return [folder for folder in self.path.glob("checkpoint-*") if folder.name[11:].isdecimal()]
 
 
-def adapter_folder(path: str | Path) -> Path:
-    """The adapter's folder, given that or its run's. Raises IsotuneError for a run that is not finished."""
+def trained_folder(path: str | Path) -> Path:
+    """The folder of an adapter, or of a model trained in full, given that or its run's.
+
+    Raises IsotuneError for a run that is not finished.
+    """
     run = RunFolder(path)
     if not run.is_run():
         return Path(path)
-    if not run.adapter.is_dir():
+    found = run.trained()
+    if found is None:
         raise IsotuneError(f"the run in {path} is not finished: isotune train {run.recipe_file} --resume")
-    return run.adapter
+    return found
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter's folder, given that or its run's. Raises IsotuneError for a run without a finished adapter."""
+    run, found = RunFolder(path), trained_folder(path)
+    if run.is_run() and found == run.model:
+        raise IsotuneError(
+            f"the run in {path} has no adapter: it trained the whole model (method: full), which is in {found}"
+        )
+    return found
 
 
 def mark_complete(checkpoint: Path) -> None:

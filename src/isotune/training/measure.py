@@ -1,4 +1,4 @@
-"""What a run cost: seconds a step and peak memory."""
+"""What a run cost: seconds a step, tokens a second and peak memory."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 WARM_UP = 3
 """Steps left out of the median while caches fill, where there are more."""
 
 
+T = TypeVar("T")
+
+
 class StepTimer(TrainerCallback):
-    """Measures each optimizer step from its first batch to the update."""
+    """Measures each optimizer step from its first batch to the update, and counts its tokens without the padding."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.tokens: list[Tensor] = []
         self._start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
+        self.tokens.append(torch.tensor(0))
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -35,10 +41,24 @@ class StepTimer(TrainerCallback):
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._start)
 
+    def count(self, attention_mask: Tensor) -> None:
+        """Add a batch, of shape (batch, length), to the tokens of the step; the device is not waited for."""
+        self.tokens[-1] = attention_mask.sum() + self.tokens[-1]
+
+    def tokens_per_second(self) -> float | None:
+        """Tokens a second without the warm-up; None where this process took no step."""
+        tokens, seconds = self._steady(self.tokens), self._steady(self.seconds)
+        return sum(int(count) for count in tokens) / sum(seconds) if seconds else None
+
     def median(self) -> float | None:
         """Median seconds a step without the warm-up; None where this process took no step."""
-        steady = self.seconds[WARM_UP:] or self.seconds
-        return statistics.median(steady) if steady else None
+        seconds = self._steady(self.seconds)
+        return statistics.median(seconds) if seconds else None
+
+    def _steady(self, measured: list[T]) -> list[T]:
+        """The steps that ended, without the warm-up where there are more."""
+        ended = measured[: len(self.seconds)]
+        return ended[WARM_UP:] or ended
 
 
 def reset_peak_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from isotune.training.tasks import Collator, Example, classification_metrics
 
 STRENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 """L2 strengths tried, on standardised features, strongest first."""
+NEXT_TO_CONSTANT = 1e-5
+"""Standard deviation, as a share of the largest, below which a feature says nothing."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def fit_probe(
     labels: Tensor,
     classes: int,
     validation: tuple[Tensor, Tensor] | None = None,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] | None = None,
 ) -> Probe:
     """Logistic regressions from the strongest L2 to the weakest; the validation rows choose one.
 
@@ -79,14 +82,19 @@ def fit_probe(
         features: Shape (n, hidden), float64.
         labels: Shape (n,).
         classes: Number of classes.
-        validation: Features and labels to choose by (accuracy, then loss); without them L2 is 1e-3.
-        strengths: The L2 strengths to try.
+        validation: Features and labels to choose by (accuracy, then loss).
+        strengths: The L2 strengths to try, strongest first; by default `STRENGTHS`, or without validation rows 1e-3.
     """
-    mean, scale = features.mean(0), features.std(0).clamp(min=1e-8)
+    if strengths is None:
+        strengths = STRENGTHS if validation is not None else (1e-3,)
+    mean, spread = features.mean(0), features.std(0)
+    # Next to constant features stay out: their weights, in the hundred thousands, would break a head that goes on
+    # to be trained with the backbone. MiniLM has three.
+    scale = torch.where(spread > NEXT_TO_CONSTANT * spread.max(), spread, math.inf)
     standard = (features - mean) / scale
     parameters = torch.zeros(classes, features.shape[1] + 1, dtype=torch.float64)
     fitted = []
-    for strength in strengths if validation is not None else (1e-3,):
+    for strength in strengths:
         parameters = _logistic_regression(standard, labels, strength, parameters)
         weight = parameters[:, :-1] / scale
         probe = Probe(weight, parameters[:, -1] - weight @ mean, strength, {})

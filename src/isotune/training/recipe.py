@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from isotune.recipes import Section, checked
+
+T = TypeVar("T")
 
 
 class DataSettings(Section):
@@ -37,9 +39,43 @@ class DataSettings(Section):
     @field_validator("validation")
     @classmethod
     def _fraction(cls, value: float | str | None) -> float | str | None:
-        if isinstance(value, (int, float)) and not 0 < value < 1:
-            raise ValueError("a fraction lies between 0 and 1; null means no validation rows")
-        return value
+        return _checked_fraction(value, "a fraction lies between 0 and 1; null means no validation rows")
+
+
+class ForgettingSettings(Section):
+    """Rows that training does not see, on which the model is measured before and after it; see `forgetting`."""
+
+    train: str | None = Field(
+        default=None, description="Classification: rows of another task, to fit a linear probe on."
+    )
+    test: float | str = Field(
+        default=0.3,
+        description="Rows to measure on: a file, or for a classification a split of `train` or the fraction of its "
+        "rows to hold out; for causal-lm general text.",
+    )
+    subset: str | None = Field(default=None, description="Which configuration of a hub dataset.")
+    text: str | list[str] = Field(default="text", description="Column with the text (several are joined).")
+    label: str = Field(default="label", description="Column with the label (classification).")
+    separator: str = Field(default="\n", description="Put between joined columns.")
+    max_rows: int | None = Field(
+        default=None, ge=1, description="At most so many training rows and so many test rows, a seeded sample."
+    )
+    max_length: int | None = Field(
+        default=None, ge=2, description="Longest sequence in tokens; by default 256, or the model's limit if less."
+    )
+    batch_size: int = Field(default=64, ge=1, description="Rows at a time.")
+    l2: float = Field(default=1e-2, gt=0, description="Regularisation of the probe, on standardised features.")
+    seed: int = Field(default=0, ge=0, description="Of what is held out and sampled.")
+
+    @field_validator("test")
+    @classmethod
+    def _fraction(cls, value: float | str) -> float | str:
+        return _checked_fraction(value, "a fraction lies between 0 and 1")
+
+    def resolved(self) -> ForgettingSettings:
+        """The same settings with absolute paths."""
+        test = _absolute(self.test) if isinstance(self.test, str) else self.test
+        return self.model_copy(update={"train": self.train and _absolute(self.train), "test": test})
 
 
 class Recipe(Section):
@@ -48,7 +84,9 @@ class Recipe(Section):
     model: str = Field(description="Folder or hub id of the pretrained model; `minilm` for the packaged one.")
     task: Literal["classification", "causal-lm"] = Field(default="classification", description="What to learn.")
     data: DataSettings = Field(description="The rows and their columns.")
-    method: dict[str, Any] = Field(default={"name": "hra"}, description="The method's name and its options.")
+    method: dict[str, Any] = Field(
+        default={"name": "hra"}, description="The method's name and its options; `full` trains the whole model."
+    )
     targets: str | list[str] = Field(default="attention", description="Which layers: preset, suffixes, regex.")
     exclude: str | list[str] | None = Field(default=None, description="Layers to leave out of the targets.")
     overrides: dict[str, dict[str, Any]] = Field(default={}, description="Method options per target.")
@@ -113,3 +151,9 @@ def _absolute(value: str) -> str:
     """`value` as an absolute path where it names something here; otherwise (a hub id, a split) unchanged."""
     path = Path(value).expanduser()
     return str(path.absolute()) if path.exists() else value
+
+
+def _checked_fraction(value: T, message: str) -> T:
+    if isinstance(value, (int, float)) and not 0 < value < 1:
+        raise ValueError(message)
+    return value

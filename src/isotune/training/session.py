@@ -103,7 +103,7 @@ class Session:
             eval_dataset=list(validation) or None,
             compute_metrics=_classification_metrics if classification else _causal_metrics,
             preprocess_logits_for_metrics=None if classification else token_losses,
-            callbacks=list(callbacks),
+            callbacks=callbacks,
             base_model=self.spec.model,
         )
 

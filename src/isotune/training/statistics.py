@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from isotune.checkpoint.load import load
 from isotune.errors import IsotuneError, OptionError
 from isotune.merging.contract import Statistic
 from isotune.merging.fisher import fisher
@@ -16,10 +14,11 @@ from isotune.merging.likelihood import Expectation
 from isotune.merging.second_moment import second_moments
 from isotune.merging.statistics import write_statistic
 from isotune.training.data import check_labels
-from isotune.training.evaluation import find_adapter, rows_for
+from isotune.training.evaluation import find_trained, rows_for
+from isotune.training.model_folder import is_model_folder, open_trained
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import Recipe
-from isotune.training.session import Session, TaskSpec
+from isotune.training.session import TaskSpec
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 """Those of `training.optim` that keep whole second moments."""
@@ -66,9 +65,10 @@ def collect_fisher(
         raise OptionError(f"examples={examples} and batch_size={batch_size} must be 1 or more")
     quiet_libraries()
     screen = Screen(progress)
-    adapter, recipe = find_adapter(Path(path))
+    adapter, recipe = find_trained(Path(path))
+    if is_model_folder(adapter):
+        raise IsotuneError(f"{path} holds a whole model; the Fisher information is measured of an adapter's weights")
     spec = TaskSpec.read(adapter)
-    spec = replace(spec, model=model) if model else spec
     usual: Expectation = "exact" if spec.task == "classification" else "sample"
     expectation = expectation or ("empirical" if kind == "second_moment" else usual)
     rows = rows_for(data, spec, recipe, columns or {}, ("train",))
@@ -76,8 +76,7 @@ def collect_fisher(
         check_labels(rows, spec.labels if spec.task == "classification" else [], "the data")
     else:
         rows = [{key: value for key, value in row.items() if key != "label"} for row in rows]
-    session = Session(spec)
-    load(session.model, adapter, force=force)
+    session = open_trained(adapter, model, force)
     if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
         session.model.to(device)
     known = session.examples(rows)

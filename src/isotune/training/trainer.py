@@ -6,7 +6,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,30 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import IntervalStrategy
 
 import isotune
-from isotune.checkpoint.load import load_weights
-from isotune.checkpoint.save import save
 from isotune.errors import CheckpointError, DivergedError
 from isotune.training.folder import mark_complete, mark_incomplete
+from isotune.training.measure import StepTimer
+from isotune.training.weights import load_weights, save_weights
 
 
 class AdapterTrainer(Trainer):
-    """A Trainer whose checkpoints hold the adapter alone, and count only once they are complete."""
+    """A Trainer whose checkpoints hold the adapter alone (a model without adapters whole), once they are complete."""
 
-    def __init__(self, *args: Any, base_model: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, base_model: str, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+        self.timer = StepTimer()
+        super().__init__(*args, callbacks=[self.timer, *callbacks], **kwargs)
         self.base_model = base_model
         self.remove_callback(PrinterCallback)
         self.add_callback(_AdapterSteps())
+        self.add_callback(_MissedEvaluation(self))
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, counting tokens."""
+        self.timer.count(inputs["attention_mask"])
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -60,11 +68,21 @@ class AdapterTrainer(Trainer):
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
+    def misses_evaluation(self) -> bool:
+        """Whether a validation is due at this step by the recipe, and the history has none."""
+        state, strategy = self.state, self.args.eval_strategy
+        if strategy == IntervalStrategy.EPOCH:
+            due = float(state.epoch or 0.5).is_integer() or state.global_step >= state.max_steps
+        else:
+            due = strategy == IntervalStrategy.STEPS and state.global_step % state.eval_steps == 0
+        done = any(entry["step"] == state.global_step for entry in state.log_history if "eval_loss" in entry)
+        return due and state.global_step > 0 and not done
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save(self.model, folder / "adapter", base_model=self.base_model)
+            save_weights(self.model, folder, self.base_model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -84,10 +102,10 @@ class AdapterTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint) / "adapter")
+        load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_weights(self.model, Path(self.state.best_model_checkpoint or "") / "adapter")
+        load_weights(self.model, Path(self.state.best_model_checkpoint or ""))
 
 
 class _AdapterSteps(TrainerCallback):
@@ -106,6 +124,17 @@ class _AdapterSteps(TrainerCallback):
             raise DivergedError(
                 f"the training loss is {logs['loss']} at step {state.global_step}: lower training.learning_rate"
             )
+
+
+class _MissedEvaluation(TrainerCallback):
+    """The validation that was due at a checkpoint's step, and not done when the run was stopped, on resuming."""
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.misses_evaluation():
+            self.trainer.evaluate()
 
 
 class StopOnInterrupt(TrainerCallback):

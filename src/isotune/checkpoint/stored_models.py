@@ -1,4 +1,4 @@
-"""The model folders that are merged: what is in them by their headers, and their tensors one at a time."""
+"""Model folders as files: what is in them by their headers, and their tensors one at a time."""
 
 from __future__ import annotations
 

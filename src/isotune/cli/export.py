@@ -1,4 +1,4 @@
-"""`isotune inspect` and `isotune export`."""
+"""`isotune export`."""
 
 from __future__ import annotations
 
@@ -27,45 +27,6 @@ Examples:
 
   isotune export ./adapter --to merged --base ./llama --output llama-merged
 """
-
-
-def inspect_command(
-    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, isotune's or PEFT's, or a run's.")],
-    base: Annotated[str | None, Flag(help="The base model, if the adapter's config does not find it.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show an adapter: its layers, parameters, how orthogonal its rotations are, norm and rank of the change."""
-    from isotune.diagnostics.change import inspect_adapter
-    from isotune.training.export import local_base
-    from isotune.training.folder import adapter_folder
-
-    source = adapter_folder(adapter)
-    found = inspect_adapter(source, local_base(source, base))
-    if as_json:
-        print_json(found)
-        return
-    total = sum(row.trainable for row in found.sites)
-    no_base = all(row.change_norm is None for row in found.sites)
-    print_table(
-        f"{found.path}: {found.method}, {len(found.sites)} layers, {total:,} parameters",
-        ["layer", "kind", "W", "parameters", "|RᵀR - I|", "|W' - W| / |W|", "rank of W' - W"],
-        [
-            [
-                row.site, row.kind, f"{row.out_features} x {row.in_features}", f"{row.trainable:,}",
-                "-" if row.orthogonality_error is None else f"{row.orthogonality_error:.1e}",
-                "-" if row.change_norm is None else f"{row.change_norm:.4f}",
-                "-" if row.change_rank is None else str(row.change_rank),
-            ]
-            for row in found.sites
-        ],
-        "; ".join(
-            [
-                f"base: {found.base_model or 'not recorded'}",
-                *([f"trained in full: {', '.join(found.trained_modules)}"] if found.trained_modules else []),
-                *(["the base is not at hand: norms and ranks need --base"] if no_base else []),
-            ]
-        ),
-    )  # fmt: skip
 
 
 def export_command(
@@ -108,6 +69,5 @@ def export_command(
 
 
 def register(app: typer.Typer) -> None:
-    """Add the two commands to the application."""
-    app.command("inspect")(inspect_command)
+    """Add the command to the application."""
     app.command("export", help=_EXPORT_HELP)(export_command)

@@ -1,0 +1,132 @@
+"""`python -m benchmarks.choosing`: the page on choosing a method, from the comparisons that are committed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import isotune
+from benchmarks.accuracy import BASELINE, BUDGET, DOCS
+from benchmarks.reading import at_budget, number, reading, score
+from benchmarks.standings import REFERENCES, Summary, budgets, one_pass, ranked, summaries
+from isotune.adapters.registry import BUILT_IN
+from isotune.model.catalogue import MethodInfo
+
+PAGE = "choosing.md"
+OPENING = """# Choose a method
+
+Written by `python -m benchmarks.choosing` from what isotune's prober and the committed comparisons say; do not edit.
+
+1. What must the adapter be able to do? The first table leaves some methods out.
+2. Of those left, take one that was not told apart from the best in a task like yours. If none is, take `hra` or
+   `lora`: they do all that the table asks for, and servers of LoRAs take them.
+3. Give it a search over learning rates before you judge it. What that is worth is said below.
+4. Compare on your own data, over several seeds. A difference smaller than its interval is none."""
+
+READING = """## How to read the comparisons
+
+At a budget every method has the size that comes nearest to it in trained parameters, and the same number of
+learning rates, of which the validation rows choose. The score is that on test rows: mean and 95 % t-interval over
+seeds. Two methods are *told apart* here if the 95 % t-interval of their difference, paired over the seeds, leaves
+zero out. That is generous: of twenty true ties, one is told apart by chance, and the best of many means is partly the
+luckiest. A method whose best rate is at an end of the range may do better beyond it."""
+
+
+def main() -> None:
+    """Write the page."""
+    (DOCS / PAGE).write_text(page(DOCS))
+
+
+def page(docs: Path) -> str:
+    """The page as Markdown; `docs` is the folder that holds the figures."""
+    parts = [OPENING, "## What each can do", can([m for m in isotune.methods() if m.name in BUILT_IN]), READING]
+    if (docs / "compare.md").is_file():
+        parts.append("To make such a comparison on your own data: [Compare](compare.md).")
+    for name, summary in summaries(docs).items():
+        parts += [f"## {_title(name, summary)}", about(summary), *_links(docs, name)]
+        parts += [at_budget(summary, budget) for budget in budgets(summary)]
+    file = docs / "methods-compared.json"
+    if file.is_file():
+        summary = one_pass(json.loads(file.read_text()), BASELINE)
+        parts += [
+            "## All methods once over",
+            f"Every method on SciCite with all-MiniLM-L6-v2, at {BUDGET:,} parameters, {summary['seeds']} seeds and "
+            f"{summary['trials']} learning rates, but on few rows: [the whole table](methods-compared.md).",
+            *(reading(summary, budget) for budget in budgets(summary)),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def can(found: Iterable[MethodInfo]) -> str:
+    """The methods that can do each thing, by probing."""
+    found = list(found)
+    small = [m for m in found if m.lora_rank not in (None, "full")]
+    needs = {
+        "be served as a LoRA (exact, and small)": small,
+        "load in PEFT": [m for m in found if m.peft],
+        "adapt convolutions": [m for m in found if "conv2d" in m.kinds],
+        "adapt embeddings": [m for m in found if "embedding" in m.kinds],
+        "fold into the weights": [m for m in found if m.foldable],
+        "change nothing at the start": [m for m in found if m.identity_at_start],
+    }
+    return table_of_text(
+        ["to", "methods"], [[need, _all_but(names(able), names(found))] for need, able in needs.items()]
+    )
+
+
+def names(found: Iterable[MethodInfo]) -> list[str]:
+    """The methods' names, each leading to its page."""
+    return [f"[`{m.name}`](methods.md#{m.name})" for m in found]
+
+
+def _all_but(able: list[str], every: list[str]) -> str:
+    """The shorter of naming those that can and those that cannot."""
+    others = [name for name in every if name not in able]
+    if not others:
+        return "all"
+    return f"all but {', '.join(others)}" if len(others) < len(able) else ", ".join(able)
+
+
+def table_of_text(header: list[str], body: list[list[str]]) -> str:
+    """A Markdown table without figures."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
+
+
+def _title(name: str, summary: Summary) -> str:
+    return f"{summary.get('task', 'comparison').capitalize()} with {summary.get('model', 'a model')}: {name}"
+
+
+def _links(docs: Path, name: str) -> list[str]:
+    return (
+        [f"[Its report](examples/{name}/report.html)"] if (docs / "examples" / name / "report.html").is_file() else []
+    )
+
+
+def about(summary: Summary) -> str:
+    """What was compared, where, and what stands beside the methods."""
+    where = summary.get("environment", {})
+    made = ", ".join(
+        f"{label} {where[key]}"
+        for key, label in (("cpu", "on"), ("threads", "threads"), ("isotune_version", "isotune"),
+                           ("torch_version", "torch"), ("date", "of"))
+        if where.get(key) is not None
+    )  # fmt: skip
+    said = [
+        f"{summary['metric'].capitalize()} ({'higher' if summary['higher_is_better'] else 'lower'} is better), "
+        f"{summary['seeds']} seeds, {summary['trials']} learning rates tried for each method; {made}."
+    ]
+    for row in ranked(summary, None):
+        said.append(f"{REFERENCES.get(row['method'], row['method']).capitalize()}: {score(row, summary['metric'])}.")
+    for key, measure in summary.get("forgetting", {}).items():
+        base = measure.get("base")
+        said.append(
+            f"Forgetting, *{measure.get('label', key)}*: the base has {number(base, key)}."
+            if base is not None
+            else f"Forgetting: {measure.get('label', key)}."
+        )
+    return " ".join(said)
+
+
+if __name__ == "__main__":
+    main()

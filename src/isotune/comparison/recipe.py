@@ -1,0 +1,173 @@
+"""The recipe of a comparison: that of a training run, with a section `compare` that says what is compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from isotune.adapters.registry import method
+from isotune.errors import IsotuneError
+from isotune.recipes import Section, checked, parse_yaml
+from isotune.training.recipe import ForgettingSettings, Recipe
+
+FULL, FROZEN = "full", "frozen"
+"""Rows beside the methods: all of the model trained, and none of it (the head alone, where there is one)."""
+
+_UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+
+
+class CompareSettings(Section):
+    """What is compared, and how often each method is tried."""
+
+    methods: list[dict[str, Any]] = Field(
+        default=[],
+        description="Names of methods, or sections {name: hra, side: out}; by default the recipe's, and lora.",
+    )
+    budgets: list[int] = Field(
+        default=[], description="Trainable parameters beside the head (40k, 1.5M); by default those of HRA of rank 8."
+    )
+    seeds: int = Field(default=3, ge=1, description="Seeds at each method's best learning rate.")
+    trials: int = Field(default=8, ge=1, description="Learning rates tried for each method at each budget.")
+    span: tuple[float, float] = Field(
+        default=(0.1, 10.0), description="Learning rates tried, in multiples of each method's own default."
+    )
+    baseline: str = Field(default="", description="The method that others are set against; by default lora.")
+    full: bool = Field(default=True, description="A row for full fine-tuning.")
+    frozen: bool = Field(default=True, description="A row for the frozen model with a trained head.")
+    cost_steps: int = Field(default=20, ge=0, description="Steps to time alone, when all runs are done; 0: none.")
+    forgetting: ForgettingSettings | None = Field(
+        default=None, description="Rows that show what a run forgot: another task's, or general text."
+    )
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list):
+            return value
+        return [{"name": one.strip()} if isinstance(one, str) else one for one in names if one]
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for one in value:
+            if not isinstance(one.get("name"), str):
+                raise ValueError(f"{one} does not name a method; write hra, or {{name: hra, side: out}}")
+            if one["name"] in (FULL, FROZEN):
+                raise ValueError(f"{one['name']!r} is a row of its own: compare.{one['name']}: true or false")
+            try:
+                size = method(**one).size_option
+            except IsotuneError as error:
+                raise ValueError(str(error)) from None
+            if size in one:
+                raise ValueError(f"{label(one)}: the budget decides {size}; leave it out")
+        labels = [label(one) for one in value]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"the same method twice: {', '.join(labels)}")
+        return value
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        return [_count(one) for one in (value if isinstance(value, list) else [value])]
+
+    @field_validator("span")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("two positive multiples, the smaller first, such as [0.1, 10]")
+        return value
+
+
+class ComparisonRecipe(Recipe):
+    """A comparison. `output` is the folder of all its runs; `seed` is that of the trials, the next ones compare."""
+
+    compare: CompareSettings = Field(default=CompareSettings(), description="What is compared.")
+
+    @model_validator(mode="after")
+    def _can_be_compared(self) -> ComparisonRecipe:
+        if self.data.test is None:
+            raise ValueError("data.test is needed: methods are compared on rows that chose nothing")
+        if self.data.validation is None:
+            raise ValueError("data.validation is needed: learning rates are chosen on validation rows")
+        if self.overrides:
+            raise ValueError("overrides belong to one method; give options in compare.methods")
+        if self.save_second_moments:
+            raise ValueError("save_second_moments belongs to isotune train")
+        names = [label(one) for one in self.methods]
+        if self.compare.baseline and self.compare.baseline not in names:
+            raise ValueError(f"compare.baseline {self.compare.baseline!r} is none of the methods: {', '.join(names)}")
+        return self
+
+    @property
+    def methods(self) -> list[dict[str, Any]]:
+        """The methods compared, each with its options."""
+        return self.compare.methods or [self.method, *([{"name": "lora"}] if self.method["name"] != "lora" else [])]
+
+    @property
+    def baseline(self) -> str:
+        """The label of the method that others are set against."""
+        names = [label(one) for one in self.methods]
+        return self.compare.baseline or ("lora" if "lora" in names else names[0])
+
+    def resolved(self) -> ComparisonRecipe:
+        """The same comparison with absolute paths."""
+        recipe = super().resolved()
+        assert isinstance(recipe, ComparisonRecipe)
+        held_out = self.compare.forgetting and self.compare.forgetting.resolved()
+        return recipe.model_copy(update={"compare": self.compare.model_copy(update={"forgetting": held_out})})
+
+    def run(
+        self,
+        method: Mapping[str, Any],
+        rate: float | None,
+        seed: int,
+        output: Path,
+        test: bool,
+        steps: int | None = None,
+    ) -> Recipe:
+        """The recipe of one run; without `test` it does not see the test rows, `steps` limits it."""
+        fields = {name: getattr(self, name) for name in Recipe.model_fields}
+        if method["name"] == FULL:
+            fields |= {name: Recipe.model_fields[name].default for name in ("targets", "exclude")}
+        training = {key: value for key, value in self.training.items() if key != "learning_rate"}
+        if rate is not None:
+            training["learning_rate"] = rate
+        if steps is not None:
+            training |= {"max_steps": steps, "save_strategy": "no", "eval_strategy": "no"}
+        data = self.data if test else self.data.model_copy(update={"test": None})
+        return Recipe(
+            **fields
+            | {"method": dict(method), "training": training, "seed": seed, "output": str(output), "data": data}
+        )
+
+
+def build_comparison(
+    path: str | Path | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+) -> ComparisonRecipe:
+    """A checked recipe of a comparison; see `isotune.recipes.checked`."""
+    return checked(ComparisonRecipe, path, flags, sets)
+
+
+def comparison_from(text: str) -> ComparisonRecipe:
+    """A comparison from its resolved recipe's YAML."""
+    return ComparisonRecipe.model_validate(parse_yaml(text))
+
+
+def label(method: Mapping[str, Any]) -> str:
+    """A method and the options given to it, in a few words: `hra side=out`."""
+    return " ".join([method["name"], *(f"{key}={value}" for key, value in method.items() if key != "name")])
+
+
+def _count(value: Any) -> Any:
+    """`40k` as 40000."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmb]?)\s*", value.lower())
+    if not found:
+        raise ValueError(f"{value!r} is no number of parameters; write 40000, 40k or 1.5M")
+    return round(float(found[1]) * _UNITS[found[2]])

@@ -1,0 +1,100 @@
+"""One adapted matrix as every measure sees it: the weight before, and what the adaptation adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isotune.adapters.contract import Adapter, LowRank
+from isotune.errors import CheckpointError
+from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.low_rank import SVD, Factored, dense_svd, norm, rounding, svd
+from isotune.sites import Site
+
+Change = Factored | Tensor
+"""W' - W, (out, in): factored where the method allows, else dense."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix W (out, in) and its change, in fp32 or better."""
+
+    path: str
+    name: str
+    """What the base calls the tensor, by which two adaptations of one base are matched; the path without a base."""
+    kind: str
+    method: str
+    shape: tuple[int, int]
+    trainable: int
+    W: Tensor | None
+    """None without the base."""
+    change: Change | None
+    """None where the change depends on W, which is not at hand."""
+    adapter: Adapter | None = None
+    """None for a matrix of a full checkpoint."""
+
+    def to(self, device: torch.device | str) -> Weight:
+        """The same on another device; the adapter stays where it is."""
+        W = None if self.W is None else self.W.to(device)
+        change = self.change
+        if isinstance(change, Factored):
+            change = Factored(change.B.to(device), change.A.to(device))
+        elif change is not None:
+            change = change.to(device)
+        return Weight(
+            self.path, self.name, self.kind, self.method, self.shape, self.trainable, W, change, self.adapter
+        )
+
+
+def exact_change(adapter: Adapter, site: Site, with_base: bool) -> Change | None:
+    """What the adapter adds to the site's weight; None where that depends on a weight that is not at hand."""
+    if with_base:
+        W = at_least_fp32(site.weight)
+        pair = adapter.factors(W)
+        return adapter.weight(W) - W if pair is None else Factored(*map(at_least_fp32, pair))
+    if isinstance(adapter, LowRank) and type(adapter).factors is LowRank.factors:
+        return Factored(*map(at_least_fp32, adapter.change()))
+    return None
+
+
+def size(change: Change) -> float:
+    """The Frobenius norm of a change."""
+    if isinstance(change, Factored):
+        return norm(change)
+    return float(torch.linalg.vector_norm(change, dtype=torch.float64))
+
+
+def dense(change: Change) -> Tensor:
+    """The change as a matrix (out, in)."""
+    return change.dense() if isinstance(change, Factored) else change
+
+
+def change_svd(change: Change) -> SVD:
+    """All singular triplets of a change that are not rounding."""
+    return (svd(change) if isinstance(change, Factored) else dense_svd(change)).supported()
+
+
+def change_values(change: Change) -> Tensor:
+    """The singular values of a change, descending, without those that are rounding."""
+    S = svd(change).S if isinstance(change, Factored) else torch.linalg.svdvals(change)
+    return S[rounding(max(change.shape), S.dtype) * S[:1] < S]
+
+
+def require_finite(weight: Weight, path: object) -> Weight:
+    """The weight itself. Raises CheckpointError where it or its change holds NaN or infinity."""
+    change = (
+        []
+        if weight.change is None
+        else list(weight.change)
+        if isinstance(weight.change, Factored)
+        else [weight.change]
+    )
+    for tensor in [*change, *([] if weight.W is None else [weight.W])]:
+        if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
+            raise CheckpointError(
+                f"{path}, or its base, holds values that are not finite (NaN or infinity) at {weight.path!r}; "
+                "restore the files from their source"
+            )
+    return weight

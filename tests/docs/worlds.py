@@ -1,0 +1,136 @@
+"""What the pages of the documentation take for granted: files in the working folder, and names in Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import make_bert, sentences, write_jsonl
+
+from examples import run_isotune
+from support import MINILM, STORIES, tokens, write_citations
+
+Names = dict[str, Any]
+
+
+def ids() -> Names:
+    """Two prompts for the causal model."""
+    return {"ids": torch.arange(3, 19).reshape(2, 8)}
+
+
+def linked(**folders: Path) -> None:
+    """path/to/NAME as a link to each folder."""
+    Path("path/to").mkdir(parents=True)
+    for name, folder in folders.items():
+        (Path("path/to") / name).symlink_to(folder)
+
+
+def causal_model() -> Names:
+    """The model at path/to/model."""
+    linked(model=STORIES)
+    return ids()
+
+
+def encoder() -> Names:
+    """The encoder at path/to/encoder, rows in train.csv and test.csv, and batches for it."""
+    import transformers
+
+    linked(encoder=MINILM)
+    write_citations(Path(), train=24, test=8)
+    batch = tokens(transformers.BertModel(transformers.BertConfig(num_hidden_layers=0)))
+    labels = torch.tensor([0, 2])
+    return {
+        "batches": [batch] * 2,
+        "labelled": {**batch, "labels": labels},
+        "loss_of": lambda output: output.last_hidden_state.square().mean(),
+    }
+
+
+def chats() -> Names:
+    """A causal model with questions and answers, and a text."""
+    rows = [{"question": f"How many are {n} and one?", "answer": f"They are {n + 1}."} for n in range(24)]
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("stories.txt").write_text("Once upon a time there was a small dog. It liked to play in the park.\n" * 40)
+    return causal_model()
+
+
+def trained(*names: str) -> Names:
+    """A causal model and finished runs of it in runs/NAME."""
+    found = chats()
+    for seed, name in enumerate(names):
+        flags = ("--model", "path/to/model", "--task", "causal-lm", "--data", "stories.txt", "--seed", seed)
+        brief = ("--set", "training.max_steps=1", "--set", "data.max_length=16", "--set", "data.validation=null")
+        assert run_isotune("train", *flags, "--output", f"runs/{name}", *brief) == 0
+    return found
+
+
+def finished_run() -> Names:
+    """A causal model and a finished run of it in runs/one."""
+    return trained("one")
+
+
+def finished_runs() -> Names:
+    """Runs of one model in runs/a, runs/b and runs/c, and a recipe that merges two of them."""
+    trained("a", "b", "c")
+    Path("recipe.yaml").write_text("models: [runs/a, runs/b]\nrule: sum\noutput: by-recipe\n")
+    return {}
+
+
+def comparison() -> Names:
+    """A recipe of a tiny encoder with a section on what to compare, of the least size."""
+    Path("model").mkdir()
+    make_bert(Path("model"))
+    write_jsonl(Path("train.jsonl"), sentences(24, seed=1))
+    write_jsonl(Path("test.jsonl"), sentences(8, seed=2))
+    recipe = {
+        "model": "model",
+        "data": {"train": "train.jsonl", "test": "test.jsonl", "max_length": 16},
+        "training": {"max_steps": 1},
+        "compare": {"budgets": [300], "seeds": 1, "trials": 1, "cost_steps": 1, "full": False, "frozen": False},
+        "output": "runs/compared",
+    }
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    return {}
+
+
+def images() -> Names:
+    """Batches of images and their classes."""
+    draw = torch.Generator().manual_seed(0)
+    return {"batches": [(torch.randn(4, 3, 8, 8, generator=draw), torch.tensor([0, 3, 9, 3]))] * 2}
+
+
+def unet() -> Names:
+    """A tiny diffusion U-Net, drawn at random, at path/to/unet, and batches of latents with embedded texts."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+    ).save_pretrained("path/to/unet")
+    draw = torch.Generator().manual_seed(0)
+    return {"batches": [(torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 5, 16, generator=draw))] * 2}
+
+
+WORLDS: dict[str, Callable[[], Names]] = {
+    "index.md": encoder,
+    "recipes/encoders.md": encoder,
+    "recipes/causal.md": chats,
+    "recipes/convolutions.md": images,
+    "recipes/diffusion.md": unet,
+    "serving.md": finished_run,
+    "from-peft.md": causal_model,
+    "file-format.md": causal_model,
+    "compare.md": comparison,
+    "merging.md": finished_runs,
+}
+"""By page; a page that is not here starts in an empty folder."""
