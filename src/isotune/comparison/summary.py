@@ -36,7 +36,7 @@ def summarise(
     done = belonging(cells, recipe, lines)
     return {
         "task": recipe.task,
-        "model": recipe.model,
+        "model": Path(recipe.model).name,
         "targets": recipe.targets,
         "metric": metric,
         "higher_is_better": higher,
