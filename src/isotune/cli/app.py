@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isotune.cli import compare, demo, export, inspect, merge, methods, rules, train
+from isotune.cli import compare, demo, export, inspect, merge, methods, report, rules, train
 from isotune.errors import IsotuneError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ inspect.register(app)
 export.register(app)
 merge.register(app)
 rules.register(app)
+report.register(app)
 demo.register(app)
 
 

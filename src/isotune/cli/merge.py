@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isotune.cli.output import print_json, print_table
+from isotune.cli.report import write_beside
 from isotune.errors import OptionError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def merge_command(
     ] = None,
     resume: Annotated[bool, Flag("--resume", help="Full models: go on where a merge was stopped.")] = False,
     force: Annotated[bool, Flag("--force", help="Merge adapters that name different bases.")] = False,
+    report: Annotated[bool, Flag("--report/--no-report", help="Write report.html into the output folder.")] = True,
     as_json: AsJson = False,
 ) -> None:
     from isotune.merging.recipe import build_merge_recipe
@@ -90,6 +92,7 @@ def merge_command(
         merged = merge_recipe(recipe, force=force, resume=resume, search=search)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    write_beside(Path(merged.path), report)
     if as_json:
         print_json(merged)
         return

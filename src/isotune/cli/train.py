@@ -9,12 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from isotune.cli.report import write_beside
+
 Flag = typer.Option
 
 _TRAIN_HELP = """Train an adapter from a recipe, from flags, or from a recipe with flags over it.
 
-Everything goes into the output folder: the resolved recipe, checkpoints, the adapter, metrics.json, history.json.
-Method full trains the whole model in place of an adapter, and leaves it in the folder `model`.
+Everything goes into the output folder: the resolved recipe, checkpoints, the adapter, metrics.json, history.json, and
+with isotune[report] installed a page to read, report.html. Method full trains the whole model in place of an adapter,
+and leaves it in the folder `model`.
 
 Examples:
 
@@ -74,6 +77,7 @@ def train_command(
     seed: Annotated[int | None, Flag(help="Seed of everything random.")] = None,
     resume: Annotated[bool, Flag("--resume", help="Continue the run in the output folder.")] = False,
     overwrite: Annotated[bool, Flag("--overwrite", help="Replace the run in the output folder.")] = False,
+    report: Annotated[bool, Flag("--report/--no-report", help="Write report.html into the output folder.")] = True,
     as_json: Annotated[bool, Flag("--json", help="Only the metrics, as JSON, on standard output.")] = False,
 ) -> None:
     from isotune.training.recipe import build_recipe
@@ -91,6 +95,10 @@ def train_command(
     except KeyboardInterrupt as stopped:
         print(f"\nisotune: {stopped or 'stopped at once'}", file=sys.stderr)
         raise typer.Exit(130) from None
+    from isotune.training.progress import is_first_process
+
+    if is_first_process():
+        write_beside(result.output, report)
     _show(result.metrics, as_json, f"{result.output}: finished. Trained: {result.trained}")
 
 

@@ -10,9 +10,13 @@ import functools
 import math
 from collections.abc import Mapping
 
-import optuna
-
 from isotune.comparison.plan import Cell
+from isotune.errors import OptionError
+
+try:
+    import optuna
+except ImportError:
+    raise OptionError("isotune compare needs Optuna: pip install 'isotune[search]'") from None
 
 Scores = Mapping[float, float | None]
 """For each rate tried its score (higher is better), None where the run diverged."""

@@ -50,6 +50,8 @@ class Merged:
     """`|written - merged| / |merged|` of each layer's change in the Frobenius norm: what the rank cut off."""
     error: float = 0.0
     """The same over all layers."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """The Frobenius norm of each layer's merged change; of rules on changes."""
     modules: list[str] = field(default_factory=list)
     """The modules trained in full that the adapter holds."""
     notes: list[str] = field(default_factory=list)
@@ -120,9 +122,10 @@ def merge(
         {path: getattr(settings, "rank", 0) for path, (_, settings, _) in parts.items()},
         errors,
         _overall(errors, norms),
-        sorted(trained),
-        notes,
-        time.perf_counter() - started,
+        norms,
+        modules=sorted(trained),
+        notes=notes,
+        seconds=time.perf_counter() - started,
     )
     headers = [model.stored.header for model in inputs.models if model.stored.header]
     report = json.dumps({**asdict(merged), "path": None}, indent=1, allow_nan=False)
@@ -209,7 +212,7 @@ def _changes(
             advance(1)
         # One layer at a time: the factors of all layers are what takes memory.
         parts = {path: _lora(inputs.site(path), found.pop(path), run.factor) for path in list(found)}
-    return parts, errors, norms
+    return parts, errors, {path: abs(run.factor) * norm for path, norm in norms.items()}
 
 
 def as_factors(change: Change, rank: int) -> tuple[Factored, float]:

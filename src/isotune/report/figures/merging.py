@@ -1,0 +1,56 @@
+"""What a merge changed and cut off, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from isotune.report import words
+from isotune.report.data import Weights
+from isotune.report.figures.figure import Figure, Plot, layout, rounded
+from isotune.report.tables import Cell, simple
+
+
+def merge_figures(weights: Sequence[Weights]) -> list[Figure]:
+    """For each merged adapter the norm of each layer's change, and what its rank cut off."""
+    figures = []
+    for number, one in enumerate(weights):
+        merge = one.merge or {}
+        ranks = merge.get("ranks") or {}
+        if not ranks:
+            continue
+        names = dict(zip(ranks, words.short(list(ranks)), strict=True))
+        plots = {
+            title: _bars(names, merge[key], title)
+            for key, title in (("norms", "norm of the merged change"), ("errors", "relative error of the rank"))
+            if merge.get(key) and any(merge[key].values())
+        }
+        table = simple(
+            f"Layers of {one.name}",
+            ["layer", "rank", "norm of the change", "cut off by the rank"],
+            [
+                [
+                    path,
+                    Cell(str(rank), rank),
+                    _cell((merge.get("norms") or {}).get(path)),
+                    _cell((merge.get("errors") or {}).get(path)),
+                ]
+                for path, rank in ranks.items()
+            ],
+        )
+        figures.append(Figure(f"merge-{number}", f"Layers of {one.name}", plots, table))
+    return figures
+
+
+def _bars(names: dict[str, str], values: dict[str, float], title: str) -> Plot:
+    trace: Plot = {
+        "type": "bar", "orientation": "h", "y": [names[path] for path in values],
+        "x": [rounded(value, 4) for value in values.values()], "marker": {"color": "@1"},
+        "hovertemplate": "%{y}: %{x}<extra></extra>",
+    }  # fmt: skip
+    axis = {"autorange": "reversed", "type": "category", "automargin": True}
+    height = min(1200, 120 + 22 * len(values))
+    return {"data": [trace], "layout": layout(title, "", height, yaxis=axis, showlegend=False)}
+
+
+def _cell(value: float | None) -> Cell:
+    return Cell(words.number(value), value)

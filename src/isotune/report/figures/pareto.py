@@ -1,0 +1,118 @@
+"""What a score costs: over parameters and over time, with intervals and the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from isotune.report import words
+from isotune.report.data import Comparison, Json
+from isotune.report.figures.figure import Figure, Plot, Style, axis_name, error_bar, layout, rounded, scale
+from isotune.report.figures.lines import level_lines, log_axis
+from isotune.report.standings import FROZEN, FULL, mean, reference, score
+from isotune.report.tables import Cell, Table, simple
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row cost: its key in the summary, the axis, and how it is said."""
+
+    key: str
+    axis: str
+    said: Callable[[float], str]
+    unit: float = 1.0
+
+
+_MIB = 2**20
+_COSTS: list[Cost] = [
+    Cost("parameters", "trainable parameters", lambda v: f"{v:,.0f}"),
+    Cost("seconds_per_step", "seconds a training step", words.number),
+    Cost("peak_memory_bytes", "peak memory (MiB)", words.memory, 1 / _MIB),
+]
+
+
+def pareto_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figure]:
+    """The score over parameters, and over time or memory, as far as at least two rows know them."""
+    drawn: dict[str, tuple[Plot, Table]] = {}
+    for cost in _COSTS:
+        rows = [row for row in comparison.rows if row["values"] and row.get(cost.key)]
+        if len(rows) > 1:
+            drawn[cost.key] = _plot(comparison, rows, cost, style), _table(comparison, rows, cost)
+    figures = []
+    if "parameters" in drawn:
+        plot, table = drawn.pop("parameters")
+        figures.append(Figure("pareto-parameters", "Score over trainable parameters", {"": plot}, table))
+    if drawn:
+        plots = {cost.axis: drawn[cost.key][0] for cost in _COSTS if cost.key in drawn}
+        table = next(iter(drawn.values()))[1]
+        figures.append(Figure("pareto-time", "Score over time and memory", plots, table, "Cost"))
+    return figures
+
+
+def front(rows: list[Json], key: str, higher: bool) -> list[Json]:
+    """The rows that no other beats at the same cost or less, by rising cost."""
+    best: list[Json] = []
+    for row in sorted(rows, key=lambda r: (r[key], -mean(r) if higher else mean(r))):
+        if not best or (mean(row) > mean(best[-1]) if higher else mean(row) < mean(best[-1])):
+            best.append(row)
+    return best
+
+
+def _plot(comparison: Comparison, rows: list[Json], cost: Cost, style: dict[str, Style]) -> Plot:
+    metric, higher = comparison.summary["metric"], comparison.summary.get("higher_is_better", True)
+    times, key, unit = scale(metric), cost.key, cost.unit
+    # Full fine-tuning, with hundreds of times the parameters, would press all others into one spot.
+    far = key == "parameters" and [row for row in rows if row["method"] == FULL and len(rows) > 2]
+    near = [row for row in rows if not far or row["method"] != FULL]
+    best = front(near, key, higher)
+    data: list[Plot] = [
+        {
+            "type": "scatter", "mode": "lines", "name": "Pareto front", "hoverinfo": "skip",
+            "x": [unit * row[key] for row in best], "y": [rounded(times * mean(row)) for row in best],
+            "line": {"color": "@muted", "shape": "hv", "width": 1.5, "dash": "dot"},
+        }
+    ]  # fmt: skip
+    for method in dict.fromkeys(row["method"] for row in near):
+        own, mine = style[method], sorted((r for r in near if r["method"] == method), key=lambda r: r[key])
+        found = [score(row) for row in mine]
+        name = words.method_name(method)
+        data.append(
+            {
+                "type": "scatter", "mode": "markers", "name": name,
+                "x": [rounded(unit * row[key], 6) for row in mine], "y": [rounded(times * f.mean) for f in found],
+                "error_y": error_bar([times * (f.half_width or 0) for f in found], own.colour),
+                "marker": {"color": own.colour, "symbol": own.symbol, "size": 10},
+                "text": [
+                    f"{name}: {words.score(metric, f.mean, f.half_width)}, {cost.said(row[key])}"
+                    for f, row in zip(found, mine, strict=True)
+                ],
+                "hovertemplate": "%{text}<extra></extra>",
+            }
+        )  # fmt: skip
+    frozen = reference(comparison, FROZEN)
+    levels = [(times * mean(frozen), "frozen base")] if frozen and frozen not in rows else []
+    levels += [(times * mean(row), f"full fine-tuning, {row[key]:,} parameters") for row in far or ()]
+    costs = [unit * row[key] for row in near]
+    budgets = sorted({row["budget"] for row in near if row.get("budget")}) if key == "parameters" else []
+    few = 1 < len(budgets) <= 5
+    axis = log_axis(costs, at=budgets if few else ()) if key == "parameters" and max(costs) > 1.5 * min(costs) else {}
+    return {"data": data, "layout": layout(cost.axis, axis_name(metric), 420, xaxis=axis, **level_lines(levels, 0.5))}
+
+
+def _table(comparison: Comparison, rows: list[Json], cost: Cost) -> Table:
+    metric, higher = comparison.summary["metric"], comparison.summary.get("higher_is_better", True)
+    best = front(rows, cost.key, higher)
+    return simple(
+        f"Score over {cost.axis}",
+        ["method", cost.axis, axis_name(metric), "± (95 %)", "on the front"],
+        [
+            [
+                words.method_name(row["method"]),
+                Cell(cost.said(row[cost.key]), row[cost.key]),
+                Cell(words.score(metric, mean(row)), mean(row)),
+                Cell(words.score(metric, score(row).half_width), score(row).half_width),
+                "yes" if row in best else "no",
+            ]
+            for row in sorted(rows, key=lambda r: r[cost.key])
+        ],
+    )

@@ -1,0 +1,211 @@
+"""The page's tables of results: of a comparison's rows and units, of runs, merges and diagnoses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from isotune.report import words
+from isotune.report.data import Comparison, Diagnosis, Json, RunResult, Weights
+from isotune.report.forgetting import kept, measures
+from isotune.report.intervals import Estimate
+from isotune.report.standings import FROZEN, FULL, groups, score
+from isotune.report.tables import Cell, Column, Table, simple, text
+
+
+def result_table(comparison: Comparison) -> Table:
+    """One line for each row, the best of each budget marked."""
+    summary = comparison.summary
+    metric, baseline = summary["metric"], summary.get("baseline")
+    forgotten = measures(comparison)
+    best = [group.best.row for group in groups(comparison)]
+    tied = [standing.row for group in groups(comparison) for standing in group.tied]
+    columns = [
+        Column("method", False),
+        Column("options", False),
+        Column("parameters"),
+        Column(metric.replace("_", " "), hint="mean and 95 % interval on the test rows"),
+        Column("against the best", False, "at the same budget, by the paired interval"),
+        *([Column(f"minus {baseline}", hint="paired over seeds")] if baseline else []),
+        *[Column(measure.label) for measure in forgotten],
+        Column("learning rate"),
+        Column("s a step"),
+        Column("peak memory"),
+        Column("size on disk"),
+        Column("export rank"),
+    ]
+    table = Table(f"{summary.get('task', 'results')}: every method at every budget", columns)
+    for row in comparison.rows:
+        rate = row.get("learning_rate")
+        edge = "at an end of the range searched" if row.get("edge") else ""
+        table.rows.append(
+            [
+                text(words.method_name(row["method"]), "best" if row in best else ""),
+                text(words.options(row.get("options"))),
+                Cell(words.number(row.get("parameters")), row.get("parameters")),
+                _scored(metric, row),
+                text(_standing(row, best, tied)),
+                *([_difference(metric, row, baseline)] if baseline else []),
+                *[_kept(measure.key, row) for measure in forgotten],
+                Cell(
+                    "–" if rate is None else f"{rate:.3g}{' ◂▸' if edge else ''}", rate, "edge" if edge else "", edge
+                ),
+                Cell(words.number(row.get("seconds_per_step")), row.get("seconds_per_step")),
+                Cell(words.memory(row.get("peak_memory_bytes")), row.get("peak_memory_bytes")),
+                Cell(words.memory(row.get("adapter_bytes")), row.get("adapter_bytes")),
+                Cell(words.number(row.get("export_rank")), row.get("export_rank")),
+            ]
+        )
+    return table
+
+
+def _standing(row: Json, best: Sequence[Json], tied: Sequence[Json]) -> str:
+    if row["method"] in (FULL, FROZEN) or not row["values"]:
+        return "–"
+    return "best mean" if row in best else "not told apart" if row in tied else "behind"
+
+
+def _scored(metric: str, row: Json) -> Cell:
+    if not row["values"]:
+        return Cell("no result", None, "failed")
+    found = score(row)
+    return Cell(words.score(metric, found.mean, found.half_width), found.mean)
+
+
+def _difference(metric: str, row: Json, baseline: str) -> Cell:
+    own = row.get("difference")
+    if not own or own.get("mean") is None:
+        return Cell("baseline" if row["method"] == baseline else "–")
+    found = Estimate(own["mean"], own.get("half_width"))
+    mark = "" if found.holds_zero else "clear"
+    title = "the interval holds zero" if found.holds_zero else "the interval excludes zero"
+    return Cell(words.score(metric, found.mean, found.half_width, signed=True), found.mean, mark, title)
+
+
+def _kept(key: str, row: Json) -> Cell:
+    found = kept(row, key)
+    return Cell("–") if found is None else Cell(words.score(key, found.mean, found.half_width), found.mean)
+
+
+def unit_table(comparison: Comparison) -> Table:
+    """Every unit of work, with its error where it failed."""
+    metric = comparison.summary["metric"]
+    lines = []
+    for unit in comparison.units:
+        found, failed = unit.get("metrics") or {}, unit.get("status") != "done"
+        rate, budget = unit.get("learning_rate"), unit.get("budget")
+        scores = [found.get(f"{split}_{metric}") for split in ("validation", "test")]
+        lines.append(
+            [
+                text(str(unit.get("unit"))),
+                text(str(unit.get("kind"))),
+                text(words.method_name(str(unit.get("method")))),
+                Cell(words.number(budget), budget),
+                Cell("–" if rate is None else f"{rate:.3g}", rate),
+                Cell(str(unit.get("seed", "–")), unit.get("seed")),
+                *[Cell(words.score(metric, value), value) for value in scores],
+                Cell(words.number(unit.get("seconds")), unit.get("seconds")),
+                text("done") if not failed else text(f"failed: {unit.get('error') or 'no message'}", "failed long"),
+            ]
+        )
+    name = metric.replace("_", " ")
+    titles = [
+        "unit",
+        "kind",
+        "method",
+        "budget",
+        "learning rate",
+        "seed",
+        f"validation {name}",
+        f"test {name}",
+        "seconds",
+    ]
+    return simple(f"All {len(lines):,} units", [*titles, "status"], lines)
+
+
+def run_table(runs: Sequence[RunResult]) -> Table:
+    """One line for each run."""
+    scores = list(dict.fromkeys(key for run in runs for key in run.metrics if _is_score(key)))
+    titles = ["run", "method", "parameters", *(s.replace("_", " ") for s in scores), "learning rate", "steps"]
+    lines = []
+    for run in runs:
+        m = run.metrics
+        count = m.get("trainable_parameters_encoder", m.get("trainable_parameters"))
+        lines.append(
+            [
+                text(run.name),
+                text(words.method_name(str(m.get("method", "–")))),
+                Cell(words.number(count), count),
+                *[Cell(words.score(key, m.get(key)), m.get(key)) for key in scores],
+                _plain(m.get("learning_rate"), "{:.3g}"),
+                _plain(m.get("steps"), "{:,}"),
+                _plain(m.get("seconds_per_step"), "{:.3g}"),
+                Cell(words.memory(m.get("peak_memory_bytes")), m.get("peak_memory_bytes")),
+                _plain(m.get("seed"), "{}"),
+            ]
+        )
+    return simple("Runs", [*titles, "s a step", "peak memory", "seed"], lines)
+
+
+def _is_score(key: str) -> bool:
+    return key.startswith(("test_", "validation_")) and key.endswith(("accuracy", "f1", "perplexity", "loss"))
+
+
+def _plain(value: Any, form: str) -> Cell:
+    return Cell("–") if value is None else Cell(form.format(value), value)
+
+
+def merge_table(merged: Sequence[Weights]) -> Table:
+    """One line for each model that went into a merge."""
+    lines = []
+    for one in merged:
+        merge = one.merge or {}
+        for name, weight in _models(merge):
+            lines.append(
+                [
+                    text(one.name),
+                    text(str(merge.get("rule", "rmm" if one.kind == "compressed" else "–"))),
+                    text(name),
+                    _plain(weight, "{:g}"),
+                    Cell(words.share(merge.get("error")), merge.get("error")),
+                ]
+            )
+    return simple("What was merged", ["result", "rule", "model", "weight", "cut off by the rank"], lines)
+
+
+def _models(merge: Json) -> list[tuple[str, float | None]]:
+    models = merge.get("models") or {}
+    if isinstance(models, dict):
+        return list(models.items())
+    return [
+        (str(m.get("name", m.get("folder"))), m.get("weight")) if isinstance(m, dict) else (str(m), None)
+        for m in models
+    ]
+
+
+def diagnosis_table(diagnoses: Sequence[Diagnosis]) -> Table:
+    """One line for each diagnosed model: the totals, side by side."""
+    lines = []
+    for one in diagnoses:
+        total, sites = one.found.get("total") or {}, one.found["sites"]
+        ranks = [site["effective_rank"] for site in sites if site.get("effective_rank") is not None]
+        errors = [site["orthogonality_error"] for site in sites if site.get("orthogonality_error") is not None]
+        middle = sorted(ranks)[len(ranks) // 2] if ranks else None
+        count, where = total.get("intruders"), total.get("sites_with_intruders")
+        lines.append(
+            [
+                text(one.label),
+                text(words.method_name(one.method)),
+                Cell(words.number(total.get("sites", len(sites))), total.get("sites", len(sites))),
+                Cell(words.number(total.get("trainable")), total.get("trainable")),
+                Cell(words.share(total.get("relative_change")), total.get("relative_change")),
+                Cell(words.number(middle), middle),
+                Cell(words.number(count), count),
+                Cell(words.number(where), where),
+                Cell(words.number(max(errors), 2) if errors else "–", max(errors, default=None)),
+            ]
+        )
+    titles = ["model", "method", "layers", "trainable", "relative change", "effective rank, median", "intruders"]
+    return simple(
+        "Models side by side", [*titles, "layers with intruders", "distance from orthogonality, worst"], lines
+    )
