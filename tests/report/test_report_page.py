@@ -10,8 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from runs import write_run
 from sweeps import diagnosis, row, summary, sweep, write_comparison
-from test_report_data import write_adapter, write_run
+from test_report_data import write_adapter
 
 from isotune.errors import IsotuneError
 from isotune.report.data import Diagnosis, collect

@@ -42,12 +42,12 @@ def shown_sites(diagnoses: Sequence[Diagnosis]) -> list[str]:
 
 
 def _most_invaded(diagnoses: Sequence[Diagnosis], sites: Sequence[str]) -> str:
-    """The layer with the most intruders in all models together: the first to be shown."""
+    """The layer to be shown first: of those that all models have, the one with the most intruders."""
     counts = dict.fromkeys(sites, 0)
     for diagnosis in diagnoses:
-        for site in diagnosis.found["sites"]:
-            if site["site"] in counts:
-                counts[site["site"]] += len(site.get("intruders") or ())
+        found = {site["site"]: len(site.get("intruders") or ()) for site in diagnosis.found["sites"]}
+        common = {site: count + found[site] for site, count in counts.items() if site in found}
+        counts = common or counts
     return max(counts, key=lambda site: counts[site], default="")
 
 
