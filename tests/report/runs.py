@@ -15,9 +15,9 @@ from isotune import HRA, LoRA
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "training")]
 
-from tiny import make_bert
+from tiny import make_bert  # noqa: E402
 
-from support import adapted
+from support import adapted  # noqa: E402
 
 MARK = "# A resolved isotune recipe: `isotune evaluate` and `isotune train --resume` read it.\n"
 
