@@ -27,10 +27,11 @@ from benchmarks.timing import Effort, Step, alternate
 from isotune.adapters.budget import nearest_to, total_parameters
 from isotune.adapters.registry import method_names
 from isotune.errors import IsotuneError
+from isotune.intervals import half_width
 from isotune.model.calibrate import wants_calibration
 from isotune.model.targets import find_targets
 from isotune.sites import Site, require_site
-from isotune.training.demo import compare, half_width
+from isotune.training.demo import compare
 from isotune.training.models import MINILM, load_classifier
 
 BUDGET = 36_864

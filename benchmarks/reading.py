@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from benchmarks.standings import Row, Summary, apart, difference, ranked, tied_with_best, worth_of_tuning
 from benchmarks.tables import table
-from isotune.comparison.intervals import half_width
+from isotune.intervals import half_width
 
 
 def at_budget(summary: Summary, budget: int) -> str:

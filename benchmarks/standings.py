@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from isotune.comparison.intervals import half_width
+from isotune.intervals import half_width
 
 Row = dict[str, Any]
 Summary = dict[str, Any]

@@ -51,10 +51,6 @@ def test_a_comparison_searches_both_methods_alike_and_reuses_finished_runs(
     assert json.loads(capsys.readouterr().out) == first
 
 
-def test_the_interval_is_students_t() -> None:
-    assert demo.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
-
-
 def test_a_foreign_folder_is_left_alone(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,7 +69,8 @@ def test_a_dense_change_is_compared_by_its_leading_directions() -> None:
     assert found.columns == pytest.approx(1, abs=1e-4)
 
 
-def test_a_change_of_nothing_has_no_overlap() -> None:
+def test_changes_of_different_shapes_and_of_nothing_have_no_overlap() -> None:
+    assert subspace_overlap(directions(torch.randn(9, 7), 5), directions(torch.randn(9, 6), 5)) is None
     nothing = directions(Factored(torch.zeros(9, 2), torch.ones(2, 7)), 5)
     assert subspace_overlap(nothing, directions(torch.randn(9, 7), 5)) is None
 

@@ -12,6 +12,7 @@ from runs import trained_runs
 from sweeps import sweep
 from tiny import make_bert, sentences, write_jsonl
 
+import isotune
 from examples import run_isotune
 from support import MINILM, STORIES, tokens, write_citations
 
@@ -59,13 +60,15 @@ def chats() -> Names:
     return causal_model()
 
 
-def trained(*names: str) -> Names:
-    """A causal model and finished runs of it in runs/NAME."""
+def trained(*runs: str, **methods: str) -> Names:
+    """A causal model and finished runs of it: in runs/NAME, or in a folder for each method named."""
     found = chats()
-    for seed, name in enumerate(names):
-        flags = ("--model", "path/to/model", "--task", "causal-lm", "--data", "stories.txt", "--seed", seed)
-        brief = ("--set", "training.max_steps=1", "--set", "data.max_length=16", "--set", "data.validation=null")
-        assert run_isotune("train", *flags, "--output", f"runs/{name}", *brief) == 0
+    flags = ("--model", "path/to/model", "--task", "causal-lm", "--data", "stories.txt")
+    brief = ("--set", "training.max_steps=1", "--set", "data.max_length=16", "--set", "data.validation=null")
+    for seed, name in enumerate(runs):
+        assert run_isotune("train", *flags, *brief, "--seed", seed, "--output", f"runs/{name}") == 0
+    for name, method in methods.items():
+        assert run_isotune("train", *flags, *brief, "--method", method, "--output", name.replace("_", "-")) == 0
     return found
 
 
@@ -96,6 +99,17 @@ def comparison() -> Names:
     }
     Path("recipe.yaml").write_text(json.dumps(recipe))
     return {}
+
+
+def diagnosed_runs() -> Names:
+    """Runs by LoRA, by HRA and in full, the last of them also as a model beside its base; a model with an adapter."""
+    import transformers
+
+    names = trained(lora_run="lora", hra_run="hra", full_run="full")
+    Path("my-base").symlink_to(STORIES)
+    Path("my-tuned-model").symlink_to(Path("full-run/model"))
+    model = isotune.load(transformers.AutoModelForCausalLM.from_pretrained(STORIES), "lora-run/adapter").eval()
+    return {"model": model, "batch": {"input_ids": names["ids"]}}
 
 
 def images() -> Names:
@@ -141,6 +155,7 @@ WORLDS: dict[str, Callable[[], Names]] = {
     "file-format.md": causal_model,
     "compare.md": comparison,
     "report.md": results,
+    "diagnostics.md": diagnosed_runs,
     "merging.md": finished_runs,
 }
 """By page; a page that is not here starts in an empty folder."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from isotune.cli.output import print_table
+from isotune.cli.report import write_beside
 
 Flag = typer.Option
 
@@ -20,8 +21,8 @@ every method gets the size whose trainable parameters come nearest. Learning rat
 on the validation rows; the best one is then trained with other seeds and measured on the test rows. Full fine-tuning
 and the frozen model stand beside them. At the end a few steps of each are timed alone.
 
-Everything is in the output folder: results.jsonl (a line a run), index.sqlite, summary.json. Stop it whenever you
-like: the same command goes on where it was.
+Everything is in the output folder: results.jsonl (a line a run), index.sqlite, summary.json, report.html. Stop it
+whenever you like: the same command goes on where it was.
 
 Examples:
 
@@ -52,6 +53,7 @@ def compare_command(
     ] = None,
     retry: Annotated[bool, Flag("--retry", help="Run what failed once more.")] = False,
     plan: Annotated[bool, Flag("--plan", help="Only show what would be run.")] = False,
+    report: Annotated[bool, Flag("--report/--no-report", help="Leave a page to read, report.html.")] = True,
     as_json: Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")] = False,
 ) -> None:
     from isotune.comparison.plan import make_plan
@@ -85,13 +87,17 @@ def compare_command(
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
+    write_beside(Path(built.output), report)
     if as_json:
         print(json.dumps(found))
         return
     show(found)
     for reason in found["without_result"]:
         print(reason, file=sys.stderr)
-    print(f"{built.output}: finished. The page: isotune report {built.output}", file=sys.stderr)
+    print(
+        f"{built.output}: finished. With what the runs did to the weights: isotune report {built.output}",
+        file=sys.stderr,
+    )
 
 
 def _show_plan(cells: Any, recipe: Any) -> None:

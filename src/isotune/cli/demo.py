@@ -71,7 +71,7 @@ def _show_demo(demo: Demo) -> None:
 
 
 def _show_comparison(found: Comparison) -> None:
-    from isotune.training.demo import half_width
+    from isotune.intervals import half_width
 
     rates = list(found.searched["hra"])
     print_table(

@@ -55,7 +55,7 @@ method: {recipe}
 
 def _can(found: MethodInfo) -> str:
     """What probing shows, at the default options."""
-    lora = f"yes; the rank of the change is {found.lora_rank}" if found.lora_rank else "no"
+    lora = f"yes; rank of the change: {found.lora_rank}" if found.lora_rank else "no"
     rows = [
         ["trained in a layer with W of shape (n_out, n_in)", f"`{found.parameters}`"],
         ["layers", ", ".join(found.kinds)],

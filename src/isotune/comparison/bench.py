@@ -19,7 +19,8 @@ from isotune.comparison.units import Unit
 from isotune.errors import DivergedError, IsotuneError, NoLowRankFormError
 from isotune.training.folder import RunFolder
 from isotune.training.forgetting import Forgetting
-from isotune.training.frozen import Frozen, frozen_metrics, frozen_probe
+from isotune.training.frozen import frozen_metrics, frozen_probe
+from isotune.training.probe import Probe
 from isotune.training.progress import quiet_libraries
 from isotune.training.recipe import Recipe
 from isotune.training.run import Result, train
@@ -45,7 +46,7 @@ class Bench:
 
     def __init__(self, recipe: ComparisonRecipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
-        self._probes: dict[tuple[int, bool], Frozen] = {}
+        self._probes: dict[tuple[int, bool], tuple[Probe, dict[str, float]]] = {}
         self._forgetting: Forgetting | None = None
 
     def run(self, unit: Unit) -> Line:
@@ -65,7 +66,7 @@ class Bench:
         steps = self.recipe.compare.cost_steps if unit.kind == "cost" else None
         recipe = self.recipe.run(unit.cell.method, unit.rate, unit.seed, output, unit.kind == "seed", steps)
         probed = recipe.task == "classification" and recipe.head == "probe"
-        probe = self._probe(recipe).probe if probed else None
+        probe = self._probe(recipe)[0] if probed else None
         folder = RunFolder(output)
         result = train(recipe, resume=folder.is_run(), progress=False, probe=probe)
         if unit.kind == "seed" and result.model is None:  # killed after the run, before its line
@@ -88,16 +89,17 @@ class Bench:
     def _frozen(self, unit: Unit, output: Path) -> dict[str, Any]:
         """The base model as it is, with a linear probe where the task is to classify."""
         recipe = self.recipe.run({"name": "lora"}, None, unit.seed, output, test=True)
-        found = self._probe(recipe) if recipe.task == "classification" else None
-        metrics = dict(found.metrics if found else frozen_metrics(recipe))
+        metrics = dict(self._probe(recipe)[1] if recipe.task == "classification" else frozen_metrics(recipe))
         metrics |= {f"forgetting_{name}": value for name, value in self._base().items()}
         metrics |= {"adapter_bytes": 0, "export_rank": 0}
         return {"status": "done", "error": None, "metrics": metrics, "curve": [], "run": None}
 
-    def _probe(self, recipe: Recipe) -> Frozen:
+    def _probe(self, recipe: Recipe) -> tuple[Probe, dict[str, float]]:
+        """A linear probe on a run's rows, and its metrics; the same for all methods."""
         key = (recipe.seed, recipe.data.test is not None)
         if key not in self._probes:
-            self._probes[key] = frozen_probe(recipe)
+            fitted = frozen_probe(recipe)
+            self._probes[key] = fitted.probe, fitted.metrics  # without the model
         return self._probes[key]
 
     def _held_out(self) -> Forgetting | None:

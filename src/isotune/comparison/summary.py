@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from isotune.comparison.intervals import Mean
 from isotune.comparison.plan import Cell
 from isotune.comparison.recipe import FROZEN, ComparisonRecipe
 from isotune.comparison.store import Line
 from isotune.comparison.units import chosen, costs, planned, search_of
+from isotune.intervals import Mean
 from isotune.training.forgetting import HIGHER_IS_BETTER
 
 CONFIDENCE = "95 % t-interval over seeds"
@@ -36,7 +36,7 @@ def summarise(
     done = belonging(cells, recipe, lines)
     return {
         "task": recipe.task,
-        "model": recipe.model,
+        "model": Path(recipe.model).name,
         "targets": recipe.targets,
         "metric": metric,
         "higher_is_better": higher,

@@ -12,6 +12,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
 
+import torch
+
 from isotune.comparison.bench import run_unit
 from isotune.comparison.store import Line
 from isotune.comparison.units import Unit
@@ -49,7 +51,7 @@ class InProcess:
 
 
 class Processes:
-    """Processes of this machine, which share its processor cores."""
+    """Processes of this machine, which share its processor cores, and its GPUs where there are several."""
 
     def __init__(self, recipe_yaml: str, folder: str, count: int) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -93,7 +95,8 @@ class RayWorkers:
             except (ConnectionError, ValueError) as error:
                 raise IsotuneError(f"no Ray cluster at {address!r}: {error}") from None
         self.count = count or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self._task = ray.remote(num_cpus=1, max_calls=0)(_run)
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        self._task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=0)(_run)
         self._given = (recipe_yaml, folder)
 
     def submit(self, unit: Unit, alone: bool) -> Future[Line]:
@@ -119,20 +122,30 @@ def _check_answers(address: str) -> None:
 
 
 def _pool(count: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(
-        count, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
-    )
+    context = multiprocessing.get_context("spawn")
+    shared = (os.getpid(), context.Value("i", 0), torch.cuda.device_count())
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_prepare, initargs=shared)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when `parent` is gone: a killed comparison leaves nothing running."""
+def _prepare(parent: int, started: Any, devices: int) -> None:
+    """In a new worker: give it a GPU of its own where there are several, and end it when `parent` is gone."""
+    with started.get_lock():
+        index, started.value = started.value, started.value + 1
+    if devices > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = own_device(index, devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)
+        os._exit(1)  # a killed comparison leaves nothing running
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def own_device(index: int, devices: int, visible: str | None) -> str:
+    """The GPU of the worker `index`, as CUDA_VISIBLE_DEVICES names it, of those that were visible before."""
+    names = visible.split(",") if visible else [str(number) for number in range(devices)]
+    return names[index % devices]
 
 
 def _run(recipe_yaml: str, folder: str, unit: Unit, threads: int | None) -> Line:

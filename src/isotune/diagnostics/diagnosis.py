@@ -67,7 +67,7 @@ class Total:
     sites: int
     trainable: int
     relative_change: float | None
-    """`|all changes| / |all weights|`."""
+    """`|all changes| / |all weights|`, of the weights that are listed."""
     intruders: int | None
     sites_with_intruders: int | None
 

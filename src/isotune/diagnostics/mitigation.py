@@ -158,13 +158,15 @@ class _Work:
 
     def part(self, path: str) -> tuple[Site, Settings, Adapter]:
         """The layer's new adapter."""
-        site, (adapter,) = self.source.parts.at(path)
+        weight = self.source.at(path)
+        site, adapter = weight.site, weight.adapter
+        assert site is not None
+        assert adapter is not None
         if changes_bias(adapter, site):
             raise CheckpointError(
                 f"{adapter.method} also changes the bias of {path!r}, for which a LoRA has no place; "
                 "its intruders cannot be scaled by one"
             )
-        weight = self.source.at(path)
         assert weight.W is not None
         assert weight.change is not None
         both = spectra(weight.W, weight.change, self.k)

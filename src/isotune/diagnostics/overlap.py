@@ -70,8 +70,8 @@ def directions(change: Change, k: int) -> SVD:
 
 
 def subspace_overlap(one: SVD, other: SVD, site: str = "") -> SiteOverlap | None:
-    """The overlap of two changes by their `directions`; None where one of them changes nothing."""
-    if len(one.S) == 0 or len(other.S) == 0:
+    """The overlap of two changes by their `directions`; None where one changes nothing, or the shapes differ."""
+    if len(one.S) == 0 or len(other.S) == 0 or len(one.U) != len(other.U) or len(one.V) != len(other.V):
         return None
     columns, rows = principal_cosines(one.U, other.U), principal_cosines(one.V, other.V)
     largest = max(len(one.S), len(other.S))

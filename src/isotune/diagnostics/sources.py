@@ -92,7 +92,10 @@ class AdapterSource(Source):
         self.base = _base(base, self.base_model)
         self.parts = StoredParts(self.stored, self.base)
         self.trained_modules, self.left_out = sorted(self.stored.trained), {}
-        self.names = {self._name(p): p for p in self.stored.settings}
+        self.names = {}
+        for p in self.stored.settings:
+            name = self._name(p)
+            self.names[p if name in self.names else name] = p
 
     def at(self, path: str) -> Weight:
         site, (adapter,) = self.parts.at(path)
@@ -100,7 +103,6 @@ class AdapterSource(Source):
             change = exact_change(adapter, site, self.base is not None)
         found = Weight(
             path,
-            self._name(path),
             site.kind,
             adapter.method,
             (site.out_features, site.in_features),
@@ -108,6 +110,7 @@ class AdapterSource(Source):
             None if self.base is None else at_least_fp32(site.weight),
             change,
             adapter,
+            site,
         )
         return require_finite(found, self.path)
 
@@ -170,7 +173,7 @@ class CheckpointSource(Source):
         W = at_least_fp32(as_matrix(self.origin.tensor(own), None, turned))
         kind = "conv2d" if len(self.stored.headers[name].shape) == 4 else "conv1d" if turned else "linear"
         rows, columns = W.shape
-        return Weight(path, own, kind, self.method, (rows, columns), W.numel(), W, after.to(W.dtype) - W)
+        return Weight(path, kind, self.method, (rows, columns), W.numel(), W, after.to(W.dtype) - W)
 
     def _matched(self, name: str) -> tuple[str, str | None]:
         """The base's tensor for a matrix of the model, or why it is left out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ class Weight:
     """A matrix W (out, in) and its change, in fp32 or better."""
 
     path: str
-    name: str
-    """What the base calls the tensor, by which two adaptations of one base are matched; the path without a base."""
     kind: str
     method: str
     shape: tuple[int, int]
@@ -34,18 +32,18 @@ class Weight:
     """None where the change depends on W, which is not at hand."""
     adapter: Adapter | None = None
     """None for a matrix of a full checkpoint."""
+    site: Site | None = None
+    """The bare layer that the adapter is on; without the base only its shape is right."""
 
     def to(self, device: torch.device | str) -> Weight:
-        """The same on another device; the adapter stays where it is."""
+        """The same on another device; the adapter and its layer stay where they are."""
         W = None if self.W is None else self.W.to(device)
         change = self.change
         if isinstance(change, Factored):
             change = Factored(change.B.to(device), change.A.to(device))
         elif change is not None:
             change = change.to(device)
-        return Weight(
-            self.path, self.name, self.kind, self.method, self.shape, self.trainable, W, change, self.adapter
-        )
+        return replace(self, W=W, change=change)
 
 
 def exact_change(adapter: Adapter, site: Site, with_base: bool) -> Change | None:
@@ -64,11 +62,6 @@ def size(change: Change) -> float:
     if isinstance(change, Factored):
         return norm(change)
     return float(torch.linalg.vector_norm(change, dtype=torch.float64))
-
-
-def dense(change: Change) -> Tensor:
-    """The change as a matrix (out, in)."""
-    return change.dense() if isinstance(change, Factored) else change
 
 
 def change_svd(change: Change) -> SVD:

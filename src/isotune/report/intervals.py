@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from isotune.comparison.intervals import half_width
+from isotune.intervals import half_width
 
 
 @dataclass(frozen=True)

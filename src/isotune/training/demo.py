@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from isotune.checkpoint.export import export_lora
 from isotune.checkpoint.load import load
 from isotune.errors import DivergedError
+from isotune.intervals import half_width
 from isotune.training.export import base_of
 from isotune.training.folder import RunFolder
 from isotune.training.frozen import frozen_probe
@@ -177,12 +177,6 @@ def compare(
     runs = {name: [run(name, best[name], seed) for seed in chosen] for name in methods}
     accuracy = {name: [found["test_accuracy"] for found in runs[name]] for name in methods}
     return Comparison(chosen, searched, best, accuracy, runs, frozen.metrics["test_accuracy"])
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half the width of the 95 % t-interval of the mean of two to ten values."""
-    quantile = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[len(values) - 2]
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _prepare(progress: bool) -> Screen:

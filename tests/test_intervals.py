@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from isotune.comparison.intervals import Mean, half_width, quantile
+from isotune.intervals import Mean, half_width, quantile
 
 
 def test_the_interval_is_students() -> None:
