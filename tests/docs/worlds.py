@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runs import trained_runs
+from sweeps import sweep
 from tiny import make_bert, sentences, write_jsonl
 
 import isotune
@@ -135,6 +137,13 @@ def unet() -> Names:
     return {"batches": [(torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 5, 16, generator=draw))] * 2}
 
 
+def results() -> Names:
+    """A comparison in sweeps/scicite, three runs and their base."""
+    sweep(Path("sweeps/scicite"), methods=["lora", "hra"])
+    trained_runs(Path())
+    return {}
+
+
 WORLDS: dict[str, Callable[[], Names]] = {
     "index.md": encoder,
     "recipes/encoders.md": encoder,
@@ -145,6 +154,7 @@ WORLDS: dict[str, Callable[[], Names]] = {
     "from-peft.md": causal_model,
     "file-format.md": causal_model,
     "compare.md": comparison,
+    "report.md": results,
     "diagnostics.md": diagnosed_runs,
     "merging.md": finished_runs,
 }

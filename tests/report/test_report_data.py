@@ -7,30 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from runs import write_run
 from sweeps import diagnosis, row, summary, write_comparison
 
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.report.data import Collected, collect
 from isotune.report.diagnosing import add_diagnoses
 from isotune.report.page import build
-
-MARK = "# A resolved isotune recipe: `isotune evaluate` and `isotune train --resume` read it.\n"
-
-
-def write_run(folder: Path, method: str = "hra", metrics: bool = True, history: bool = True) -> Path:
-    """A finished run's folder."""
-    (folder / ("model" if method == "full" else "adapter")).mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(MARK + f"model: base\ntask: classification\nmethod: {{name: {method}}}\n")
-    found = {"test_accuracy": 0.8, "method": method, "learning_rate": 0.01, "torch_version": "2.13.0", "steps": 20,
-             "trainable_parameters_encoder": 1234, "learning_rate_is_the_methods_default": True}  # fmt: skip
-    if metrics:
-        (folder / "metrics.json").write_text(json.dumps(found))
-    if history:
-        lines = [{"step": s, "loss": 1 / s} for s in range(1, 20)] + [
-            {"step": 20, "eval_loss": 0.3, "eval_accuracy": 0.8}
-        ]
-        (folder / "history.json").write_text(json.dumps(lines))
-    return folder
 
 
 def write_adapter(folder: Path, merged: bool = False) -> Path:

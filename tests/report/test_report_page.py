@@ -10,8 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from runs import write_run
 from sweeps import diagnosis, row, summary, sweep, write_comparison
-from test_report_data import write_adapter, write_run
+from test_report_data import write_adapter
 
 from isotune.errors import IsotuneError
 from isotune.report.data import Diagnosis, collect
@@ -23,7 +24,7 @@ from isotune.report.figures.pareto import front
 from isotune.report.page import build, render
 from isotune.report.sections import sections
 from isotune.report.verdict import judge
-from isotune.report.words import listed, memory, number, score, share
+from isotune.report.words import brief, listed, memory, number, score, share
 
 CSS = (files("isotune.report") / "assets" / "page.css").read_text(encoding="utf-8")
 
@@ -171,6 +172,9 @@ def test_small_parts_of_figures() -> None:
     assert place("encoder.layer.3.attention.self.query") == (3, "attention.self.query")
     assert place("layer1.conv") == (None, "layer1.conv")
     assert place("blocks.0") == (None, "blocks.0")
+    assert brief(["attention.self.query", "attention.output.dense", "output.dense", "a", "a"]) == [
+        "query", "attention.output.dense", "output.dense", "a", "a"
+    ]  # fmt: skip
     assert sum(histogram([0.0, 90.0, 180.0])) == 3
     assert thinned(range(1000), 5) == [0, 250, 500, 749, 999]
     ticks = log_axis([1e-3, 3e-2])

@@ -9,7 +9,7 @@ import pytest
 from sweeps import row, summary
 
 from isotune.report.data import Comparison
-from isotune.report.intervals import estimate, paired, quantile
+from isotune.report.intervals import estimate, paired
 from isotune.report.verdict import Verdict, compared
 
 CLEAR = {"hra": [0.84, 0.86, 0.85], "lora": [0.80, 0.82, 0.81], "ia3": [0.70, 0.72, 0.71]}
@@ -157,11 +157,10 @@ def test_only_references_are_no_ranking() -> None:
     assert found.ranking == []
 
 
-def test_intervals_are_those_of_students_t() -> None:
-    assert quantile(2) == pytest.approx(4.3027, abs=1e-4)
-    assert quantile(11) == pytest.approx(2.2010, abs=1e-3)
-    assert quantile(1000) == pytest.approx(1.9623, abs=1e-4)
+def test_an_estimate_is_a_mean_with_its_interval() -> None:
     found = estimate([1.0, 2.0, 3.0])
     assert (found.mean, found.half_width) == (2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-3))
     assert paired({1: 1.0}, {2: 1.0}) is None
+    assert paired({1: 1.0, 2: 2.0, 3: 9.0}, {2: 1.5, 1: 0.5}) == estimate([0.5, 0.5])
     assert not estimate([0.1, 0.1]).holds_zero
+    assert estimate([0.1]).holds_zero

@@ -29,12 +29,13 @@ def run_verdict(runs: Sequence[RunResult]) -> Said:
         count = run.metrics.get("trainable_parameters_encoder", run.metrics.get("trainable_parameters"))
         size = f" with {count:,} trainable parameters" if count else ""
         headlines.append(f"{run_label(run)}{size}{value}.")
-        if run.metrics.get("learning_rate_is_the_methods_default"):
-            cautions.append(f"{run.name}: the learning rate is the method's default, not searched.")
+    unsearched = [run.name for run in runs if run.metrics.get("learning_rate_is_the_methods_default")]
     if len(runs) > 1:
-        cautions.insert(0, "Single runs rank nothing: isotune compare gives every method the same search and seeds.")
+        cautions.append("Single runs rank nothing: isotune compare gives every method the same search and seeds.")
     else:
         cautions.append("One run with one seed: another seed may give another score.")
+    if unsearched:
+        cautions.append(f"The learning rate of {words.listed(unsearched)} is the method's default, not searched.")
     subject = f"{words.counted(len(runs), 'run')} of {words.listed(list(dict.fromkeys(map(_on, runs))))}."
     return subject, headlines, [], cautions
 

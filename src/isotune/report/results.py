@@ -188,7 +188,7 @@ def diagnosis_table(diagnoses: Sequence[Diagnosis]) -> Table:
     lines = []
     for one in diagnoses:
         total, sites = one.found.get("total") or {}, one.found["sites"]
-        ranks = [site["effective_rank"] for site in sites if site.get("effective_rank") is not None]
+        ranks = [site["effective_rank"] for site in sites if site.get("effective_rank")]
         errors = [site["orthogonality_error"] for site in sites if site.get("orthogonality_error") is not None]
         middle = sorted(ranks)[len(ranks) // 2] if ranks else None
         count, where = total.get("intruders"), total.get("sites_with_intruders")

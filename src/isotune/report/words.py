@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,10 +88,17 @@ def options(given: dict[str, Any] | None) -> str:
 
 
 def short(names: Sequence[str]) -> list[str]:
-    """The names without the dotted beginning and end that all have in common."""
+    """The names without the dotted beginning that all have in common."""
     parts = [name.split(".") for name in names]
     if len(parts) < 2:
         return list(names)
     while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
     return [".".join(p) for p in parts]
+
+
+def brief(names: Sequence[str]) -> list[str]:
+    """Of each dotted name the shortest end that no other name has."""
+    ends = [[name.split(".")[i:] for i in reversed(range(name.count(".") + 1))] for name in names]
+    counts = Counter(".".join(end) for own in ends for end in own)
+    return [next((text for end in own if counts[text := ".".join(end)] == 1), ".".join(own[-1])) for own in ends]

@@ -61,6 +61,8 @@ def _figure(key: str, title: str, metric: str, lines: Mapping[str, tuple[Style, 
         if drawn:
             plots[name] = _plot(drawn, name, metric if field == f"eval_{metric}" else field)
             ends[name] = {label: _end(series) for label, _, series in drawn}
+    # A single validation is no curve; it stands last.
+    plots = dict(sorted(plots.items(), key=lambda item: max(len(line["x"]) for line in item[1]["data"]) < 2))
     columns = list(plots)
     table = simple(
         f"{title}: the last value",

@@ -61,7 +61,7 @@ def _plot(diagnosis: Diagnosis, key: str, times: float, unit: str, most: float |
     at = dict(zip(places, sites, strict=True))
     grid = [[_scaled(at.get((layer, kind)), key, times) for kind in kinds] for layer in layers]
     names = ["–" if layer is None else str(layer) for layer in layers]
-    short = words.short(kinds) if len(set(words.short(kinds))) == len(kinds) else kinds
+    short = words.brief(kinds)
     trace: Plot = {
         "type": "heatmap", "z": grid, "x": short, "y": names, "zmin": 0, "zmax": rounded(times * (most or 0)) or 1,
         "colorscale": "@scale", "xgap": 1, "ygap": 1, "colorbar": {"thickness": 12, "ticksuffix": unit},

@@ -18,11 +18,12 @@ def spectra(diagnoses: Sequence[Diagnosis]) -> list[Figure]:
     known = [d for d in diagnoses if any(site.get("adapted_values") for site in d.found["sites"])]
     sites = shown_sites(known)
     first = _most_invaded(known, sites)
+    ranges = {site: _range(known, site) for site in sites}
     figures = []
     for number, diagnosis in enumerate(known):
         at = {site["site"]: site for site in diagnosis.found["sites"] if site.get("adapted_values")}
         threshold = (diagnosis.found.get("settings") or {}).get("threshold")
-        plots = {site: _plot(at[site]) for site in sites if site in at}
+        plots = {site: _plot(at[site], ranges[site]) for site in sites if site in at}
         if plots:
             table = _table(diagnosis, [at[site] for site in plots], threshold)
             figures.append(Figure(f"spectrum-{number}", diagnosis.label, plots, table, "Layer", first))
@@ -42,16 +43,29 @@ def shown_sites(diagnoses: Sequence[Diagnosis]) -> list[str]:
 
 
 def _most_invaded(diagnoses: Sequence[Diagnosis], sites: Sequence[str]) -> str:
-    """The layer with the most intruders in all models together: the first to be shown."""
+    """The layer to be shown first: of those that all models have, the one with the most intruders."""
     counts = dict.fromkeys(sites, 0)
     for diagnosis in diagnoses:
-        for site in diagnosis.found["sites"]:
-            if site["site"] in counts:
-                counts[site["site"]] += len(site.get("intruders") or ())
+        found = {site["site"]: len(site.get("intruders") or ()) for site in diagnosis.found["sites"]}
+        common = {site: count + found[site] for site, count in counts.items() if site in found}
+        counts = common or counts
     return max(counts, key=lambda site: counts[site], default="")
 
 
-def _plot(site: Json) -> Plot:
+def _range(diagnoses: Sequence[Diagnosis], path: str) -> list[float]:
+    """The least and the largest value of a layer's spectra in all models, which are drawn on one scale."""
+    sites = [site for diagnosis in diagnoses for site in diagnosis.found["sites"] if site["site"] == path]
+    keys = ("weight_values", "adapted_values", "change_values")
+    found = [value for site in sites for key in keys for value in _above_rounding(site.get(key) or ())]
+    return [min(found), max(found)] if found else [1.0, 1.0]
+
+
+def _above_rounding(values: Sequence[float]) -> list[float]:
+    """A logarithmic axis has no zero; what is zero to fp32's precision would only stretch it."""
+    return [value for value in values if value > 1e-6 * max(values)]
+
+
+def _plot(site: Json, limits: Sequence[float]) -> Plot:
     before, after, change = (site.get(key) or [] for key in ("weight_values", "adapted_values", "change_values"))
     similarity = site.get("similarity") or []
     marked = [j for j in site.get("intruders") or [] if 0 < j <= len(after)]
@@ -70,16 +84,14 @@ def _plot(site: Json) -> Plot:
         }
     )  # fmt: skip
     axes: Plot = {
-        "yaxis": log_axis([y for line in data for y in line["y"]] or [1.0]),
+        "yaxis": log_axis(limits),
         "xaxis": {"rangemode": "tozero"},
     }
     return {"data": [line for line in data if line["x"]], "layout": layout("index", "singular value", 380, **axes)}
 
 
 def _line(name: str, values: Sequence[float], colour: str, symbol: str, dash: str) -> Plot:
-    # A logarithmic axis has no zero; what is zero to fp32's precision would only stretch it.
-    floor = 1e-7 * max(values, default=0.0)
-    kept = [(j, value) for j, value in enumerate(values, 1) if value > floor]
+    kept = list(enumerate(_above_rounding(values), 1))
     return {
         "type": "scatter", "mode": "lines+markers", "name": name, "x": [j for j, _ in kept],
         "y": [rounded(value, 4) for _, value in kept],
