@@ -18,10 +18,14 @@ DOCS = ROOT / "docs"
 NOT_RUN = "not run"
 """How the title of a block begins that the tests cannot run; the rest of the title says why."""
 BRIEFLY = {
-    "train": ("--set", "training.max_steps=2", "--set", "data.max_length=32"),
+    "train": ("--set", "training.max_steps=2", "--set", "data.max_length=32", "--no-report"),
+    "merge": ("--no-report",),
     "compare": ("--plan",),
 }
-"""By command, what is added to it to make an example short: little training, and of a comparison the plan only."""
+"""By command, what is added to it to make an example short: little training, and of a comparison the plan only.
+
+Reports have tests of their own.
+"""
 LANGUAGES = {"python", "bash", "yaml", "toml", "json", "text"}
 
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -64,7 +64,8 @@ def trained(*runs: str, **methods: str) -> Names:
     """A causal model and finished runs of it: in runs/NAME, or in a folder for each method named."""
     found = chats()
     flags = ("--model", "path/to/model", "--task", "causal-lm", "--data", "stories.txt")
-    brief = ("--set", "training.max_steps=1", "--set", "data.max_length=16", "--set", "data.validation=null")
+    least = ("training.max_steps=1", "data.max_length=16", "data.validation=null")
+    brief = ("--no-report", *(word for value in least for word in ("--set", value)))
     for seed, name in enumerate(runs):
         assert run_isotune("train", *flags, *brief, "--seed", seed, "--output", f"runs/{name}") == 0
     for name, method in methods.items():
