@@ -104,13 +104,20 @@ def _plot(comparison: Comparison, rows: list[Json], cost: Cost, style: dict[str,
 
 
 def apart(costs: Sequence[float]) -> list[float]:
-    """The places to draw at: equal costs, such as those of one budget, a little apart."""
+    """The places to draw at: costs within half a percent, such as those of one budget, a little apart."""
     step = 0.02 * math.log(max(costs) / min(costs)) or 0.02
+    order = sorted(range(len(costs)), key=lambda i: costs[i])
+    near: list[list[int]] = []
+    for i in order:
+        if near and costs[i] <= 1.005 * costs[near[-1][0]]:
+            near[-1].append(i)
+        else:
+            near.append([i])
     places = list(costs)
-    for cost in set(costs):
-        same = [i for i, own in enumerate(costs) if own == cost]
-        for order, i in enumerate(same):
-            places[i] = cost * math.exp(step * (order - (len(same) - 1) / 2))
+    for same in near:
+        middle = sum(costs[i] for i in same) / len(same)
+        for rank, i in enumerate(same):
+            places[i] = middle * math.exp(step * (rank - (len(same) - 1) / 2))
     return places
 
 
