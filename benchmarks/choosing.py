@@ -8,7 +8,7 @@ from pathlib import Path
 
 import isotune
 from benchmarks.accuracy import BASELINE, BUDGET, DOCS
-from benchmarks.reading import at_budget, number, reading, score
+from benchmarks.reading import at_budget, number, reading, score, words
 from benchmarks.standings import REFERENCES, Summary, budgets, one_pass, ranked, summaries
 from isotune.adapters.registry import BUILT_IN
 from isotune.model.catalogue import MethodInfo
@@ -99,7 +99,9 @@ def _title(name: str, summary: Summary) -> str:
 
 def _links(docs: Path, name: str) -> list[str]:
     return (
-        [f"[Its report](examples/{name}/report.html)"] if (docs / "examples" / name / "report.html").is_file() else []
+        [f"[Its report](examples/{name}/report.html)."]
+        if (docs / "examples" / name / "report.html").is_file()
+        else []
     )
 
 
@@ -117,7 +119,9 @@ def about(summary: Summary) -> str:
         f"{summary['seeds']} seeds, {summary['trials']} learning rates tried for each method; {made}."
     ]
     for row in ranked(summary, None):
-        said.append(f"{REFERENCES.get(row['method'], row['method']).capitalize()}: {score(row, summary['metric'])}.")
+        kept = [f", {words(key)} {score(found, key)}" for key, found in row.get("forgetting", {}).items()]
+        name = REFERENCES.get(row["method"], row["method"]).capitalize()
+        said.append(f"{name}: {score(row, summary['metric'])}{''.join(kept)}.")
     for key, measure in summary.get("forgetting", {}).items():
         base = measure.get("base")
         said.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from typing import Any
 
 from benchmarks.standings import Row, Summary, apart, difference, ranked, tied_with_best, worth_of_tuning
 from benchmarks.tables import table
@@ -14,7 +15,7 @@ def at_budget(summary: Summary, budget: int) -> str:
     """Table and reading at one budget."""
     rows, measures = ranked(summary, budget), summary.get("forgetting", {})
     compared = f"minus {summary['baseline']}"
-    header = ["method", "parameters", "rate", summary["metric"], compared, *map(_words, measures), "s a step"]
+    header = ["method", "parameters", "rate", summary["metric"], compared, *map(words, measures), "s a step"]
     body = [_cells(row, summary, _baseline(summary, rows)) for row in rows]
     return f"### {budget:,} parameters\n\n{table(header, body)}\n\n{reading(summary, budget)}"
 
@@ -40,6 +41,7 @@ def reading(summary: Summary, budget: int) -> str:
     baseline = _baseline(summary, rows)
     if baseline is not None and len(baseline["values"]) > 1:
         said.append(_against(baseline, rows, summary["higher_is_better"]))
+    said += [_kept_best(rows, key, measure) for key, measure in summary.get("forgetting", {}).items()]
     if edges := [row for row in rows if row.get("edge")]:
         said.append(f"Best at an end of the range of rates, so perhaps better than shown: {_named(edges)}.")
     if front := [row for row in rows if row.get("front")]:
@@ -62,6 +64,18 @@ def _ties(rows: list[Row]) -> list[str]:
         return [f"The {len(behind)} others are told apart from it over {count} seeds."]
     said = [f"Not told apart from it over {count} seeds: {_named(tied[1:])}."]
     return [*said, f"Told apart, and behind: {_named(behind)}."] if behind else said
+
+
+def _kept_best(rows: list[Row], key: str, measure: dict[str, Any]) -> str:
+    kept = [
+        {"method": row["method"], "values": row["forgetting"][key]["values"]}
+        for row in rows
+        if row.get("forgetting", {}).get(key)
+    ]
+    if not kept:
+        return f"Forgetting by {words(key)} was not measured here."
+    kept.sort(key=lambda row: statistics.fmean(row["values"]), reverse=measure["higher_is_better"])
+    return " ".join([f"Least forgotten, by {words(key)}: {_named(kept[:1])}, {score(kept[0], key)}.", *_ties(kept)])
 
 
 def _against(baseline: Row, rows: list[Row], higher_is_better: bool) -> str:
@@ -103,7 +117,8 @@ def number(value: float, metric: str) -> str:
     return f"{100 * value:.1f}" if is_share else f"{value:.3f}"
 
 
-def _words(key: str) -> str:
+def words(key: str) -> str:
+    """The name of a measure for people."""
     return key.replace("_", " ")
 
 

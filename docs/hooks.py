@@ -33,7 +33,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead to the methods' pages, where the Markdown leads to the sections of the table, which is cut down to itself."""
+    """Lead to the methods' pages, where the Markdown leads to the sections below the table, which are cut off."""
     if page.file.src_uri == "methods.md":
         page.meta["hide"] = ["toc"]  # the table is wide, and there is one section
         table = markdown[: markdown.index("\n## ")]

@@ -77,6 +77,7 @@ def test_the_table_has_differences_and_what_was_forgotten() -> None:
     text = at_budget(found, 1000)
     assert "| hra rank=4 | 1,000 | 0.001 | 84.0 ± 2.5 | +3.0 ± 2.5 | 90.0 ± 0.0 | 0.25 |" in text
     assert "| lora rank=4 | 1,000 | 0.001 | 81.0 ± 2.5 |  |  |  |" in text
+    assert "Least forgotten, by probe accuracy: `hra`, 90.0 ± 0.0." in text
 
 
 def test_tuning_is_compared_with_the_choice_of_a_method() -> None:
@@ -90,15 +91,15 @@ def test_tuning_is_compared_with_the_choice_of_a_method() -> None:
 def test_every_committed_comparison_is_on_the_page(tmp_path: Path) -> None:
     folder = tmp_path / "examples" / "citations"
     folder.mkdir(parents=True)
-    frozen = {"method": "frozen", "budget": None, "values": [0.65]}
+    frozen = {"method": "frozen", "budget": None, "values": [0.65], "forgetting": {"similarity": {"values": [1.0]}}}
     (folder / "summary.json").write_text(json.dumps(summary(LORA, TIED, frozen)))
     (folder / "report.html").write_text("")
     (tmp_path / "examples" / "other").mkdir()
     (tmp_path / "examples" / "other" / "summary.json").write_text("{}")
     text = choosing.page(tmp_path)
     assert "## Classification with tiny: citations" in text
-    assert "(examples/citations/report.html)" in text
-    assert "The frozen base: 65.0." in text
+    assert "(examples/citations/report.html)." in text
+    assert "The frozen base: 65.0, similarity 1.000." in text
     assert "### 1,000 parameters" in text
     assert "once over" not in text
     assert "(compare.md)" not in text

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -199,6 +200,22 @@ def test_tensors_that_the_base_lacks_or_has_in_another_shape_are_left_out(tmp_pa
     assert found.left_out["not in the base"] == ["extra.proj.weight"]
     assert found.left_out["of another shape in the base"] == [name]
     assert len(found.sites) == 7 * 5 - 1
+
+
+def test_weights_that_a_model_stores_turned_are_measured_as_its_layers_compute(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    before = model.transformer.h[0].attn.c_attn.weight.detach().float()
+    moved(model).save_pretrained(tmp_path / "full")
+    after = model.transformer.h[0].attn.c_attn.weight.detach().float()
+    found = diagnose(tmp_path / "full", tmp_path / "base", k=3)
+    assert len(found.sites) == 4
+    row = next(site for site in found.sites if site.site.endswith("c_attn"))
+    assert (row.kind, row.out_features, row.in_features) == ("conv1d", 96, 32)
+    U0, U = torch.linalg.svd(before.mT)[0][:, :32], torch.linalg.svd(after.mT)[0][:, :3]
+    assert row.similarity == pytest.approx((U0.mT @ U).abs().amax(0).tolist(), abs=1e-3)
 
 
 def test_an_unchanged_model_has_no_change(tmp_path: Path) -> None:

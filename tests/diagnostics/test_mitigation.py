@@ -19,7 +19,7 @@ from isotune.diagnostics import diagnose, mitigate
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.linalg.low_rank import dense_svd
 from isotune.model.layers import adapted_layers
-from support import STORIES, adapted, assert_same_output, files, output, stories
+from support import MINILM, STORIES, adapted, assert_same_output, files, minilm, output, stories
 
 SIZE = 0.4  # at which LoRA's columns become leading directions
 
@@ -185,6 +185,9 @@ def test_what_cannot_be_mitigated_is_refused(lora: Path, tmp_path: Path) -> None
     isotune.save(adapted(stories(), LoRA(rank=2), "attention"), tmp_path / "lost", base_model="no/such-base")
     with pytest.raises(CheckpointError, match="no/such-base, which is not at hand; name it with"):
         mitigate(tmp_path / "lost", tmp_path / "out")
+    isotune.save(adapted(minilm(), isotune.method("road"), ["query"]), tmp_path / "road")
+    with pytest.raises(CheckpointError, match="road also changes the bias"):
+        mitigate(tmp_path / "road", tmp_path / "out", base=MINILM)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="holds something else"):

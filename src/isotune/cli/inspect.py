@@ -110,21 +110,21 @@ def _notes(diagnosis: Diagnosis) -> str:
 
 
 def _show_sites(diagnosis: Diagnosis) -> None:
+    turns = any(site.orthogonality_error is not None for site in diagnosis.sites)
     print_table(
         f"{diagnosis.path}: the change of each layer",
-        ["layer", "kind", "W", "parameters", "|W' - W| / |W|", "share", "rank of W' - W", "effective rank",
-         "|RᵀR - I|", "angles"],
+        ["layer", "kind", "W", "parameters", "|W' - W| / |W|", "share", "rank of W' - W", "effective",
+         *(["|RᵀR - I|", "angles"] if turns else [])],
         [
             [
                 site.site, site.kind, f"{site.out_features} x {site.in_features}", f"{site.trainable:,}",
                 _figure(site.change_norm, 4), _percent(site.share), _count(site.change_rank),
-                _figure(site.effective_rank, 1),
-                "-" if site.orthogonality_error is None else f"{site.orthogonality_error:.1e}", _angles(site.angles),
+                _figure(site.effective_rank, 1), *(_turning(site) if turns else []),
             ]
             for site in diagnosis.sites
         ],
-        "share: of the squared change of all layers; effective rank: how many directions carry it; angles: how many, "
-        "and the largest",
+        "share: of the squared change of all layers; effective: how many directions carry it"
+        + ("; angles: how many, and the largest" if turns else ""),
     )  # fmt: skip
     spectral = [site for site in diagnosis.sites if site.intruders is not None]
     if not spectral:
@@ -199,10 +199,9 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def _angles(angles: Sequence[float] | None) -> str:
-    if not angles:
-        return "-"
-    return f"{len(angles)}, {math.degrees(max(angles)):.1f}°"
+def _turning(site: SiteDiagnosis) -> list[str]:
+    error = "-" if site.orthogonality_error is None else f"{site.orthogonality_error:.1e}"
+    return [error, f"{len(site.angles)}, {math.degrees(max(site.angles)):.1f}°" if site.angles else "-"]
 
 
 def mitigate_command(

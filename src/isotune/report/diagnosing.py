@@ -87,8 +87,7 @@ def _of_comparison(comparison: Comparison, several: bool) -> Iterator[Candidate]
         if folder is not None and row["method"] != FROZEN:
             at = f" at {row['budget']:,}" if budgets and row.get("budget") else ""
             of = f", {comparison.name}" if several else ""
-            base = _named(folder, comparison.summary.get("model"))
-            yield f"{words.method_name(row['method'])}{at}{of}", row["method"], folder, base
+            yield f"{words.method_name(row['method'])}{at}{of}", row["method"], folder, None
 
 
 def _weights(comparison: Comparison, row: Json) -> Path | None:
@@ -109,4 +108,7 @@ def _diagnose() -> Diagnose | None:
     from isotune import diagnostics
 
     found: Any = getattr(diagnostics, "diagnose", None)
-    return None if found is None else lambda path, base: found(path, base, progress=False).to_dict()
+    if found is None:
+        return None
+    # Both sides: what rotates the input leaves the left singular vectors where they are, whatever it does.
+    return lambda path, base: found(path, base, side="both", progress=False).to_dict()
