@@ -36,7 +36,7 @@ def test_flags_alone_train_and_json_keeps_standard_output_clean(
     assert metrics["peak_memory_bytes"] > 10**7
     assert "hra's default" in err
     assert sorted(path.name for path in run.iterdir()) == [
-        "adapter", "checkpoint-4", "history.json", "metrics.json", "recipe.yaml"
+        "adapter", "checkpoint-4", "history.json", "metrics.json", "recipe.yaml", "report.html"
     ]  # fmt: skip
 
 

@@ -39,7 +39,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (lambda folder: folder.rmdir(), "does not exist"),
     "empty": (lambda folder: None, "is empty"),
     "foreign": (lambda folder: (folder / "thesis.txt").write_text("x"), "holds no comparison"),
-    "unfinished comparison": (lambda f: (f / "results.jsonl").write_text("{}\n"), "has no summary.json yet"),
+    "unfinished comparison": (
+        lambda f: (f / "results.jsonl").write_text("{}\n"),
+        "has no summary.json yet, and none can be made",
+    ),
     "damaged summary": (lambda folder: (folder / "summary.json").write_text('{"rows": ['), "the file is damaged"),
     "a list as summary": (lambda folder: (folder / "summary.json").write_text("[]"), "holds no JSON object"),
     "no rows": (lambda folder: (folder / "summary.json").write_text("{}"), "`metric` or `rows` is missing"),

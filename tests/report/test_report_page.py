@@ -20,7 +20,7 @@ from isotune.report.figures.angles import histogram
 from isotune.report.figures.figure import styles, thinned
 from isotune.report.figures.heatmap import place
 from isotune.report.figures.lines import log_axis
-from isotune.report.figures.pareto import front
+from isotune.report.figures.pareto import apart, front
 from isotune.report.page import build, render
 from isotune.report.sections import sections
 from isotune.report.verdict import judge
@@ -125,6 +125,24 @@ def test_runs_and_merges_have_their_sections(tmp_path: Path) -> None:
     assert len(plots["run-curves/curves-runs"]["training loss"]["data"]) == 2
 
 
+def test_a_single_validation_is_no_curve_and_stands_last(tmp_path: Path) -> None:
+    plots = json.loads(element(build_text(write_run(tmp_path / "one"), tmp_path), "isotune-plots"))
+    assert next(iter(plots["run-curves/curves-runs"])) == "training loss"
+    rows = [row("hra", [0.8, 0.9], 10), row("lora", [0.7, 0.8], 10)]
+    curve = [
+        {"step": 5, "loss": 0.9},
+        {"step": 10, "loss": 0.8},
+        {"step": 10, "eval_loss": 1.0, "eval_accuracy": 0.8},
+    ]
+    units = [
+        {"kind": "seed", "status": "done", "method": "hra", "budget": 10, "seed": seed, "metrics": {}, "curve": curve}
+        for seed in (1, 2)
+    ]
+    folder = write_comparison(tmp_path / "c", summary(rows), units)
+    plots = json.loads(element(build_text(folder, tmp_path), "isotune-plots"))
+    assert next(iter(plots["curves/curves-10"])) == "training loss"
+
+
 def test_two_comparisons_stand_one_after_the_other(tmp_path: Path) -> None:
     folders = [
         write_comparison(tmp_path / n, summary([row("hra", [0.8, 0.9]), row("lora", [0.7, 0.8])])) for n in "ab"
@@ -166,6 +184,13 @@ def test_the_front_holds_what_nothing_cheaper_beats() -> None:
     rows = [row("a", [0.8], parameters=10), row("b", [0.7], parameters=20), row("c", [0.9], parameters=30)]
     assert [r["method"] for r in front(rows, "parameters", True)] == ["a", "c"]
     assert [r["method"] for r in front(rows, "parameters", False)] == ["a", "b"]
+
+
+def test_points_of_equal_cost_stand_a_little_apart() -> None:
+    assert apart([10, 20, 30]) == [10, 20, 30]
+    left, other, right, middle = apart([100, 200, 100.1, 100])
+    assert other == 200
+    assert 97 < left < middle < right < 103
 
 
 def test_small_parts_of_figures() -> None:

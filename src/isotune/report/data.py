@@ -159,9 +159,7 @@ def _add(found: Collected, path: Path, name: str) -> None:
 
 def _comparison(path: Path, name: str) -> Comparison:
     file = path / "summary.json"
-    if not file.is_file():
-        raise IsotuneError(f"the comparison in {path} has no summary.json yet; let isotune compare finish it first")
-    summary = read_json(file)
+    summary = read_json(file) if file.is_file() else so_far(path)
     rows = summary.get("rows")
     if not isinstance(rows, list) or not isinstance(summary.get("metric"), str):
         raise IsotuneError(
@@ -178,6 +176,28 @@ def _comparison(path: Path, name: str) -> Comparison:
     recipe = path / "comparison.yaml"
     units = _lines(path / "results.jsonl")
     return Comparison(path, name, summary, units, recipe.read_text(encoding="utf-8") if recipe.is_file() else None)
+
+
+def so_far(path: Path) -> Json:
+    """The summary of a comparison that is still running, or was killed; reads its data and its model for the plan.
+
+    Raises IsotuneError where that does not go.
+    """
+    from isotune.comparison.plan import make_plan
+    from isotune.comparison.run import environment
+    from isotune.comparison.store import Store
+    from isotune.comparison.summary import summarise
+    from isotune.training.progress import quiet_libraries
+
+    quiet_libraries()
+    store = Store(path)
+    try:
+        recipe = store.recipe()
+        return summarise(make_plan(recipe), recipe, store.lines(), environment())
+    except IsotuneError as error:
+        raise IsotuneError(
+            f"the comparison in {path} has no summary.json yet, and none can be made of it: {error}"
+        ) from None
 
 
 def _run(run: RunFolder, name: str) -> RunResult:

@@ -72,7 +72,8 @@ def _comparison(comparison: Comparison) -> Iterator[Section]:
         "cost",
         "Score and cost",
         "Cost",
-        f"{better} and left is better; the dotted steps join what nothing cheaper beats (the Pareto front).",
+        f"{better} and left is better; the dotted steps join what nothing cheaper beats (the Pareto front). "
+        "Points of equal cost stand a little apart.",
         figures=pareto_figures(comparison, style),
     )
     yield Section(

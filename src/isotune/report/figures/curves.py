@@ -62,7 +62,7 @@ def _figure(key: str, title: str, metric: str, lines: Mapping[str, tuple[Style, 
             plots[name] = _plot(drawn, name, metric if field == f"eval_{metric}" else field)
             ends[name] = {label: _end(series) for label, _, series in drawn}
     # A single validation is no curve; it stands last.
-    plots = dict(sorted(plots.items(), key=lambda item: max(len(line["x"]) for line in item[1]["data"]) < 2))
+    plots = dict(sorted(plots.items(), key=lambda item: _longest(item[1]) < 2))
     columns = list(plots)
     table = simple(
         f"{title}: the last value",
@@ -106,6 +106,10 @@ def _plot(lines: Sequence[Line], title: str, metric: str) -> Plot:
         )  # fmt: skip
     axis = axis_name(title) if times == 100 else title
     return {"data": data, "layout": layout("step", axis, 400)}
+
+
+def _longest(plot: Plot) -> int:
+    return max(len(line["x"]) for line in plot["data"] if "name" in line)
 
 
 def _end(series: Sequence[Points]) -> float:

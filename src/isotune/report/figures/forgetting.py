@@ -44,7 +44,7 @@ def _figure(comparison: Comparison, measure: Measure, style: dict[str, Style]) -
             }
         )  # fmt: skip
     gain_axis = f"gain over the frozen base, {axis_name(metric)}" if frozen else axis_name(metric)
-    kept_axis = measure.label + (" (%)" if up == 100 else "")
+    kept_axis = axis_name(measure.key)
     levels = [] if measure.base is None else [(up * measure.base, "the base itself")]
     plot = {"data": data, "layout": layout(gain_axis, kept_axis, 420, **level_lines(levels, x=0.0))}
     table = simple(

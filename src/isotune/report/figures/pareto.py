@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from isotune.report import words
@@ -35,7 +36,9 @@ def pareto_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figu
     """The score over parameters, and over time or memory, as far as at least two rows know them."""
     drawn: dict[str, tuple[Plot, Table]] = {}
     for cost in _COSTS:
-        rows = [row for row in comparison.rows if row["values"] and row.get(cost.key)]
+        rows = [
+            row for row in comparison.rows if row["values"] and row.get(cost.key) and math.isfinite(row[cost.key])
+        ]
         if len(rows) > 1:
             drawn[cost.key] = _plot(comparison, rows, cost, style), _table(comparison, rows, cost)
     figures = []
@@ -65,6 +68,7 @@ def _plot(comparison: Comparison, rows: list[Json], cost: Cost, style: dict[str,
     far = key == "parameters" and [row for row in rows if row["method"] == FULL and len(rows) > 2]
     near = [row for row in rows if not far or row["method"] != FULL]
     best = front(near, key, higher)
+    at = apart([unit * row[key] for row in near])
     data: list[Plot] = [
         {
             "type": "scatter", "mode": "lines", "name": "Pareto front", "hoverinfo": "skip",
@@ -79,7 +83,7 @@ def _plot(comparison: Comparison, rows: list[Json], cost: Cost, style: dict[str,
         data.append(
             {
                 "type": "scatter", "mode": "markers", "name": name,
-                "x": [rounded(unit * row[key], 6) for row in mine], "y": [rounded(times * f.mean) for f in found],
+                "x": [rounded(at[near.index(row)], 6) for row in mine], "y": [rounded(times * f.mean) for f in found],
                 "error_y": error_bar([times * (f.half_width or 0) for f in found], own.colour),
                 "marker": {"color": own.colour, "symbol": own.symbol, "size": 10},
                 "text": [
@@ -97,6 +101,24 @@ def _plot(comparison: Comparison, rows: list[Json], cost: Cost, style: dict[str,
     few = 1 < len(budgets) <= 5
     axis = log_axis(costs, at=budgets if few else ()) if key == "parameters" and max(costs) > 1.5 * min(costs) else {}
     return {"data": data, "layout": layout(cost.axis, axis_name(metric), 420, xaxis=axis, **level_lines(levels, 0.5))}
+
+
+def apart(costs: Sequence[float]) -> list[float]:
+    """The places to draw at: costs within half a percent, such as those of one budget, a little apart."""
+    step = 0.02 * math.log(max(costs) / min(costs)) or 0.02
+    order = sorted(range(len(costs)), key=lambda i: costs[i])
+    near: list[list[int]] = []
+    for i in order:
+        if near and costs[i] <= 1.005 * costs[near[-1][0]]:
+            near[-1].append(i)
+        else:
+            near.append([i])
+    places = list(costs)
+    for same in near:
+        middle = sum(costs[i] for i in same) / len(same)
+        for rank, i in enumerate(same):
+            places[i] = middle * math.exp(step * (rank - (len(same) - 1) / 2))
+    return places
 
 
 def _table(comparison: Comparison, rows: list[Json], cost: Cost) -> Table:
