@@ -20,7 +20,7 @@ from isotune.report.reproduce import Block, reproduce_comparison, reproduce_run,
 from isotune.report.results import diagnosis_table, merge_table, result_table, run_table, unit_table
 from isotune.report.tables import Table
 
-_SIDES = {"left": "left", "right": "right", "both": "left or right"}
+_SIDES: dict[str | None, str] = {"left": "left", "right": "right", "both": "left or right"}
 
 
 @dataclass
