@@ -127,7 +127,7 @@ def test_the_first_seed_of_each_row_is_diagnosed_full_fine_tuning_first(tmp_path
 
     collected = collect([folder])
     add_diagnoses(collected, diagnose=diagnose, progress=False)
-    assert asked == [("full-seed-1/model", "minilm"), ("hra-seed-1/adapter", None), ("lora-seed-2/adapter", None)]
+    assert asked == [("full-seed-1/model", None), ("hra-seed-1/adapter", None), ("lora-seed-2/adapter", None)]
     assert [one.label for one in collected.diagnoses] == ["full fine-tuning", "hra", "lora"]
     limited = collect([folder])
     add_diagnoses(limited, "elsewhere", most=1, diagnose=diagnose, progress=False)

@@ -26,7 +26,7 @@ def test_the_three_stand_side_by_side_with_what_diagnose_finds(folder: Path) -> 
     assert data["notes"] == []
     assert [one["label"] for one in data["diagnoses"]] == ["full-run", "lora-run", "hra-run"]
     for one in data["diagnoses"]:
-        found = diagnose(folder / one["label"], folder / "base", progress=False).to_dict()
+        found = diagnose(folder / one["label"], folder / "base", side="both", progress=False).to_dict()
         assert one["total"] == found["total"]
         assert one["total"]["intruders"] == sum(len(site["intruders"]) for site in one["sites"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from isotune.errors import IsotuneError
 from isotune.progress import counting
@@ -27,7 +26,7 @@ def add_diagnoses(
     """Diagnose what `collected` names, the first seed of each row of a comparison, at most `most` models.
 
     What cannot be diagnosed is said in `collected.notes`; it never stops a report. `diagnose` takes a folder and its
-    base; by default it is `isotune.diagnostics.diagnose`.
+    base; by default it is `isotune.diagnostics.diagnose` on both sides.
     """
     found = list(_candidates(collected))
     if not found or most < 1:
@@ -38,10 +37,7 @@ def add_diagnoses(
             f"{words.counted(left, 'model was', 'models were')} not diagnosed, beyond the limit of {most} "
             "(--diagnose-most)."
         )
-    run = diagnose or _diagnose()
-    if run is None:
-        collected.notes.append("this version of isotune has no diagnostics of weights.")
-        return
+    run = diagnose or _diagnose
     with counting("diagnosing", min(most, len(found)), progress) as advance:
         for label, method, path, named in found[:most]:
             try:
@@ -104,11 +100,8 @@ def _named(folder: Path, model: str | None) -> str | None:
     return model if folder.name == "model" else None
 
 
-def _diagnose() -> Diagnose | None:
-    from isotune import diagnostics
+def _diagnose(path: Path, base: str | Path | None) -> Json:
+    from isotune.diagnostics import diagnose
 
-    found: Any = getattr(diagnostics, "diagnose", None)
-    if found is None:
-        return None
     # Both sides: what rotates the input leaves the left singular vectors where they are, whatever it does.
-    return lambda path, base: found(path, base, side="both", progress=False).to_dict()
+    return diagnose(path, base, side="both", progress=False).to_dict()

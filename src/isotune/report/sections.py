@@ -20,6 +20,8 @@ from isotune.report.reproduce import Block, reproduce_comparison, reproduce_run,
 from isotune.report.results import diagnosis_table, merge_table, result_table, run_table, unit_table
 from isotune.report.tables import Table
 
+_SIDES: dict[str | None, str] = {"left": "left", "right": "right", "both": "left or right"}
+
 
 @dataclass
 class Section:
@@ -145,9 +147,10 @@ def _diagnoses(collected: Collected) -> Iterator[Section]:
         "spectra",
         "Spectra and intruder dimensions",
         "Spectra",
-        f"The largest singular values before and after, and those of the change. An intruder, ringed, is one of the "
-        f"first {settings.get('k', 'k')} singular vectors of W′ whose cosine with every one of W is below "
-        f"{settings.get('threshold', 'the threshold')}." + (limited if len(layers) > len(shown_sites(found)) else ""),
+        f"The largest singular values before and after, and those of the change. An intruder, ringed, is one of "
+        f"the first {settings.get('k', 'k')} singular vectors of W′, {_SIDES.get(settings.get('side'), 'left')}, "
+        f"whose cosine with every one of W is below {settings.get('threshold', 'the threshold')}."
+        + (limited if len(layers) > len(shown_sites(found)) else ""),
         figures=drawn,
         side_by_side=True,
     )
