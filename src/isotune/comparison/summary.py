@@ -115,7 +115,7 @@ def _held_out(recipe: ComparisonRecipe, rows: Sequence[Row]) -> dict[str, Any]:
     if settings is None or not rows:
         return {}
     base: dict[str, Any] = next((row["forgetting"] for row in rows if row["method"] == FROZEN), {})
-    rows_of = Path(settings.train or str(settings.test)).name
+    rows_of = "/".join(Path(settings.train or str(settings.test)).parts[-2:])
     about = {
         "probe_accuracy": f"accuracy of a linear probe on {rows_of}",
         "similarity": f"cosine with the base's embeddings of {rows_of}",
