@@ -56,7 +56,7 @@ A rate at an end of the grid is marked: beyond it the method may do better. {row
 that the rate which did best for one seed did badly for another, and a difference smaller than its interval means
 nothing.
 
-The linear probe alone reaches {probe:.1f}. {where}
+The linear probe alone reaches {probe:.1f}. {where}{note}
 """
 
 
@@ -205,6 +205,7 @@ def page(result: dict[str, Any]) -> str:
         rows=result["rows"],
         eval_rows=result["eval_rows"] or "all",
         probe=100 * result["probe_accuracy"],
+        note=f"\n\n{result['note']}" if "note" in result else "",
         where=f"{result['machine']['cpu']}, {result['machine']['threads']} threads; commit "
         f"{result['versions'].get('commit', 'unknown')}; {result['date']}.",
     )
