@@ -2,13 +2,12 @@
 
     from isotune.comparison import build_comparison, compare
 
-The names are loaded on first use, so that importing this package costs nothing.
+The names are loaded on first use.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from isotune.lazy import lazy
 
 _HOMES = {
     "ComparisonRecipe": "recipe",
@@ -22,8 +21,4 @@ _HOMES = {
 
 __all__ = ["Cell", "ComparisonRecipe", "Store", "build_comparison", "compare", "make_plan", "summarise"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"isotune.comparison.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)

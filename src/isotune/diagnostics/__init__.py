@@ -2,13 +2,12 @@
 
     from isotune.diagnostics import diagnose, mitigate
 
-The names are loaded on first use, so that importing this package costs nothing.
+The names are loaded on first use.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from isotune.lazy import lazy
 
 _HOMES = {
     "Diagnosis": "diagnosis",
@@ -62,8 +61,4 @@ __all__ = [
     "survey",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"isotune.diagnostics.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)

@@ -2,20 +2,15 @@
 
     from isotune.report import build
 
-The names are loaded on first use, so that importing this package costs nothing.
+The names are loaded on first use.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from isotune.lazy import lazy
 
 _HOMES = {"build": "page", "collect": "data", "judge": "verdict", "Verdict": "verdict"}
 
 __all__ = ["Verdict", "build", "collect", "judge"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"isotune.report.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)

@@ -2,13 +2,12 @@
 
     from isotune.training import Recipe, evaluate, train
 
-The names are loaded on first use, so that importing this package costs nothing.
+The names are loaded on first use.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from isotune.lazy import lazy
 
 _HOMES = {
     "Recipe": "recipe",
@@ -38,8 +37,4 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"isotune.training.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)
