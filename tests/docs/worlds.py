@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from run_folders import trained_runs
 from sweeps import sweep
 from tiny import make_bert, sentences, write_jsonl
 
 import isotune
 from examples import run_isotune
-from runs import trained_runs
 from support import MINILM, STORIES, tokens, write_citations
 
 Names = dict[str, Any]

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_folders import write_run
 from sweeps import diagnosis, row, summary, write_comparison
 
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.report.data import Collected, collect
 from isotune.report.diagnosing import add_diagnoses
 from isotune.report.page import build
-from runs import write_run
 
 
 def write_adapter(folder: Path, merged: bool = False) -> Path:

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from run_folders import trained_runs
 from test_report_page import element
 
 from isotune.diagnostics import diagnose
 from isotune.report import build
-from runs import trained_runs
 
 
 @pytest.fixture(scope="module")

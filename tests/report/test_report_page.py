@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from run_folders import write_run
 from sweeps import diagnosis, row, summary, sweep, write_comparison
 from test_report_data import write_adapter
 
@@ -24,7 +25,6 @@ from isotune.report.page import build, render
 from isotune.report.sections import sections
 from isotune.report.verdict import judge
 from isotune.report.words import brief, listed, memory, number, score, share
-from runs import write_run
 
 CSS = (files("isotune.report") / "assets" / "page.css").read_text(encoding="utf-8")
 
