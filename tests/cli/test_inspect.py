@@ -1,13 +1,10 @@
-"""`isotune inspect` and `isotune mitigate`, and the commands of docs/diagnostics.md."""
+"""`isotune inspect` and `isotune mitigate`."""
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,10 +12,9 @@ import torch
 import isotune
 from isotune import HRA, LoRA
 from isotune.diagnostics import diagnose
-from support import STORIES, adapted, stories, tokens
+from support import STORIES, adapted, stories
 
 Command = Callable[..., int]
-GUIDE = (Path(__file__).parents[2] / "docs" / "diagnostics.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -112,24 +108,3 @@ def test_a_mistake_is_one_message_and_writes_nothing(
     assert says in err
     assert "Traceback" not in err
     assert sorted(folders.iterdir()) == before
-
-
-def blocks(language: str) -> list[str]:
-    """The code blocks of the guide."""
-    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
-
-
-def test_the_commands_of_the_guide_run(command: Command, folders: Path) -> None:
-    lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("isotune ")]
-    assert len(lines) >= 5
-    for line in lines:
-        assert command(*shlex.split(line)[1:]) == 0, line
-    assert (folders / "lora-run-mitigated" / "mitigation.json").is_file()
-
-
-@pytest.mark.usefixtures("folders")
-def test_the_python_of_the_guide_runs() -> None:
-    model = isotune.load(stories(), "lora-run/adapter")
-    names: dict[str, Any] = {"model": model, "batch": tokens(model)}
-    for block in blocks("python"):
-        exec(block, names)
