@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from isotune.errors import IsotuneError
-from isotune.progress import counting
 from isotune.report import words
 from isotune.report.data import Collected, Comparison, Diagnosis, Json
 from isotune.report.standings import FROZEN, FULL, groups
@@ -26,7 +26,7 @@ def add_diagnoses(
     """Diagnose what `collected` names, the first seed of each row of a comparison, at most `most` models.
 
     What cannot be diagnosed is said in `collected.notes`; it never stops a report. `diagnose` takes a folder and its
-    base; by default it is `isotune.diagnostics.diagnose` on both sides.
+    base; by default all are diagnosed together.
     """
     found = list(_candidates(collected))
     if not found or most < 1:
@@ -37,15 +37,13 @@ def add_diagnoses(
             f"{words.counted(left, 'model was', 'models were')} not diagnosed, beyond the limit of {most} "
             "(--diagnose-most)."
         )
-    run = diagnose or _diagnose
-    with counting("diagnosing", min(most, len(found)), progress) as advance:
-        for label, method, path, named in found[:most]:
-            try:
-                data = run(path, base if base is not None else named)
-                collected.diagnoses.append(Diagnosis(label, method or data.get("method") or "unknown", data))
-            except IsotuneError as error:
-                collected.notes.append(f"{label} was not diagnosed: {error}.")
-            advance(1)
+    run = diagnose or _together(found[:most], base, progress)
+    for label, method, path, named in found[:most]:
+        try:
+            data = run(path, base if base is not None else named)
+            collected.diagnoses.append(Diagnosis(label, method or data.get("method") or "unknown", data))
+        except IsotuneError as error:
+            collected.notes.append(f"{label} was not diagnosed: {error}.")
 
 
 def note_undiagnosed(collected: Collected) -> None:
@@ -100,8 +98,23 @@ def _named(folder: Path, model: str | None) -> str | None:
     return model if folder.name == "model" else None
 
 
-def _diagnose(path: Path, base: str | Path | None) -> Json:
-    from isotune.diagnostics import diagnose
+def _together(chosen: Sequence[Candidate], base: str | Path | None, progress: bool) -> Diagnose:
+    """The diagnoses of all that is chosen, made at once, so that each weight of a base is decomposed only once.
 
-    # Both sides: what rotates the input leaves the left singular vectors where they are, whatever it does.
-    return diagnose(path, base, side="both", progress=False).to_dict()
+    Intruders are looked for on both sides: what rotates the input leaves the left singular vectors where they are.
+    """
+    from isotune.diagnostics import diagnose, survey
+
+    bases: dict[str | Path | None, list[Path]] = {}
+    for _, _, path, named in chosen:
+        bases.setdefault(base if base is not None else named, []).append(path)
+    done: dict[Path, Json] = {}
+    for of, paths in bases.items():
+        with suppress(IsotuneError):  # one that cannot be diagnosed; below, the others are, alone
+            found = survey(paths, of, side="both", progress=progress).diagnoses
+            done |= {path: one.to_dict() for path, one in zip(paths, found, strict=True)}
+
+    def of_one(path: Path, of: str | Path | None) -> Json:
+        return done[path] if path in done else diagnose(path, of, side="both", progress=False).to_dict()
+
+    return of_one
