@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from tiny import environment
 
-from isotune.comparison import build_comparison, compare
+from isotune.comparison import bench, build_comparison, compare
 from isotune.comparison.recipe import ComparisonRecipe
 from isotune.comparison.store import Store
-from isotune.errors import IsotuneError
+from isotune.errors import DivergedError, IsotuneError
 
 
 def recipe(model: Path, rows: Path, output: Path, **more: Any) -> ComparisonRecipe:
@@ -160,3 +160,22 @@ def test_a_method_that_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(IsotuneError, match=r"compare\.methods: bat cannot adapt 'backbone\.embeddings"):
         compare(made, progress=False)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_run_that_failed_is_final_until_it_is_retried(
+    bert: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"compare__methods": "hra", "compare__full": False, "compare__frozen": False, "compare__cost_steps": 0}
+    made = recipe(bert, rows, tmp_path / "c", **few, compare__trials=1, compare__seeds=1)
+
+    def diverged(*_: Any, **__: Any) -> Any:
+        raise DivergedError("the training loss is nan at step 1")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench, "train", diverged)
+        found = compare(made, progress=False)
+    assert (found["units"]["failed"], found["rows"]) == (1, [])
+    assert found["without_result"] == ["hra at 300: diverged at every learning rate"]
+    assert compare(made, progress=False)["units"]["failed"] == 1
+    again = compare(made, retry=True, progress=False)
+    assert again["units"] == {"planned": 2, "done": 2, "failed": 0}
