@@ -23,6 +23,9 @@ class AdaptedSite(Site):
     def __call__(self, x: Tensor) -> Tensor:
         return self.adapter(x, self.base)
 
+    def run(self, x: Tensor) -> Tensor:
+        return self(x)
+
     @property
     def kind(self) -> str:  # type: ignore[override]
         return self.base.kind

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isotune.bare import bare
 from isotune.errors import TargetError
 
 DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,7 +49,7 @@ def dequantized(layer: nn.Module) -> Tensor:
 
 def _weight_of(layer: Any) -> Any:
     try:
-        return layer.weight
+        return bare(layer, "weight")
     except (AttributeError, RuntimeError):  # a layer that has none, or refuses to show it
         return None
 

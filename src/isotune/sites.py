@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isotune.bare import bare, bare_class, bare_forward, own_forward
 from isotune.errors import TargetError
 from isotune.matrix import Matrix
 from isotune.packed import dequantized, is_packed
@@ -34,8 +35,22 @@ class Site(ABC):
         self.layer: Any = layer
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run the layer itself."""
-        return self.layer(x)
+        """Run the layer itself: its own forward, without adapters and hooks."""
+        return self.run(x) if self.readable else bare_forward(self.layer, x)
+
+    @abstractmethod
+    def run(self, x: Tensor) -> Tensor:
+        """What the usual forward of this kind computes, of the layer's own parameters."""
+
+    @property
+    def readable(self) -> bool:
+        """Whether the layer's forward is the usual one of its kind, so that `run` may stand for it."""
+        return own_forward(self.layer) is None
+
+    @property
+    def parameter(self) -> Any:
+        """The layer's own weight as it holds it."""
+        return bare(self.layer, "weight")
 
     @property
     @abstractmethod
@@ -55,7 +70,7 @@ class Site(ABC):
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias (out), if it has one."""
-        return getattr(self.layer, "bias", None)
+        return bare(self.layer, "bias")
 
     @abstractmethod
     def layout(self, W: Tensor) -> Tensor:
@@ -109,9 +124,16 @@ class LinearSite(Site):
     kind = "linear"
     rotates_input = True
 
+    def run(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.parameter, self.bias)
+
+    @property
+    def readable(self) -> bool:
+        return bare_class(self.layer).forward is nn.Linear.forward and super().readable
+
     @property
     def weight(self) -> Tensor:
-        return self.layer.weight.detach()
+        return self.parameter.detach()
 
     @property
     def in_features(self) -> int:
@@ -122,11 +144,11 @@ class LinearSite(Site):
         return self.layer.out_features
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        W, b = self.layer.weight, self.layer.bias
+        W, b = self.parameter, self.bias
         frozen = type(W) in _TENSORS and not W.requires_grad and (b is None or not b.requires_grad)
         # Under autocast the layer casts its weight just so; without it, other dtypes are the layer's to refuse.
         same = W.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-        if not (frozen and same and _runs_as_written(self.layer)):
+        if not (frozen and same and self.readable):
             return None
         return self.weight.to(x.dtype), None if b is None else b.to(x.dtype)
 
@@ -167,15 +189,25 @@ class Conv1DSite(LinearSite):
 
     @property
     def weight(self) -> Tensor:
-        return self.layer.weight.detach().mT
+        return self.parameter.detach().mT
 
     @property
     def in_features(self) -> int:
-        return self.layer.weight.shape[0]
+        return self.parameter.shape[0]
 
     @property
     def out_features(self) -> int:
-        return self.layer.weight.shape[1]
+        return self.parameter.shape[1]
+
+    @property
+    def readable(self) -> bool:
+        return own_forward(self.layer) is None
+
+    def run(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return x @ self.parameter
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.parameter)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def layout(self, W: Tensor) -> Tensor:
         return W.mT.contiguous()
@@ -192,12 +224,15 @@ class Conv2dSite(Site):
         # The groups see different inputs: their outputs must not be mixed.
         return self.layer.groups == 1
 
+    def run(self, x: Tensor) -> Tensor:
+        return self.layer._conv_forward(x, self.parameter, self.bias)
+
     @property
     def weight(self) -> Tensor:
-        return self.layer.weight.detach().flatten(1)
+        return self.parameter.detach().flatten(1)
 
     def layout(self, W: Tensor) -> Tensor:
-        return W.reshape(-1, *self.layer.weight.shape[1:])
+        return W.reshape(-1, *self.parameter.shape[1:])
 
     def rows(self, x: Tensor) -> int:
         batch = x.shape[0] if x.dim() == 4 else 1
@@ -218,10 +253,14 @@ class EmbeddingSite(Site):
     """`nn.Embedding`: x holds indices, which stand for one-hot rows, so W is (dimension, number of embeddings)."""
 
     kind = "embedding"
+    readable = False  # type: ignore[assignment]  # a head may be tied to the table, which is not adapted with it
+
+    def run(self, x: Tensor) -> Tensor:
+        return bare_forward(self.layer, x)
 
     @property
     def weight(self) -> Tensor:
-        return self.layer.weight.detach().mT
+        return self.parameter.detach().mT
 
     def layout(self, W: Tensor) -> Tensor:
         return W.mT.contiguous()
@@ -236,19 +275,18 @@ class EmbeddingSite(Site):
         return F.linear(z, B.to(z.dtype))
 
 
+class MatrixSite(LinearSite):
+    """One matrix of a parameter that its module computes with itself."""
+
+    readable = False  # type: ignore[assignment]  # its module asks for the parameter, not for this
+
+
 _TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may compute in its own way
-
-
-def _runs_as_written(layer: nn.Module) -> bool:
-    """Whether calling the linear layer runs its class's own forward: no hooks, nothing put in its place."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    own = type(layer) is nn.Linear or _is_gpt2_conv1d(layer)
-    return own and not hooks and "forward" not in layer.__dict__
 
 
 def _is_gpt2_conv1d(layer: nn.Module) -> bool:
     # By name, so that importing isotune does not import transformers' model code.
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    return bare_class(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 
 def site_of(layer: nn.Module) -> Site | None:
@@ -256,10 +294,10 @@ def site_of(layer: nn.Module) -> Site | None:
     if isinstance(layer, nn.Linear):
         return PackedLinearSite(layer) if is_packed(layer) else LinearSite(layer)
     if isinstance(layer, Matrix):
-        return LinearSite(layer)
-    if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
+        return MatrixSite(layer)
+    if isinstance(layer, nn.Conv2d) and bare_class(layer).forward is nn.Conv2d.forward:
         return Conv2dSite(layer)
-    if isinstance(layer, nn.Embedding) and type(layer).forward is nn.Embedding.forward and layer.max_norm is None:
+    if isinstance(layer, nn.Embedding) and bare_class(layer).forward is nn.Embedding.forward and layer.max_norm is None:
         return EmbeddingSite(layer)
     return Conv1DSite(layer) if _is_gpt2_conv1d(layer) else None
 
@@ -278,5 +316,5 @@ def require_site(layer: nn.Module, name: str) -> Site:
 def device_of(layer: nn.Module) -> torch.device:
     """Where the layer's weight lives."""
     if isinstance(layer, Matrix):
-        return layer.weight.device
+        return layer.parameter.device
     return next(itertools.chain(layer.parameters(), layer.buffers())).device

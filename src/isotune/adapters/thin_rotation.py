@@ -97,7 +97,7 @@ class ThinRotation(Rotation):
             needed = self._form(x, site, M.shape[0], training=False) == "output"
             return _Constants(U, M, self._columns_through(site, U, dtype) if needed else None)
 
-        frozen = () if site.packed else (site.layer.weight,)
+        frozen = () if site.packed else (site.parameter,)
         return self._kept.get((*self.parameters(), *self.buffers(), *frozen), made, dtype)
 
     def train(self, mode: bool = True) -> ThinRotation:

@@ -21,7 +21,8 @@ from isotune.checkpoint.parts import Part, stored_parts
 from isotune.checkpoint.save import base_model_name, peft_fields, refused_by_peft, trained_tensors
 from isotune.checkpoint.stored import PREFIX, StoredAdapter, read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError, TargetError
-from isotune.model.layers import adapted_layers, check_one_weight, trained_modules
+from isotune.model.adapted import current
+from isotune.model.names import adapted_layers, check_one_weight, trained_modules
 from isotune.sites import LinearSite, Site, require_site
 
 _PROBES = 16
@@ -111,13 +112,14 @@ def export_lora(
 
 
 def _from_model(model: nn.Module) -> _Source:
-    parts: list[Part] = [(p, layer.bare, layer.running()) for p, layer in adapted_layers(model) if layer.running()]
+    layers = list(adapted_layers(model))
+    if any(layer.isotune.folded for _, layer in layers):
+        raise CheckpointError("the adapters are folded into the weights; call unfold before exporting them")
+    parts: list[Part] = [(p, require_site(m, p), m.isotune.running()) for p, m in layers if m.isotune.running()]
     if not parts:
         raise CheckpointError("there is nothing to export: no adapter is active on any layer of this model")
-    if any(layer.folded for _, layer in adapted_layers(model)):
-        raise CheckpointError("the adapters are folded into the weights; call unfold before exporting them")
     check_one_weight(model, "export")
-    trained = {p: dict(m.current.state_dict()) for p, m in trained_modules(model) if m.running()}
+    trained = {p: dict(current(m).state_dict()) for p, m in trained_modules(model) if m.isotune.running()}
     refused = {p: why for p, site, _ in parts if (why := refused_by_peft(site))}
     return _Source(lambda: parts, refused, trained_tensors(trained), sorted(trained), base_model_name(model))
 

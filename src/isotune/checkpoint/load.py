@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -13,7 +13,8 @@ from isotune.checkpoint.save import base_config_hash
 from isotune.checkpoint.stored import StoredAdapter, read_stored
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.attach import attach, build_adapters
-from isotune.model.layers import AdaptedLayer, TrainedModule, base_modules
+from isotune.model.adapted import bare_state
+from isotune.model.names import base_modules, changed_modules
 from isotune.model.parametrized import with_matrices
 from isotune.model.switch import use
 from isotune.sites import require_site
@@ -40,7 +41,7 @@ def load(
         OptionError: The model has an adapter of that name already.
     """
     stored = read_stored(path)
-    modules = with_matrices({p: _base(m) for p, m in base_modules(model)}, stored.settings)
+    modules = with_matrices(dict(base_modules(model)), stored.settings)
     _check_base(model, modules, stored, force)
     try:
         layers = {p: modules[p] for p in stored.settings}
@@ -52,9 +53,8 @@ def load(
     for p, found in stored.trained.items():
         _check_module(modules[p], found, p, stored.path)
     attach(model, adapters, stored.settings, {p: modules[p] for p in stored.trained}, name)
-    current: dict[str, Any] = dict(base_modules(model))
     for p, found in stored.trained.items():
-        current[p].parts[name].load_state_dict(found)
+        _home(modules[p])[name].load_state_dict(found)
     return use(model, name, train=trainable)
 
 
@@ -64,20 +64,19 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "default") -> N
     Raises CheckpointError where the two differ in anything but values.
     """
     stored = read_stored(path)
-    wrappers: dict[str, Any] = {
-        p: m for p, m in base_modules(model) if isinstance(m, AdaptedLayer | TrainedModule) and name in m.parts
-    }
-    settings = {p: m.settings[name] for p, m in wrappers.items() if isinstance(m, AdaptedLayer)}
-    if settings != stored.settings or wrappers.keys() != settings.keys() | stored.trained.keys():
+    modules = {p: m for p, m in changed_modules(model) if name in m.isotune}
+    homes = {p: m.isotune for p, m in modules.items()}
+    settings = {p: home.settings[name] for p, home in homes.items() if name in home.settings}
+    if settings != stored.settings or homes.keys() != settings.keys() | stored.trained.keys():
         raise CheckpointError(f"{path} was not saved from the adapter {name!r} as it is on this model")
     for p, found in stored.trained.items():
-        _check_module(wrappers[p].base_layer, found, p, stored.path)
+        _check_module(modules[p], found, p, stored.path)
     if stored.shared:
-        _fill_shared({wrappers[p].parts[name].shared for p in settings}, stored)
+        _fill_shared({cast(Adapter, homes[p][name]).shared for p in settings}, stored)
     for p in stored.settings:
-        fill(wrappers[p].parts[name], stored, p, wrappers[p].base_layer)
+        fill(cast(Adapter, homes[p][name]), stored, p, modules[p])
     for p, found in stored.trained.items():
-        wrappers[p].parts[name].load_state_dict(found)
+        homes[p][name].load_state_dict(found)
 
 
 def fill(adapter: Adapter, stored: StoredAdapter, p: str, layer: nn.Module) -> None:
@@ -100,8 +99,8 @@ def _fill_shared(copies: set[Shared], stored: StoredAdapter) -> None:
             tensor.copy_(stored.shared[name])
 
 
-def _base(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, AdaptedLayer | TrainedModule) else module
+def _home(module: Any) -> Any:
+    return module.isotune
 
 
 def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredAdapter, force: bool) -> None:
@@ -110,7 +109,7 @@ def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredA
         if p not in modules:
             raise CheckpointError(f"{other}: this model has no layer {p!r}")
     for p, tensor in stored.base_weights.items():
-        weight: Any = modules[p].weight
+        weight: Any = require_site(modules[p], p).parameter
         if tensor.shape != weight.shape or not tensor.to(weight.dtype).equal(weight.detach().cpu()):
             raise CheckpointError(f"{other}: it comes with its own weight for {p!r}, which differs from this model's")
     if stored.header is None:
@@ -131,6 +130,6 @@ def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredA
 
 def _check_module(module: nn.Module, found: dict[str, Tensor], p: str, path: Path) -> None:
     try:
-        check_tensors(found, {key: tuple(t.shape) for key, t in module.state_dict().items()})
+        check_tensors(found, {key: tuple(t.shape) for key, t in bare_state(module).items()})
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}, at {p!r} (trained in full): {error.args[0]}") from None

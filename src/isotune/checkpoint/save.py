@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapte
 from isotune.checkpoint.stored import FULL, MODEL, PREFIX, State, own_type
 from isotune.errors import CheckpointError
 from isotune.matrix import Matrix
-from isotune.model.layers import adapted_layers, trained_modules
+from isotune.model.names import adapted_layers, trained_modules, unwrapped
 from isotune.model.switch import active_names, adapter_names
-from isotune.sites import Site
+from isotune.sites import Site, require_site
 
 # Fields of a model's config that do not decide its architecture; private ones and token ids are left out too.
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "id2label", "label2id",
@@ -46,11 +46,13 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
     """
     name = name or _only_adapter(model)
     parts = {
-        p: (layer.bare, layer.settings[name], layer.adapter(name))
+        p: (require_site(layer, p), layer.isotune.settings[name], cast(Adapter, layer.isotune[name]))
         for p, layer in adapted_layers(model)
-        if name in layer.parts
+        if name in layer.isotune
     }
-    trained = {p: dict(m.parts[name].state_dict()) for p, m in trained_modules(model) if name in m.parts}
+    trained = {
+        p: dict(m.isotune[name].state_dict()) for p, m in trained_modules(model) if name in m.isotune
+    }
     if not parts and not trained:
         raise CheckpointError(
             f"the model has no adapter {name!r}; it has: {', '.join(adapter_names(model)) or 'none'}"
@@ -121,12 +123,12 @@ def trained_tensors(trained: State) -> dict[str, Tensor]:
 
 def base_model_name(model: nn.Module) -> str | None:
     """The name or path under which the base model was loaded, if its config knows."""
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None) or None
 
 
 def base_config_hash(model: nn.Module) -> str:
     """A fingerprint of the base model's architecture; empty for a model without a config."""
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(unwrapped(model), "config", None)
     if not hasattr(config, "to_dict"):
         return ""
     fields = {

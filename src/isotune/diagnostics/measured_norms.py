@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isotune.diagnostics.norm_bound import role_of
 from isotune.errors import TargetError
-from isotune.model.layers import base_modules
+from isotune.model.names import base_modules
 from isotune.model.switch import disabled
 
 

@@ -25,9 +25,10 @@ from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.thin import without_autocast
 from isotune.matrix import Matrix
 from isotune.merging.likelihood import Expectation, directions, scores_of
-from isotune.model.layers import AdaptedLayer, TrainedModule, base_modules, check_one_weight
+from isotune.model.adapted import Adapted, Trained, current
+from isotune.model.names import base_modules, check_one_weight
 from isotune.model.passes import arguments_of, batch_bar, evaluating
-from isotune.sites import Site, device_of, site_of
+from isotune.sites import Site, device_of, require_site, site_of
 
 _AT_ONCE = 2**24
 """Entries of per-example gradients that are held at a time, or those of one example."""
@@ -185,20 +186,18 @@ def _squares(g: Tensor, x: Tensor) -> Tensor:
 def _watched(model: nn.Module, whole_model: bool) -> list[_Watched]:
     found: dict[int, _Watched] = {}
     for path, module in base_modules(model):
-        if isinstance(module, AdaptedLayer) and module.running():
-            if isinstance(module.base_layer, Matrix):
+        if isinstance(module, Adapted) and module.isotune.running():
+            if isinstance(module, Matrix):
                 raise IsotuneError(
                     f"{path!r} is a parameter that its module computes with itself; the gradients of single examples "
                     "cannot be told apart there, so that it has no Fisher information here"
                 )
-            _watch(found, path, module, module.bare, id(module))
-        elif isinstance(module, TrainedModule) and module.running():
-            for name, part in module.current.named_modules():
+            _watch(found, path, module, require_site(module, path), id(module))
+        elif isinstance(module, Trained) and module.isotune.running():
+            for name, part in current(module).named_modules():
                 _watch_plain(found, f"{path}.{name}" if name else path, part)
         elif whole_model:
-            _watch_plain(
-                found, path, module.base_layer if isinstance(module, AdaptedLayer | TrainedModule) else module
-            )
+            _watch_plain(found, path, module)
     if not found:
         raise IsotuneError(
             "the model has no adapted layers in use, of which to take the Fisher information; put an adapter on it, "
@@ -211,11 +210,15 @@ def _watch_plain(found: dict[int, _Watched], path: str, layer: nn.Module) -> Non
     site = site_of(layer)
     if site is None or site.kind == "embedding" or site.packed or isinstance(layer, Matrix):
         return
-    _watch(found, path, layer, site, id(site.layer.weight))
+    _watch(found, path, layer, site, id(site.parameter))
+
+
+def _adapted(module: nn.Module) -> bool:
+    return isinstance(module, Adapted) and bool(module.isotune.running())
 
 
 def _watch(found: dict[int, _Watched], path: str, module: nn.Module, site: Site, weight: int) -> None:
-    one = found.setdefault(weight, _Watched(path, site, isinstance(module, AdaptedLayer), []))
+    one = found.setdefault(weight, _Watched(path, site, _adapted(module), []))
     if path != one.path:
         one.others.append(path)
     if module not in one.modules:

@@ -30,7 +30,8 @@ from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.adapters.spectral.principal import Principal
 from isotune.errors import IsotuneError, OptionError
 from isotune.merging.statistics import RankOne
-from isotune.model.layers import AdaptedLayer, TrainedModule, base_modules
+from isotune.model.adapted import Adapted, Trained, current
+from isotune.model.names import base_modules
 
 
 def second_moments(model: nn.Module, optimizer: Any, compress: bool = True) -> dict[str, Tensor | RankOne]:
@@ -51,13 +52,13 @@ def second_moments(model: nn.Module, optimizer: Any, compress: bool = True) -> d
     found: dict[str, Tensor | RankOne] = {}
     moments = _moments(optimizer)
     for path, module in base_modules(model):
-        if isinstance(module, AdaptedLayer):
-            for adapter in module.running():
+        if isinstance(module, Adapted):
+            for adapter in module.isotune.running():
                 if any(parameter in moments for parameter in adapter.parameters()):
                     found[path] = _of_adapter(adapter, moments, path)
             continue
-        owner = module.current if isinstance(module, TrainedModule) else module
-        for name, parameter in owner.named_parameters(recurse=isinstance(module, TrainedModule)):
+        owner = current(module) if isinstance(module, Trained) else module
+        for name, parameter in owner.named_parameters(recurse=isinstance(module, Trained)):
             if parameter in moments:
                 V = moments[parameter]
                 full = f"{path}.{name}" if path else name
@@ -70,7 +71,7 @@ def second_moments(model: nn.Module, optimizer: Any, compress: bool = True) -> d
 def check_informative(model: nn.Module) -> None:
     """Raise OptionError where the second moments of an adapter in use would say nothing direct of its weights'."""
     for path, module in base_modules(model):
-        for adapter in module.running() if isinstance(module, AdaptedLayer) else []:
+        for adapter in module.isotune.running() if isinstance(module, Adapted) else []:
             _factors(adapter, path)
 
 

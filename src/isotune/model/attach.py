@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,13 @@ from isotune.adapters.settings import Settings
 from isotune.adapters.shared import Shared
 from isotune.errors import IsotuneError, OptionError, TargetError
 from isotune.matrix import Matrix
-from isotune.model.layers import (
-    AdaptedLayer,
-    TrainedModule,
-    adapted_layers,
-    base_modules,
-    replace_module,
-    wrappers,
-)
-from isotune.model.parametrized import check_matrix, with_matrices, wrap
+from isotune.model.adapted import Adapters, add_adapter, add_copy
+from isotune.model.names import adapted_layers, base_modules, changed_modules
+from isotune.model.parametrized import check_matrix, put_on, take_off, with_matrices
 from isotune.model.switch import adapter_names, use
 from isotune.model.targets import Targets, find_modules, find_targets, matching
 from isotune.packed import is_packed
 from isotune.sites import Site, device_of, require_site
-
-W = TypeVar("W", AdaptedLayer, TrainedModule)
-
 
 def adapt(
     model: nn.Module,
@@ -67,7 +58,7 @@ def adapt(
     trained = find_modules(model, train_also)
     layers = find_targets(model, targets, exclude, trained)
     chosen = _settings_by_path(model, settings, layers, overrides or {})
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
     adapters = build_adapters(layers, chosen, seed)
     attach(model, adapters, chosen, trained, name)
     return use(model, name)
@@ -129,9 +120,10 @@ def attach(
     _check_trained(trained)
     model.requires_grad_(False)
     for path, adapter in adapters.items():
-        _wrapper_at(model, modules[path], path, AdaptedLayer).add(name, adapter, settings[path])
+        layer = modules[path]
+        add_adapter(put_on(layer) if isinstance(layer, Matrix) else layer, name, adapter, settings[path])
     for path in trained:
-        _wrapper_at(model, modules[path], path, TrainedModule).add(name)
+        add_copy(modules[path], name)
 
 
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -143,31 +135,32 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     known = adapter_names(model)
     if name is not None and name not in known:
         raise IsotuneError(f"no adapter {name!r} to remove; the model has: {', '.join(known) or 'none'}")
-    if any(layer.folded for _, layer in adapted_layers(model)):
+    changed = list(changed_modules(model))
+    if any(module.isotune.folded for _, module in changed):
         raise IsotuneError("the model's adapters are folded into its weights; call unfold first")
-    if name is not None and any(w.rows is not None and name in w.active for _, w in wrappers(model)):
+    if name is not None and any(m.isotune.rows is not None and name in m.isotune.active for _, m in changed):
         raise IsotuneError(f"rows of a batch use the adapter {name!r}; choose others first, with isotune.use")
-    for _, wrapper in list(wrappers(model)):
+    for _, module in changed:
+        home = module.isotune
         for gone in [name] if name is not None else known:
-            if gone in wrapper.parts:
-                del wrapper.parts[gone]
-                if isinstance(wrapper, AdaptedLayer):
-                    del wrapper.settings[gone]
-        wrapper.active = tuple(n for n in wrapper.active if n in wrapper.parts)
-        if not wrapper.parts:
-            wrapper.leave(model)
+            if gone in home:
+                del home[gone]
+                home.settings.pop(gone, None)
+        home.active = tuple(n for n in home.active if n in home)
+        if not home:
+            take_off(module)
     return model
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or hasattr(Adapters(), name):
         raise OptionError(
             f"adapter name {name!r} is not usable: it must not be empty, contain a dot, or be an attribute of "
             "torch.nn.ModuleDict"
         )
     if name in adapter_names(model):
         raise OptionError(f"the model already has an adapter {name!r}; choose another name, or remove that one first")
-    if any(layer.folded for _, layer in adapted_layers(model)):
+    if any(module.isotune.folded for _, module in changed_modules(model)):
         raise OptionError("the model's adapters are folded into its weights; call unfold before adding another")
 
 
@@ -194,9 +187,10 @@ def _build(settings: Settings, layer: nn.Module, path: str, seed: int | None) ->
         )
     # One stream for each path: a layer starts the same whatever other layers are targeted.
     # Hashed to 32 bits, because torch's CPU generator ignores all but the low 32 bits of its seed.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {path}".encode()))
     try:
-        adapter = settings.shell(site) if seed is None else settings.build(site, generator)
+        with torch.device("cpu"):  # whatever the default device: what is drawn is the same everywhere
+            adapter = settings.shell(site) if seed is None else settings.build(site, generator)
     except OptionError as error:
         raise OptionError(f"{settings.name} at {path!r}: {error}") from None
     return adapter.to(device_of(layer), _dtype_of(layer))
@@ -217,7 +211,7 @@ def _share(adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module], sha
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:
     """Adapters are fp32, so that small steps are not lost; in a double-precision model they are double."""
-    double = not is_packed(layer) and layer.weight.dtype == torch.float64
+    double = not is_packed(layer) and require_site(layer, "").parameter.dtype == torch.float64
     return torch.float64 if double else torch.float32
 
 
@@ -227,14 +221,3 @@ def _check_trained(trained: Mapping[str, nn.Module]) -> None:
             raise TargetError(
                 f"train_also names {path!r}, but an adapter is on it or inside it; train one or the other"
             )
-
-
-def _wrapper_at(model: nn.Module, module: nn.Module, path: str, kind: type[W]) -> W:
-    """The wrapper of `module`, put in its place if need be."""
-    if isinstance(module, kind):
-        return module
-    if isinstance(module, Matrix):
-        return cast(W, wrap(module, path))
-    wrapper = kind(module, path)
-    replace_module(model, module, wrapper)
-    return wrapper

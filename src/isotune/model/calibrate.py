@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Adapter
 from isotune.errors import IsotuneError, OptionError
 from isotune.linalg.thin import without_autocast
-from isotune.model.layers import AdaptedLayer, adapted_layers
+from isotune.model.adapted import Adapted
+from isotune.model.names import adapted_layers
 from isotune.model.passes import arguments_of, batch_bar, evaluating
-from isotune.sites import Site, device_of
+from isotune.sites import Site, device_of, require_site
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def calibrate(
         raise IsotuneError(
             "no active adapter wants a covariance: none is of a method that starts from data, or it has been trained"
         )
-    if any(layer.folded for layer in layers.values()):
+    if any(layer.isotune.folded for layer in layers.values()):
         raise IsotuneError("the active adapters are folded into the weights; call unfold before calibrating them")
     if one_layer_at_a_time and iter(batches) is batches:
         raise OptionError(
@@ -75,7 +76,7 @@ def calibrate(
                 measured = inputs.pop(path)
                 assert measured.sum is not None
                 for adapter in _waiting(layers[path]):
-                    adapter.calibrate(layers[path].bare, measured.sum / measured.rows)
+                    adapter.calibrate(require_site(layers[path], path), measured.sum / measured.rows)
     return model
 
 
@@ -84,8 +85,8 @@ def wants_calibration(model: nn.Module) -> bool:
     return any(_waiting(layer) for _, layer in adapted_layers(model))
 
 
-def _waiting(layer: AdaptedLayer) -> list[Adapter]:
-    return [adapter for adapter in layer.running() if adapter.wants_covariance]
+def _waiting(layer: Adapted) -> list[Adapter]:
+    return [adapter for adapter in layer.isotune.running() if adapter.wants_covariance]
 
 
 @dataclass
@@ -127,7 +128,7 @@ def _version(x: Tensor) -> int | None:
 class _Gatherer:
     """Hooks that add up what each layer sees; layers fed the same tensor, one after another, share its product."""
 
-    def __init__(self, layers: Mapping[str, AdaptedLayer], wanted: Iterable[str]) -> None:
+    def __init__(self, layers: Mapping[str, Adapted], wanted: Iterable[str]) -> None:
         self.layers, self.wanted = layers, set(wanted)
         self.inputs = {path: _Inputs() for path in layers}
         self.mask: Tensor | None = None
@@ -135,7 +136,7 @@ class _Gatherer:
 
     def hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def see(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x, site, inputs = args[0], self.layers[path].bare, self.inputs[path]
+            x, site, inputs = args[0], require_site(self.layers[path], path), self.inputs[path]
             if self.last is None or not self.last.serves(x, site):
                 self.last = _Seen(x, site, self.mask)
             inputs.rows += len(self.last.rows)
@@ -149,7 +150,7 @@ class _Gatherer:
 def _measured(
     model: nn.Module,
     batches: Iterable[Any],
-    layers: Mapping[str, AdaptedLayer],
+    layers: Mapping[str, Adapted],
     wanted: Iterable[str],
     advance: Callable[[], None],
 ) -> dict[str, _Inputs]:
@@ -183,9 +184,9 @@ def _rows(x: Tensor, site: Site, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _check_rows(layers: Mapping[str, AdaptedLayer], inputs: Mapping[str, _Inputs], least_rows: int | None) -> None:
+def _check_rows(layers: Mapping[str, Adapted], inputs: Mapping[str, _Inputs], least_rows: int | None) -> None:
     for path, layer in layers.items():
-        needed = layer.bare.in_features if least_rows is None else max(1, least_rows)
+        needed = require_site(layer, path).in_features if least_rows is None else max(1, least_rows)
         if (rows := inputs[path].rows) < needed:
             raise IsotuneError(
                 f"{path!r} saw {rows} rows, and its covariance needs {needed}; give more batches, set least_rows "

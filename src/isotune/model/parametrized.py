@@ -1,6 +1,6 @@
 """Adapters on a parameter whose module computes with it itself: through `torch.nn.utils.parametrize`.
 
-Packed attention projections, recurrent weights, transposed convolutions, fused experts: there is no layer to wrap,
+Packed attention projections, recurrent weights, transposed convolutions, fused experts: there is no layer to adapt,
 so the adapted weight is computed, `W' = weight(W)`, wherever the module asks for the parameter. It costs the dense
 weight once for each forward pass of the module, in which it is kept; experts are computed one after the other. A
 model with such adapters can be copied, but torch refuses to pickle it.
@@ -19,46 +19,18 @@ from isotune.adapters.contract import Adapter
 from isotune.errors import IsotuneError, TargetError
 from isotune.linalg.thin import without_autocast
 from isotune.matrix import Matrix, matrices_of, parametrization
-from isotune.model.layers import AdaptedLayer, Parametrized
+from isotune.model.adapted import Adapted, InPlace, adapted_site, leave
 from isotune.sites import site_of
 
 _WHOLE = "whole"
 
 
-class AdaptedMatrix(AdaptedLayer):
-    """One matrix of a parameter and its adapters; answers as an adapted layer does."""
-
-    base_layer: Matrix
-
-    @property
-    def home(self) -> AdaptedTensor:
-        """What holds it, with the other matrices of the parameter."""
-        return cast(AdaptedTensor, parametrization(self.base_layer.owner, self.base_layer.name)[0])
-
-    def fold(self, keep_base: bool) -> None:
-        """Put the adapted matrix into the place of the base's."""
-        W = self.weight.detach()
-        self.home.write(W, self.base_layer)
-        self.folded = True
-
-    def unfold(self) -> None:
-        """Put the base's parameter back, bit for bit."""
-        self.home.restore()
-        self.folded = False
-
-    def leave(self, model: nn.Module, successor: nn.Module | None = None) -> None:
-        """Take the matrix off its parameter, which is the module's own again when its last one is gone."""
-        home, matrix = self.home, self.base_layer
-        del home.matrices[_key(matrix)]
-        if not home.matrices:
-            home.detach(matrix.owner, matrix.name)
-
-
-class AdaptedTensor(Parametrized):
-    """The parametrization on one parameter: a wrapper for each of its adapted matrices."""
+class AdaptedTensor(nn.Module):
+    """The parametrization on one parameter; `matrices` has each of its adapted matrices, experts by their index."""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
+        self.matrices = nn.ModuleDict()
         siblings = [chain[0] for chain in getattr(owner, "parametrizations", {}).values()]
         known = [sibling.order for sibling in siblings if isinstance(sibling, AdaptedTensor)]
         self.order: list[str] = known[0] if known else list(owner._parameters)
@@ -73,7 +45,7 @@ class AdaptedTensor(Parametrized):
 
     def forward(self, original: Tensor) -> Tensor:
         """The parameter with its running adapters; itself where none runs, or they are folded into it."""
-        changed = [m for m in self.wrappers() if m.running() and not m.folded]
+        changed = [m for m in self.adapted() if m.isotune.running()]
         if not changed:
             return original
         if self.memo is None:
@@ -84,9 +56,9 @@ class AdaptedTensor(Parametrized):
             self.memo[key] = self._adapted(original, changed)
         return self.memo[key]
 
-    def wrappers(self) -> list[AdaptedMatrix]:
+    def adapted(self) -> list[Any]:
         """The adapted matrices."""
-        return [cast(AdaptedMatrix, wrapper) for wrapper in self.matrices.values()]
+        return list(self.matrices.values())
 
     def write(self, W: Tensor, matrix: Matrix) -> None:
         """Put W (out, in) in the place of the matrix, in a copy of the parameter; the first time keep the old one."""
@@ -102,7 +74,7 @@ class AdaptedTensor(Parametrized):
     def restore(self) -> None:
         """Put the parameter that `write` kept back."""
         if self.kept:
-            matrix = self.wrappers()[0].base_layer
+            matrix = self.adapted()[0]
             (old,), self.kept = self.kept, []
             if old.device != matrix.parameter.device:
                 old.data = old.data.to(matrix.parameter.device)
@@ -122,13 +94,14 @@ class AdaptedTensor(Parametrized):
         if isinstance(owner, nn.RNNBase):
             owner._init_flat_weights()
 
-    def _adapted(self, original: Tensor, changed: list[AdaptedMatrix]) -> Tensor:
+    def _adapted(self, original: Tensor, changed: list[Any]) -> Tensor:
         with without_autocast(original):
-            if changed[0].base_layer.index is None:
-                return changed[0].base_layer.part(changed[0].weight).contiguous()
+            new = [matrix.part(adapted_site(matrix).weight.to(original.dtype)) for matrix in changed]
+            if changed[0].index is None:
+                return new[0].contiguous()
             parts = list(original.unbind())
-            for wrapper in changed:
-                parts[cast(int, wrapper.base_layer.index)] = wrapper.base_layer.part(wrapper.weight)
+            for matrix, part in zip(changed, new, strict=True):
+                parts[matrix.index] = part
             return torch.stack(parts)
 
     def _begin(self, owner: nn.Module, arguments: Any) -> None:
@@ -153,22 +126,35 @@ def matrices_by_path(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {
         f"{path}.{name}" if path else name: matrix
         for path, module in modules.items()
-        if not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, AdaptedLayer, Matrix)) and not site_of(module)
+        if not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, InPlace, Matrix)) and not site_of(module)
         for name, matrix in matrices_of(module)
     }
 
 
-def wrap(matrix: Matrix, path: str) -> AdaptedMatrix:
-    """The wrapper of a matrix, put on its parameter if need be."""
+def put_on(matrix: Matrix) -> Matrix:
+    """The matrix that stands for this one on its parameter, put there if need be."""
     owner, name = matrix.owner, matrix.name
-    chain = parametrization(owner, name)
-    if chain is None:
+    if parametrization(owner, name) is None:
         parametrize.register_parametrization(owner, name, AdaptedTensor(owner), unsafe=True)
-        chain = parametrization(owner, name)
-    home, key = chain[0], _key(matrix)
-    if key not in home.matrices:
-        home.matrices[key] = AdaptedMatrix(matrix, path)
-    return home.matrices[key]
+    matrices, key = home_of(matrix).matrices, _key(matrix)
+    if key not in matrices:
+        matrices[key] = matrix
+    return cast(Matrix, matrices[key])
+
+
+def home_of(matrix: Matrix) -> AdaptedTensor:
+    """What holds the matrix, with the others of its parameter."""
+    return cast(AdaptedTensor, parametrization(matrix.owner, matrix.name)[0])
+
+
+def take_off(module: InPlace) -> None:
+    """Give a module its class back; a parameter is its module's own again when the last matrix is off it."""
+    leave(module)
+    if isinstance(module, Matrix):
+        home = home_of(module)
+        del home.matrices[_key(module)]
+        if not home.matrices:
+            home.detach(module.owner, module.name)
 
 
 @torch.no_grad()

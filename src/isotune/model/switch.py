@@ -13,10 +13,11 @@ from torch.func import functional_call
 from isotune.adapters.contract import Adapter
 from isotune.errors import IsotuneError, nearest
 from isotune.matrix import Matrix
-from isotune.model.layers import AdaptedLayer, adapted_layers, wrappers
+from isotune.model.adapted import Adapted
+from isotune.model.names import adapted_layers, changed_modules
 from isotune.model.mixed import thin_of
 from isotune.packed import is_packed
-from isotune.sites import device_of
+from isotune.sites import device_of, require_site
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class SiteRow:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the adapters on the model, in the order in which they were added."""
-    return list(dict.fromkeys(name for _, wrapper in wrappers(model) for name in wrapper.parts))
+    return list(dict.fromkeys(name for _, module in changed_modules(model) for name in module.isotune))
 
 
 def active_names(model: nn.Module) -> list[str]:
     """The names of the adapters in use."""
-    return list(dict.fromkeys(name for _, wrapper in wrappers(model) for name in wrapper.active))
+    return list(dict.fromkeys(name for _, module in changed_modules(model) for name in module.isotune.active))
 
 
 def use(
@@ -78,17 +79,18 @@ def use(
         if name not in known:
             there = ", ".join(known) or "none"
             raise IsotuneError(f"no adapter {name!r} on this model.{nearest(name, known)} It has: {there}.")
-    if any(layer.folded for _, layer in adapted_layers(model)):
+    if any(module.isotune.folded for _, module in changed_modules(model)):
         raise IsotuneError("the active adapters are folded into the weights; call unfold before switching")
     if rows is not None:
         _check_rows(model, names)
-    for _, wrapper in wrappers(model):
-        wrapper.active = active = tuple(name for name in names if name in wrapper.parts)
-        wrapper.rows = None
+    for _, module in changed_modules(model):
+        home = module.isotune
+        home.active = active = tuple(name for name in names if name in home)
+        home.rows = None
         if rows is not None and active:
             places = [active.index(name) if name in active else len(active) for name in rows]
-            wrapper.rows = torch.tensor(places, device=device_of(wrapper.base_layer))
-        for name, part in wrapper.parts.items():
+            home.rows = torch.tensor(places, device=device_of(module))
+        for name, part in home.items():
             part.requires_grad_(name in names and name in learning)
     return model
 
@@ -96,16 +98,16 @@ def use(
 @torch.no_grad()
 def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
     """Raise IsotuneError unless rows of one batch can use these adapters."""
-    for path, wrapper in wrappers(model):
-        parts = [name for name in names if name in wrapper.parts]
+    for path, module in changed_modules(model):
+        parts = [name for name in names if name in module.isotune]
         if not parts:
             continue
-        if not isinstance(wrapper, AdaptedLayer):
+        if not isinstance(module, Adapted):
             raise IsotuneError(f"{parts[0]!r} trains {path!r} in full, which the rows of a batch must share")
-        if isinstance(wrapper.base_layer, Matrix):
+        if isinstance(module, Matrix):
             raise IsotuneError(f"{parts[0]!r} changes {path!r}, a parameter, which the rows of a batch must share")
-        adapters = {name: wrapper.adapter(name) for name in parts}
-        layouts = {(a.method, thin_of(a, wrapper.bare).where): name for name, a in adapters.items()}
+        site = require_site(module, path)
+        layouts = {((a := module.isotune[name]).method, thin_of(a, site).where): name for name in parts}
         if len(layouts) > 1:
             found = " and ".join(f"{name!r} ({method}, {where})" for (method, where), name in layouts.items())
             raise IsotuneError(f"rows of one batch need adapters of one method and side; at {path!r} are {found}")
@@ -114,21 +116,22 @@ def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model is its bare base. Raises IsotuneError while adapters are folded."""
-    if any(layer.folded for _, layer in adapted_layers(model)):
+    if any(module.isotune.folded for _, module in changed_modules(model)):
         raise IsotuneError("the active adapters are folded into the weights; call unfold before disabling them")
-    before = [(wrapper, wrapper.enabled) for _, wrapper in wrappers(model)]
+    before = [(module.isotune, module.isotune.enabled) for _, module in changed_modules(model)]
     try:
-        for wrapper, _ in before:
-            wrapper.enabled = False
+        for home, _ in before:
+            home.enabled = False
         yield model
     finally:
-        for wrapper, enabled in before:
-            wrapper.enabled = enabled
+        for home, enabled in before:
+            home.enabled = enabled
 
 
 def describe(model: nn.Module) -> list[SiteRow]:
     """One row for each adapter on each layer, and for each module trained in full."""
-    extra = {id(p) for _, wrapper in wrappers(model) for p in wrapper.parts.parameters()}
+    changed = list(changed_modules(model))
+    extra = {id(p) for _, module in changed for p in module.isotune.parameters()}
     base = sum(p.numel() for p in model.parameters() if id(p) not in extra)
     for module in model.modules():
         if isinstance(module, nn.Linear) and is_packed(module):
@@ -136,17 +139,18 @@ def describe(model: nn.Module) -> list[SiteRow]:
             weight = module._parameters.get("weight")
             base += module.in_features * module.out_features - (0 if weight is None else weight.numel())
     rows = []
-    for path, wrapper in wrappers(model):
-        for name, part in wrapper.parts.items():
+    for path, module in changed:
+        home = module.isotune
+        for name, part in home.items():
             trainable = sum(p.numel() for p in part.parameters())
-            method = wrapper.settings[name].name if isinstance(wrapper, AdaptedLayer) else "full"
-            rows.append(SiteRow(path, name, method, trainable, trainable / max(base, 1), name in wrapper.active))
+            method = home.settings[name].name if name in home.settings else "full"
+            rows.append(SiteRow(path, name, method, trainable, trainable / max(base, 1), name in home.active))
     return rows
 
 
 def penalty(model: nn.Module) -> Tensor:
     """The sum of the active adapters' penalties, a scalar to add to the loss."""
-    terms = [_penalty(adapter) for _, layer in adapted_layers(model) for adapter in layer.running()]
+    terms = [_penalty(adapter) for _, layer in adapted_layers(model) for adapter in layer.isotune.running()]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
 
 
@@ -175,7 +179,7 @@ def learning_rate_factors(model: nn.Module) -> dict[nn.Parameter, float]:
     return {
         adapter.get_parameter(name): factor
         for _, layer in adapted_layers(model)
-        for adapter in layer.running()
+        for adapter in layer.isotune.running()
         for name, factor in adapter.learning_rates().items()
         if factor != 1
     }
@@ -185,5 +189,5 @@ def after_step(model: nn.Module) -> None:
     """Let the active adapters do what their method does after each optimizer step."""
     with torch.no_grad():
         for _, layer in adapted_layers(model):
-            for adapter in layer.running():
+            for adapter in layer.isotune.running():
                 adapter.after_step()

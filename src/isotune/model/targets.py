@@ -10,7 +10,8 @@ from torch import nn
 
 from isotune.errors import TargetError, nearest
 from isotune.matrix import Matrix
-from isotune.model.layers import AdaptedLayer, base_modules
+from isotune.model.adapted import Trained
+from isotune.model.names import base_modules
 from isotune.model.parametrized import matrices_by_path
 from isotune.sites import site_of
 
@@ -46,7 +47,7 @@ def find_targets(
         raise TargetError(f"targets {targets!r} match no layer of the model. {_what_is_there(layers, targets)}")
     owners = {id(matrix.owner) for matrix in matrices.values()}
     found = {path: module for path, module in found.items() if id(module) not in owners}
-    unusable = {path: module for path, module in found.items() if site_of(module) is None}
+    unusable = {path: module for path, module in found.items() if isinstance(module, Trained) or site_of(module) is None}
     if unusable:
         path, module = next(iter(unusable.items()))
         raise TargetError(
@@ -91,16 +92,11 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by path; one that stands in several places has its first path only."""
     first: dict[int, str] = {}
-    modules = {path: _unwrapped(module) for path, module in base_modules(model)}
     return {
         path: module
-        for path, module in modules.items()
+        for path, module in base_modules(model)
         if first.setdefault(id(module), path) == path and not isinstance(module, Matrix)
     }
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, AdaptedLayer) else module
 
 
 def _matcher(layers: dict[str, nn.Module], targets: Targets, model: nn.Module) -> Callable[[str, nn.Module], bool]:
@@ -148,7 +144,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _output_head(model: nn.Module) -> nn.Module | None:
     get: Any = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
-    return _unwrapped(head) if isinstance(head, nn.Module) else None
+    return head if isinstance(head, nn.Module) else None
 
 
 def _parents(path: str) -> list[str]:

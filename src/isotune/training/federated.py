@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.errors import DataError, DivergedError, OptionError
 from isotune.merging.federated import aggregate, refactorise
-from isotune.model.layers import adapted_layers
+from isotune.model.names import adapted_layers
 from isotune.options import Options
 from isotune.training.privacy import epsilon
 
@@ -201,9 +201,9 @@ def _assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def _adapters(model: nn.Module, options: Federated) -> list[LoRAAdapter]:
     found = []
     for path, layer in adapted_layers(model):
-        if layer.folded:
+        if layer.isotune.folded:
             raise OptionError(f"the adapter on {path!r} is folded into the weight; call unfold first")
-        for adapter in layer.running():
+        for adapter in layer.isotune.running():
             if type(adapter) is not LoRAAdapter:
                 raise OptionError(f"federated training is for lora; {path!r} has an adapter of {adapter.method!r}")
             if not options.train_both and not adapter.A.any():

@@ -22,7 +22,7 @@ from isotune.merging.recipe import MergeRecipe
 from isotune.merging.search import search_weights
 from isotune.model.attach import remove
 from isotune.model.fold import fold, unfold
-from isotune.model.layers import AdaptedLayer, TrainedModule
+from isotune.model.adapted import bare_copy
 from isotune.training.data import load_splits
 from isotune.training.evaluation import measured
 from isotune.training.folder import RunFolder, adapter_folder
@@ -156,7 +156,7 @@ def _modules(model: nn.Module, trained: State) -> Iterator[None]:
 
 
 def _filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    own = copy.deepcopy(module.base_layer if isinstance(module, AdaptedLayer | TrainedModule) else module)
+    own = bare_copy(module)
     if isinstance(own, nn.Linear) and own.weight.shape != tensors["weight"].shape:
         labels, hidden = tensors["weight"].shape
         own = nn.Linear(hidden, labels, dtype=own.weight.dtype, device=own.weight.device)

@@ -54,7 +54,7 @@ class RowScaledAdapter(Adapter):
     def _scaling_at(self, site: Site) -> Tensor:
         if torch.is_grad_enabled() or isinstance(site, AdaptedSite) or transformed():
             return self._fresh_scaling(site)
-        frozen = () if site.packed else (site.layer.weight,)
+        frozen = () if site.packed else (site.parameter,)
         return self._scaling.get((*self.parameters(), *frozen), lambda: self._fresh_scaling(site))
 
     def _fresh_scaling(self, site: Site) -> Tensor:
@@ -62,7 +62,7 @@ class RowScaledAdapter(Adapter):
         if site.packed or isinstance(site, AdaptedSite) or transformed():
             squares = row_squares(W)
         else:
-            squares = self._squares.get((site.layer.weight,), lambda: row_squares(W))
+            squares = self._squares.get((site.parameter,), lambda: row_squares(W))
         B, A = (t.to(W.dtype) for t in self.product.change())
         with without_autocast(W):
             if self.detach_norm:

@@ -1,0 +1,40 @@
+"""A layer as it is without adapters: its class, its tensors, its forward.
+
+An adapted layer keeps its place and its parameters, but its class is an extended one (`model/adapted.py`): whoever
+wants what the base has must not ask the layer itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+HOME = "isotune"
+"""The name under which a module holds its adapters."""
+
+
+def bare_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of the layer as it is without adapters."""
+    return getattr(type(layer), "base_class", type(layer))
+
+
+def bare(layer: nn.Module, name: str) -> Any:
+    """A tensor of the layer as it is without adapters, or None."""
+    if (found := layer._parameters.get(name)) is not None:
+        return found
+    # Parametrizations put a property in its place, older ones and other libraries an attribute or a buffer.
+    own = getattr(bare_class(layer), name, None)
+    return own.fget(layer) if isinstance(own, property) else layer.__dict__.get(name, layer._buffers.get(name))  # type: ignore[misc]
+
+
+def own_forward(layer: nn.Module) -> Any:
+    """A forward that was put on the layer itself before its adapters came, as accelerate does; else None."""
+    home: Any = layer._modules.get(HOME)
+    return layer.__dict__.get("forward") if home is None else home.own_forward
+
+
+def bare_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the layer's own forward, without adapters and hooks."""
+    own = own_forward(layer)
+    return bare_class(layer).forward(layer, *args, **kwargs) if own is None else own(*args, **kwargs)

@@ -1,0 +1,226 @@
+"""What becomes of a module that gets adapters: it keeps its place, name and parameters, and its class is extended.
+
+The class of an adapted layer becomes a subclass of what it was, whose forward runs the adapters in `layer.isotune`
+around the layer's own; that of a module trained in full one whose forward runs a copy, kept there as well. `leave`
+gives the class back.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from isotune.adapted_site import AdaptedSite
+from isotune.adapters.settings import Settings
+from isotune.bare import HOME, bare, bare_forward, own_forward
+from isotune.errors import IsotuneError
+from isotune.model.mixed import mixed_forward
+from isotune.sites import Site, require_site
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of one layer by name, or the copies of one module: what stands in the model as `layer.isotune`."""
+
+    def __init__(self, own_forward: Any = None) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        # Where the rows of a batch use different adapters: for each row, which of `active` (past the end: none).
+        self.rows: Tensor | None = None
+        self.enabled = True
+        self.folded = False
+        self.settings: dict[str, Settings] = {}
+        # What folding replaced: modules of the base, names of tensors in them, and the tensors.
+        self.kept: list[tuple[nn.Module, str, Any]] = []
+        # A forward that was put on the layer itself, as accelerate does; it is the layer's own then.
+        self.own_forward = own_forward
+
+    def running(self) -> list[Any]:
+        """What takes part in the forward pass, in order."""
+        return [self[name] for name in self.active] if self.enabled and not self.folded else []
+
+
+class InPlace(nn.Module):
+    """What the extended classes have in common."""
+
+    isotune: Adapters
+    base_class: ClassVar[type[nn.Module]]
+    mixin: ClassVar[type[InPlace]]
+
+    def __reduce__(self) -> Any:
+        # The class is made, not imported: a pickle names what it was made of.
+        return _rebuilt, (self.mixin, self.base_class), self.__getstate__()
+
+
+class Adapted(InPlace):
+    """A frozen layer and its adapters, stacked in the order of `isotune.active`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output with its running adapters."""
+        adapters = self.isotune
+        if adapters.rows is not None and adapters.enabled:
+            return mixed_forward(x, require_site(self, ""), adapters.running(), adapters.rows)
+        return adapted_site(self)(x)
+
+
+class Readable(Adapted):
+    """An adapted layer of which others may read weight and bias, and find the adapters in them."""
+
+    @property
+    def weight(self) -> Any:
+        """The adapted weight in the layer's own shape and dtype; the base's own parameter where nothing is active.
+
+        Over a packed base it is dense, in fp32. Raises TargetError where the base cannot be dequantised, and
+        IsotuneError where the rows of a batch use different adapters.
+        """
+        return adapted_weight(self) if self.isotune.running() else bare(self, "weight")
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.__dict__["weight"] = value  # what is no parameter: torch's weight_norm sets such
+
+    @property
+    def bias(self) -> Any:
+        """The adapted bias; the base's own parameter where nothing is active."""
+        mixes = self.isotune.rows is not None
+        return bare(self, "bias") if mixes else adapted_site(self).bias
+
+    @bias.setter
+    def bias(self, value: Any) -> None:
+        self.__dict__["bias"] = value
+
+
+class Trained(InPlace):
+    """A module that is trained in full, as a copy: the last active copy runs, and answers, for it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the copy computes, in the dtype that came in; without one, the module itself."""
+        twin = current(self)
+        if twin is self:
+            return bare_forward(self, *args, **kwargs)
+        # The copy of a half-precision module is in fp32.
+        own, base = _dtype(twin.parameters()), _dtype(bare_state(self).values())
+        if own == base or torch.is_autocast_enabled(next(twin.parameters()).device.type):
+            return twin.forward(*args, **kwargs)
+        wanted = _dtype(tree_leaves((args, kwargs))) or base
+        args, kwargs = _cast((args, kwargs), own)
+        return _cast(twin.forward(*args, **kwargs), wanted)
+
+    def __getattr__(self, name: str) -> Any:
+        # Who asks for a parameter or a child gets the copy's; but the table of an embedding to which a head is tied.
+        found = super().__getattr__(name)
+        twin = self if name == HOME or isinstance(self, nn.Embedding) else current(self)
+        return found if twin is self else getattr(twin, name)
+
+
+@functools.cache
+def _class(mixin: type[InPlace], base: type[nn.Module]) -> type[nn.Module]:
+    members = {"__module__": base.__module__, "base_class": base, "mixin": mixin}
+    name = "Trained" if mixin is Trained else "Adapted"
+    return type(f"{name}{base.__name__}", (mixin, base), members)
+
+
+def _rebuilt(mixin: type[InPlace], base: type[nn.Module]) -> nn.Module:
+    made = _class(mixin, base)
+    return made.__new__(made)
+
+
+def extend(module: nn.Module, mixin: type[InPlace]) -> Any:
+    """The module, its class extended if need be."""
+    if not isinstance(module, InPlace):
+        home = Adapters(module.__dict__.pop("forward", None)).train(module.training)
+        module.__class__ = _class(mixin, type(module))
+        module.add_module(HOME, home)
+    return module
+
+
+def leave(module: InPlace) -> None:
+    """Give the module its class back. Raises IsotuneError where someone extended the class since."""
+    if type(module) is not _class(module.mixin, module.base_class):
+        raise IsotuneError(
+            f"the class of a {module.base_class.__name__} was extended after its adapters came ({type(module).__name__}, "
+            "by FSDP2 or parametrizations); undo that first"
+        )
+    own, base = own_forward(module), module.base_class
+    del module.isotune
+    module.__class__ = base
+    if own is not None:
+        module.__dict__["forward"] = own
+
+
+def add_adapter(layer: nn.Module, name: str, adapter: nn.Module, settings: Settings) -> None:
+    """Attach an adapter to a layer, not yet active."""
+    site = require_site(layer, name)
+    extended = extend(layer, Readable if site.readable else Adapted)
+    extended.isotune[name] = adapter.train(layer.training)
+    extended.isotune.settings[name] = settings
+
+
+def add_copy(module: nn.Module, name: str) -> None:
+    """Attach a copy of a module, of the base alone, not yet active; that of a half-precision one in fp32."""
+    twin = bare_copy(module)
+    if _dtype(twin.parameters()) in (torch.float16, torch.bfloat16):
+        twin.float()
+    extend(module, Trained).isotune[name] = twin
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module as it is without adapters on it."""
+    twin = copy.deepcopy(module, {id(module._modules.get(HOME)): None})
+    if isinstance(twin, InPlace):
+        own, twin.__class__ = own_forward(module), twin.base_class
+        del twin._modules[HOME]
+        if own is not None:
+            twin.__dict__["forward"] = own
+    return twin
+
+
+def current(module: nn.Module) -> nn.Module:
+    """The copy in use of a module that is trained in full, or the module itself."""
+    running = module._modules[HOME].running()  # type: ignore[union-attr, operator]
+    return running[-1] if running else module
+
+
+def adapted_site(layer: nn.Module) -> Site:
+    """The layer with its running adapters, as a site. Raises IsotuneError where they differ by row."""
+    adapters: Any = layer.isotune
+    if adapters.rows is not None and adapters.enabled:
+        raise IsotuneError("the rows of a batch use different adapters, so that a layer has no one adapted weight")
+    site = require_site(layer, "")
+    for adapter in adapters.running():
+        site = AdaptedSite(site, adapter)
+    return site
+
+
+def adapted_weight(layer: nn.Module) -> Tensor:
+    """The weight with its running adapters, dense, in the layer's own shape and, unless it is packed, dtype."""
+    site = adapted_site(layer)
+    W = site.layout(site.weight)
+    return W if site.packed else W.to(site.parameter.dtype)
+
+
+def bare_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state as it is without adapters."""
+    return {name: t for name, t in module.state_dict().items() if name.partition(".")[0] != HOME}
+
+
+def bare_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module and those in it, by name, without adapters."""
+    return ((name, m) for name, m in nn.Module.named_modules(module) if name.partition(".")[0] != HOME)
+
+
+def _dtype(values: Iterable[Any]) -> torch.dtype | None:
+    """The dtype of the first floating-point tensor."""
+    return next((v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+
+
+def _cast(values: Any, dtype: torch.dtype | None) -> Any:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tree_map(cast, values)
