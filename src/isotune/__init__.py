@@ -2,8 +2,9 @@
 
 __version__ = "0.1.0"
 
-from isotune.adapters.contract import Adapter, LowRank, Rotation
+from isotune.adapters.contract import Adapter, Branch, LowRank, Rotation, WeightAdapter
 from isotune.adapters.low_rank.lora import LoRA
+from isotune.adapters.mixed import Mixture
 from isotune.adapters.orthogonal.hra import HRA
 from isotune.adapters.registry import method
 from isotune.adapters.settings import Settings
@@ -17,16 +18,19 @@ from isotune.model.calibrate import calibrate
 from isotune.model.catalogue import methods
 from isotune.model.fold import fold, unfold
 from isotune.model.peft import accelerate_peft
-from isotune.model.switch import after_step, describe, disabled, learning_rate_factors, penalty, use
+from isotune.model.switch import after_step, describe, disabled, parameter_groups, penalty, route, use
 
 __all__ = [
     "HRA",
     "Adapter",
+    "Branch",
     "IsotuneError",
     "LoRA",
     "LowRank",
+    "Mixture",
     "Rotation",
     "Settings",
+    "WeightAdapter",
     "accelerate_peft",
     "adapt",
     "after_step",
@@ -35,14 +39,15 @@ __all__ = [
     "disabled",
     "export_lora",
     "fold",
-    "learning_rate_factors",
     "load",
     "load_weights",
     "merge",
     "method",
     "methods",
+    "parameter_groups",
     "penalty",
     "remove",
+    "route",
     "save",
     "unfold",
     "use",

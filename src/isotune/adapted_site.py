@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,8 +20,8 @@ class AdaptedSite(Site):
         super().__init__(base.layer)
         self.base, self.adapter = base, adapter
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.adapter(x, self.base)
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.adapter(x, self.base, *args, **kwargs)
 
     def run(self, x: Tensor) -> Tensor:
         return self(x)

@@ -23,9 +23,11 @@ def bare(layer: nn.Module, name: str) -> Any:
     """A tensor of the layer as it is without adapters, or None."""
     if (found := layer._parameters.get(name)) is not None:
         return found
-    # Parametrizations put a property in its place, older ones and other libraries an attribute or a buffer.
-    own = getattr(bare_class(layer), name, None)
-    return own.fget(layer) if isinstance(own, property) else layer.__dict__.get(name, layer._buffers.get(name))  # type: ignore[misc]
+    if not getattr(type(layer), "answers", False):
+        return getattr(layer, name, None)
+    # What answers for the adapted layer hides what parametrizations, or an older weight_norm, put in its place.
+    own: Any = getattr(bare_class(layer), name, None)
+    return own.__get__(layer) if isinstance(own, property) else layer.__dict__.get(name)
 
 
 def own_forward(layer: nn.Module) -> Any:

@@ -30,6 +30,10 @@ class NoLowRankFormError(IsotuneError):
     """An adapter without an exact low-rank form was asked for one."""
 
 
+class NoWeightError(IsotuneError):
+    """An adapter whose change is none of a weight was asked for the changed weight."""
+
+
 class DataError(IsotuneError):
     """A data file, column or row that cannot be used."""
 

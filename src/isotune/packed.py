@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isotune.bare import bare
+from isotune.bare import bare, bare_class
 from isotune.errors import TargetError
 
 DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,8 +41,8 @@ def dequantized(layer: nn.Module) -> Tensor:
     elif isinstance(weight, Tensor) and (_unpacks_itself(weight) or weight.is_quantized):
         return weight.detach().dequantize()
     raise TargetError(
-        f"the weight of a {type(layer).__name__} ({layer.in_features} -> {layer.out_features}) is packed, and there "
-        "is no known way to dequantise it; training, saving and loading work without it, and for anything else "
+        f"the weight of a {bare_class(layer).__name__} ({layer.in_features} -> {layer.out_features}) is packed, and "
+        "there is no known way to dequantise it; training, saving and loading work without it, and for anything else "
         "put the adapter on the unquantised base model"
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isotune.bare import bare, bare_class, bare_forward, own_forward
-from isotune.errors import TargetError
+from isotune.errors import NoWeightError, OptionError, TargetError
 from isotune.matrix import Matrix
 from isotune.packed import dequantized, is_packed
 
@@ -253,7 +253,7 @@ class EmbeddingSite(Site):
     """`nn.Embedding`: x holds indices, which stand for one-hot rows, so W is (dimension, number of embeddings)."""
 
     kind = "embedding"
-    readable = False  # type: ignore[assignment]  # a head may be tied to the table, which is not adapted with it
+    readable = False  # a head may be tied to the table, which is not adapted with it
 
     def run(self, x: Tensor) -> Tensor:
         return bare_forward(self.layer, x)
@@ -275,10 +275,74 @@ class EmbeddingSite(Site):
         return F.linear(z, B.to(z.dtype))
 
 
+class Block(Site):
+    """`y = f(x, ...)`: a module without a weight of its own, as a whole. Of several outputs the first tensor counts.
+
+    x (..., in) and y (..., out): in is what the first weight in the module reads, out what the last one gives.
+    """
+
+    kind = "block"
+    readable = False
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return bare_forward(self.layer, x, *args, **kwargs)
+
+    @property
+    def in_features(self) -> int:
+        return self._sizes()[0]
+
+    @property
+    def out_features(self) -> int:
+        return self._sizes()[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    def _sizes(self) -> tuple[int, int]:
+        inside = [module for name, module in self.layer.named_modules() if "isotune" not in name.split(".")]
+        found = [site for module in inside if (site := _linear_map_of(module)) and site.kind != "embedding"]
+        if found:
+            return found[0].in_features, found[-1].out_features
+        sizes = [p.shape[-1] for module in inside for p in module._parameters.values() if p is not None and p.dim()]
+        if not sizes:
+            raise OptionError(
+                f"a {bare_class(self.layer).__name__} holds no weight that would tell how wide it is; name a block "
+                "that does"
+            )
+        return sizes[0], sizes[0]
+
+    @property
+    def weight(self) -> Tensor:
+        raise self._no_weight()
+
+    def run(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    def layout(self, W: Tensor) -> Tensor:
+        raise self._no_weight()
+
+    def forward_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        raise self._no_weight()
+
+    def project(self, x: Tensor, A: Tensor) -> Tensor:
+        raise self._no_weight()
+
+    def expand(self, z: Tensor, B: Tensor) -> Tensor:
+        raise self._no_weight()
+
+    def _no_weight(self) -> NoWeightError:
+        return NoWeightError(f"a {bare_class(self.layer).__name__} is adapted as a block, which has no weight")
+
+
 class MatrixSite(LinearSite):
     """One matrix of a parameter that its module computes with itself."""
 
-    readable = False  # type: ignore[assignment]  # its module asks for the parameter, not for this
+    readable = False  # its module asks for the parameter, not for this
 
 
 _TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may compute in its own way
@@ -289,25 +353,38 @@ def _is_gpt2_conv1d(layer: nn.Module) -> bool:
     return bare_class(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 
-def site_of(layer: nn.Module) -> Site | None:
-    """The site of a layer, or None where no kind fits (also for a subclass that computes something else)."""
+def site_of(layer: nn.Module, kinds: Collection[str] = ()) -> Site | None:
+    """The site of a layer, or None where no kind fits (also for a subclass that computes something else).
+
+    Where "block" is among `kinds`, any module is one, unless it is of another of these kinds.
+    """
+    found = _linear_map_of(layer)
+    return Block(layer) if "block" in kinds and (found is None or found.kind not in kinds) else found
+
+
+def _linear_map_of(layer: nn.Module) -> Site | None:
     if isinstance(layer, nn.Linear):
         return PackedLinearSite(layer) if is_packed(layer) else LinearSite(layer)
     if isinstance(layer, Matrix):
         return MatrixSite(layer)
     if isinstance(layer, nn.Conv2d) and bare_class(layer).forward is nn.Conv2d.forward:
         return Conv2dSite(layer)
-    if isinstance(layer, nn.Embedding) and bare_class(layer).forward is nn.Embedding.forward and layer.max_norm is None:
+    if (
+        isinstance(layer, nn.Embedding)
+        and bare_class(layer).forward is nn.Embedding.forward
+        and layer.max_norm is None
+    ):
         return EmbeddingSite(layer)
     return Conv1DSite(layer) if _is_gpt2_conv1d(layer) else None
 
 
 def require_site(layer: nn.Module, name: str) -> Site:
     """The site of the layer called `name`; raises TargetError where it has none."""
-    site = site_of(layer)
+    # A block that has adapters was asked for as one.
+    site = _linear_map_of(layer) or (Block(layer) if "isotune" in layer._modules else None)
     if site is None:
         raise TargetError(
-            f"the layer {name!r} is a {type(layer).__name__}, which cannot be adapted; "
+            f"the layer {name!r} is a {bare_class(layer).__name__}, which cannot be adapted; "
             "the kinds that can are Linear, GPT-2's Conv1D, Conv2d and Embedding"
         )
     return site

@@ -16,6 +16,7 @@ from torch import nn
 import isotune
 from both_ways import assert_isotune_loads, assert_peft_loads, by_peft
 from isotune.adapters.low_rank import bat
+from isotune.bare import bare
 from isotune.errors import NoLowRankFormError, OptionError
 from support import adapted, assert_same_output, stories
 
@@ -40,7 +41,7 @@ def test_few_rows_run_on_activations_and_many_through_the_weight_with_one_result
     assert len(calls) == 2
     torch.testing.assert_close(few, many)
     if grad:
-        values = [x, *model[0].adapter("default").parameters()]
+        values = [x, *model[0].isotune["default"].parameters()]
         for a, b in zip(
             torch.autograd.grad(few.sin().sum(), values),
             torch.autograd.grad(many.sin().sum(), values),
@@ -51,8 +52,8 @@ def test_few_rows_run_on_activations_and_many_through_the_weight_with_one_result
 
 def test_change_is_of_full_rank_and_no_lora(tmp_path: Path) -> None:
     model = square(rank=4)
-    W = model[0].base_layer.weight
-    change = model[0].adapter("default").weight(W) - W
+    W = bare(model[0], "weight")
+    change = model[0].isotune["default"].weight(W) - W
     assert torch.linalg.matrix_rank(change.detach()) == 8
     with pytest.raises(NoLowRankFormError, match="bat has no exact low-rank form"):
         isotune.export_lora(model, tmp_path)
@@ -75,7 +76,7 @@ def test_any_drawn_adapter_means_the_same_in_peft(
     assert_peft_loads(stories, method, folder / "one", targets=LAYERS, size=0.02, seed=seed)
     config = peft.MissConfig(r=rank, init_weights="bat", target_modules=LAYERS)
     model = assert_isotune_loads(stories, config, folder)
-    assert model.model.layers[0].self_attn.q_proj.settings["default"] == method
+    assert model.model.layers[0].self_attn.q_proj.isotune.settings["default"] == method
 
 
 def test_unfolding_restores_the_weight_where_pefts_unmerging_inverts_a_singular_matrix(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_unfolding_restores_the_weight_where_pefts_unmerging_inverts_a_singular_
     isotune.fold(model)
     assert_same_output(model(x), theirs(x))
     isotune.unfold(model)
-    assert torch.equal(model[0].base_layer.weight, base)
+    assert torch.equal(bare(model[0], "weight"), base)
     theirs.merge_adapter()
     with pytest.raises(RuntimeError, match="singular"):
         theirs.unmerge_adapter()

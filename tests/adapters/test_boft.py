@@ -181,7 +181,7 @@ def test_peft_without_its_extension_trains_one_factor_whatever_its_config_says(
     assert theirs.base_model.model.model.layers[0].self_attn.q_proj.boft_R["default"].shape[0] == 1
     theirs.save_pretrained(tmp_path)
     loaded = isotune.load(stories(), tmp_path).eval()
-    assert loaded.model.layers[0].self_attn.q_proj.adapter("default").Q.shape[0] == 2
+    assert loaded.model.layers[0].self_attn.q_proj.isotune["default"].Q.shape[0] == 2
     assert_same_output(output(loaded), output(theirs))
 
 

@@ -152,6 +152,6 @@ def test_a_calibrated_adapter_comes_back_from_disk_as_it_was(tmp_path: Path) -> 
     isotune.save(model, tmp_path)
     loaded = isotune.load(stories(), tmp_path).model.layers[0].self_attn.q_proj
     for name in ("A", "B", "A0", "B0"):
-        assert torch.equal(getattr(loaded.adapter("default"), name), getattr(layer.adapter("default"), name))
+        assert torch.equal(getattr(loaded.isotune["default"], name), getattr(layer.isotune["default"], name))
     fresh = adapted(stories(), CorDA(rank=3), ["q_proj"], size=0).model.layers[0].self_attn.q_proj
-    assert not torch.allclose(started(fresh.adapter("default")), started(layer.adapter("default")), atol=1e-2)
+    assert not torch.allclose(started(fresh.isotune["default"]), started(layer.isotune["default"]), atol=1e-2)

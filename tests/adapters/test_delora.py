@@ -99,7 +99,7 @@ def test_options_that_differ_by_layer_are_pefts_patterns(tmp_path: Path) -> None
     assert len(config.rank_pattern) == 6
     assert config.lambda_pattern == {"encoder.layer.1.attention.self.query": 4.0}
     loaded = isotune.load(minilm(), tmp_path / "theirs")
-    settings = loaded.encoder.layer[0].attention.self.value.settings["default"]
+    settings = loaded.encoder.layer[0].attention.self.value.isotune.settings["default"]
     assert settings == DeLoRA(rank=3, boundary=5, dropout=0.1)
 
 
@@ -122,7 +122,7 @@ def test_stored_adapter_goes_on_a_packed_base_that_cannot_be_dequantised(tmp_pat
     packed = isotune.load(pack(stories(), NibbleLinear), tmp_path)
     assert_same_output(output(packed), output(model), 0.3)
     for name in ("A", "w_norm"):
-        ours, theirs = (getattr(m.model.layers[0].self_attn.q_proj.adapter("default"), name) for m in (model, packed))
+        ours, theirs = (getattr(m.model.layers[0].self_attn.q_proj.isotune["default"], name) for m in (model, packed))
         assert torch.equal(ours, theirs)
 
 

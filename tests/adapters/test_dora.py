@@ -161,7 +161,7 @@ def test_convolutions_go_both_ways(options: dict[str, Any], tmp_path: Path) -> N
     assert_same_output(theirs(x), model(x))
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = isotune.load(convolution(), tmp_path / "theirs")
-    assert isinstance(loaded[0].adapter("default"), DoRAAdapter)
+    assert isinstance(loaded[0].isotune["default"], DoRAAdapter)
     assert_same_output(loaded(x), model(x))
 
 
@@ -171,7 +171,7 @@ def test_gradients_are_those_of_peft() -> None:
     layer = theirs.base_model.model[0]
     base[0].load_state_dict(layer.base_layer.state_dict())
     ours = isotune.adapt(base, DoRA(rank=3), ["0"])
-    adapter = ours[0].adapter("default")
+    adapter = ours[0].isotune["default"]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     m, scale = layer.lora_magnitude_vector["default"].weight, layer.scaling["default"]
     pairs = [(adapter.product.A, A), (adapter.product.B, B), (adapter.magnitude, m)]
@@ -194,7 +194,7 @@ def test_dropout_falls_on_the_low_rank_path_only_where_peft_drops_inputs_of_the_
         size=0,
     )
     # With B = 0 nothing of the low-rank path is left to drop; the magnitude is off its start.
-    ours[0].adapter("default").magnitude.data.mul_(2)
+    ours[0].isotune["default"].magnitude.data.mul_(2)
     theirs.base_model.model[0].lora_magnitude_vector["default"].weight.data.mul_(2)
     assert torch.equal(ours.train()(x), ours.eval()(x))
     assert not torch.allclose(theirs.train()(x), theirs.eval()(x), atol=0.1)
@@ -218,8 +218,8 @@ def test_stored_dora_is_claimed_before_lora_and_lora_itself_stays_lora(tmp_path:
         config = peft.LoraConfig(r=4, use_dora=use_dora, target_modules=["q_proj"])
         peft_adapt(stories(), config).save_pretrained(tmp_path / name)
         loaded = isotune.load(stories(), tmp_path / name)
-        layers = [m for _, m in isotune.model.layers.adapted_layers(loaded)]
-        assert {layer.settings["default"].name for layer in layers} == {name}
+        layers = [m for _, m in isotune.model.names.adapted_layers(loaded)]
+        assert {layer.isotune.settings["default"].name for layer in layers} == {name}
 
 
 def test_other_variants_of_lora_with_dora_are_refused_by_name() -> None:

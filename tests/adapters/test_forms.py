@@ -20,7 +20,7 @@ def adapted(layer: nn.Module, **options: object) -> nn.Module:
 
 def outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     y = model(x)
-    return (y, *torch.autograd.grad(y.square().sum(), [x, model[0].parts["default"].U]))
+    return (y, *torch.autograd.grad(y.square().sum(), [x, model[0].isotune["default"].U]))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def at_inference() -> tuple[nn.Module, Tensor]:
     model, x = adapted(nn.Linear(16, 4)).eval(), torch.randn(3, 16, dtype=torch.float64)
     with torch.no_grad():
         model(x)
-    assert model[0].parts["default"]._kept.value.WU is not None
+    assert model[0].isotune["default"]._kept.value.WU is not None
     return model, x
 
 
@@ -67,13 +67,13 @@ def check(model: nn.Module, x: Tensor) -> None:
 def test_constants_are_made_anew_when_the_adapter_changes(at_inference: tuple[nn.Module, Tensor]) -> None:
     model, x = at_inference
     with torch.no_grad():
-        model[0].parts["default"].U.add_(torch.randn(16, 4))
+        model[0].isotune["default"].U.add_(torch.randn(16, 4))
     check(model, x)
 
 
 def test_constants_are_made_anew_when_the_layer_changes(at_inference: tuple[nn.Module, Tensor]) -> None:
     model, x = at_inference
-    model[0].base_layer.weight = nn.Parameter(torch.randn(4, 16, dtype=torch.float64), requires_grad=False)
+    model[0].weight = nn.Parameter(torch.randn(4, 16, dtype=torch.float64), requires_grad=False)
     check(model, x)
 
 
@@ -88,11 +88,11 @@ def test_constants_follow_the_dtype(at_inference: tuple[nn.Module, Tensor]) -> N
 def test_constants_are_dropped_when_training_starts(at_inference: tuple[nn.Module, Tensor]) -> None:
     model, _ = at_inference
     model.train()
-    assert model[0].parts["default"]._kept.value is None
+    assert model[0].isotune["default"]._kept.value is None
 
 
 def test_constants_stay_out_of_copies_and_pickles(at_inference: tuple[nn.Module, Tensor]) -> None:
     model, x = at_inference
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other[0].parts["default"]._kept.value is None
+        assert other[0].isotune["default"]._kept.value is None
         check(other, x)

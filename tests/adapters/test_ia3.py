@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import isotune
 from both_ways import assert_isotune_loads, assert_peft_loads, by_peft, tiny_gpt2
 from isotune.adapters.low_rank.ia3 import IA3
+from isotune.bare import bare
 from isotune.checkpoint.files import CONFIG
 from isotune.errors import OptionError
 from support import adapted, assert_same_output, minilm, output, stories
@@ -34,7 +35,7 @@ def test_outputs_are_scaled_with_the_bias_and_inputs_without() -> None:
     x = torch.randn(5, 6)
     for side in ("out", "in"):
         model = adapted(nn.Sequential(layer), ia3(side=side), ["0"], size=0.5)
-        scale = model[0].adapter("default").l.detach()
+        scale = model[0].isotune["default"].l.detach()
         expected = scale * (x @ W.mT + b) if side == "out" else (scale * x) @ W.mT + b
         torch.testing.assert_close(model(x), expected)
         torch.testing.assert_close(model[0].bias, scale * b if side == "out" else b)
@@ -45,7 +46,7 @@ def test_gradient_at_the_start_is_the_output_times_its_gradient() -> None:
     model = isotune.adapt(nn.Sequential(nn.Linear(6, 4)), ia3(), ["0"])
     y, g = model(torch.randn(5, 6)), torch.randn(5, 4)
     y.backward(g)
-    torch.testing.assert_close(model[0].adapter("default").l.grad, (y * g).sum(0).detach())
+    torch.testing.assert_close(model[0].isotune["default"].l.grad, (y * g).sum(0).detach())
 
 
 def test_scale_is_not_rounded_to_half_precision() -> None:
@@ -53,7 +54,7 @@ def test_scale_is_not_rounded_to_half_precision() -> None:
     model = isotune.adapt(nn.Sequential(nn.Linear(64, 512)).bfloat16(), ia3(), ["0"])
     x = torch.randn(20, 64).bfloat16()
     before = model(x).detach().float()
-    model[0].adapter("default").l.data += 0.02
+    model[0].isotune["default"].l.data += 0.02
     moved = model(x).detach().float() - before
     assert float((moved * before).sum() / before.square().sum()) == pytest.approx(0.02, rel=0.05)
 
@@ -68,7 +69,7 @@ def test_any_choice_of_sides_means_the_same_in_peft(
     assert_peft_loads(stories, ia3(), folder / "one", targets=LAYERS, overrides=overrides, seed=seed)
     config = peft.IA3Config(target_modules=LAYERS, feedforward_modules=sorted(inputs))
     model = assert_isotune_loads(stories, config, folder)
-    assert (model.model.layers[0].mlp.down_proj.settings["default"].side == "in") == ("down_proj" in inputs)
+    assert (model.model.layers[0].mlp.down_proj.isotune.settings["default"].side == "in") == ("down_proj" in inputs)
 
 
 def convolutions() -> nn.Module:
@@ -133,8 +134,8 @@ def test_unfolding_restores_what_pefts_unmerging_divides_by_zero(tmp_path: Path)
     isotune.fold(model)
     assert_same_output(model(x), theirs(x))
     isotune.unfold(model)
-    assert torch.equal(model[0].base_layer.weight, W)
-    assert torch.equal(model[0].base_layer.bias, b)
+    assert torch.equal(bare(model[0], "weight"), W)
+    assert torch.equal(bare(model[0], "bias"), b)
     theirs.merge_adapter()
     with pytest.warns(UserWarning, match="Unmerge result can be inaccurate"):
         theirs.unmerge_adapter()

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import isotune
 from isotune import Settings
+from isotune.adapters.contract import Treatment
 from isotune.errors import OptionError
 from isotune.linalg.dct import dct_matrix
+from isotune.model.switch import treatments
 from isotune.sites import require_site
 from laws.suite import check_law
 
@@ -40,7 +42,7 @@ def linear(n_in: int = 7, n_out: int = 5) -> nn.Linear:
 def steps(adapter: Any, count: int) -> Any:
     with torch.no_grad():
         for _ in range(count):
-            adapter.after_step()
+            adapter.after_step(1.0)
     return adapter
 
 
@@ -136,7 +138,7 @@ def test_schedule_gives_ten_steps_to_the_coefficients_and_twenty_to_the_location
 
 def test_what_rests_keeps_its_bits_whatever_momentum_the_optimizer_has() -> None:
     model = isotune.adapt(nn.Sequential(nn.Linear(7, 5)), loca(n_frequency=6, **LEARNED), ["0"], seed=0)
-    adapter, x, goal = model[0].adapter("default"), torch.randn(9, 7), torch.randn(9, 5)
+    adapter, x, goal = model[0].isotune["default"], torch.randn(9, 7), torch.randn(9, 5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(70):
         resting = adapter.coefficients if adapter.phase == "locations" else adapter.locations
@@ -168,14 +170,14 @@ def test_schedule_goes_on_where_a_saved_adapter_stopped(tmp_path: Path) -> None:
         return nn.Sequential(nn.Linear(7, 5))
 
     model = isotune.adapt(base(), loca(n_frequency=6, **LEARNED), ["0"], seed=0)
-    steps(model[0].adapter("default"), 45)
+    steps(model[0].isotune["default"], 45)
     isotune.save(model, tmp_path)
     loaded = isotune.load(base(), tmp_path, trainable=True)
     fresh = isotune.adapt(base(), loca(n_frequency=6, **LEARNED), ["0"], seed=1)
-    assert fresh[0].adapter("default").phase == "coefficients"
+    assert fresh[0].isotune["default"].phase == "coefficients"
     fresh.load_state_dict(model.state_dict())
     for other in (loaded, fresh):
-        adapter = other[0].adapter("default")
+        adapter = other[0].isotune["default"]
         assert adapter.phase == "locations"
         assert steps(adapter, 15).phase == "coefficients"
         assert int(adapter.steps) == 60
@@ -185,9 +187,9 @@ def test_fixed_locations_are_not_trained_and_learned_ones_have_a_rate_of_their_o
     layer = nn.Linear(7, 5)
     fixed = isotune.adapt(nn.Sequential(layer), loca(n_frequency=6), ["0"])
     assert [name.rpartition(".")[2] for name, p in fixed.named_parameters() if p.requires_grad] == ["coefficients"]
-    assert isotune.learning_rate_factors(fixed) == {}
+    assert treatments(fixed) == {}
     learned = isotune.adapt(nn.Sequential(nn.Linear(7, 5)), loca(location_rate=0.1, **LEARNED), ["0"])
-    assert isotune.learning_rate_factors(learned) == {learned[0].adapter("default").locations: 0.1}
+    assert treatments(learned) == {learned[0].isotune["default"].locations: Treatment(rate=0.1)}
     assert sum(row.trainable for row in isotune.describe(learned)) == 3 * 35
 
 

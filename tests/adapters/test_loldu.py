@@ -16,6 +16,7 @@ from isotune import Settings
 from isotune.adapters.spectral import loldu as module
 from isotune.errors import OptionError
 from isotune.linalg.ldu import leading_ldu
+from isotune.model.adapted import bare_state
 from isotune.sites import require_site
 from laws.layers import drawn_layer
 from support import adapted, files
@@ -110,7 +111,7 @@ def test_loading_decomposes_nothing_and_does_not_depend_on_the_weight(
     base = nn.Sequential(nn.Linear(12, 9))
     x = torch.randn(4, 12)
     model = adapted(nn.Sequential(nn.Linear(12, 9)), loldu(rank=4), ["0"], size=1.0)
-    base.load_state_dict({f"0.{k}": v for k, v in model[0].base_layer.state_dict().items()})
+    base.load_state_dict({f"0.{k}": v for k, v in bare_state(model[0]).items()})
     isotune.save(model, tmp_path / "one")
     monkeypatch.setattr(module, "leading_ldu", lambda *_: pytest.fail("decomposed"))
     loaded = isotune.load(base, tmp_path / "one")

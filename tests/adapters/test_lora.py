@@ -106,13 +106,13 @@ def test_rank_larger_than_the_smaller_side_is_refused() -> None:
 
 def test_padded_adapter_of_more_rank_than_the_layer_has_is_read_but_not_made(tmp_path: Path) -> None:
     model = isotune.adapt(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 3)), LoRA(rank=3), ["0", "1"])
-    model[0].adapter("default").B.data.normal_()
+    model[0].isotune["default"].B.data.normal_()
     isotune.adapt(model, LoRA(rank=8), ["0"], name="more")
     isotune.use(model, "default", "more")
     assert isotune.export_lora(model, tmp_path).rank == 11
     x = torch.randn(4, 12)
     bare = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 3))
-    bare.load_state_dict({k.replace("base_layer.", ""): t for k, t in model.state_dict().items() if "base" in k})
+    bare.load_state_dict({k: t for k, t in model.state_dict().items() if "isotune" not in k})
     torch.testing.assert_close(isotune.load(bare, tmp_path)(x), model(x))
     with pytest.raises(OptionError, match="rank 11 is larger than the layer"):
         isotune.adapt(bare, LoRA(rank=11), ["1"], name="new")

@@ -14,7 +14,7 @@ import isotune
 from isotune import LoRA
 from isotune.adapters.low_rank.loraplus import LoRAPlus
 from isotune.errors import OptionError
-from isotune.model.switch import learning_rate_factors
+from isotune.model.switch import treatments
 from peers import peft_adapt, peft_load
 from support import adapted, assert_same_output, minilm, output
 
@@ -22,7 +22,7 @@ from support import adapted, assert_same_output, minilm, output
 def test_only_b_gets_the_ratio_and_all_else_is_lora() -> None:
     model = isotune.adapt(minilm(), LoRAPlus(rank=4, ratio=8), ["query"], seed=3)
     same = isotune.adapt(minilm(), LoRA(rank=4), ["query"], seed=3)
-    factors = learning_rate_factors(model)
+    factors = {p: how.rate for p, how in treatments(model).items()}
     names = {name: factors.get(p, 1.0) for name, p in model.named_parameters() if p.requires_grad}
     assert len(names) == 12
     assert {(name.rpartition(".")[2], factor) for name, factor in names.items()} == {("A", 1.0), ("B", 8.0)}
@@ -37,14 +37,14 @@ def test_learning_rates_are_those_of_pefts_optimizer() -> None:
     rate_of = {p: group["lr"] for group in groups for p in group["params"]}
     layer = theirs.base_model.model[0]
     ours = isotune.adapt(nn.Sequential(nn.Linear(8, 6)), LoRAPlus(rank=2), ["0"])
-    rates = ours[0].adapter("default").learning_rates()
+    rates = ours[0].isotune["default"].parameter_groups()
     assert rate_of[layer.lora_B["default"].weight] == pytest.approx(1e-3 * rates["B"])
     assert rate_of[layer.lora_A["default"].weight] == pytest.approx(1e-3 * rates.get("A", 1.0))
 
 
 def test_factors_of_an_embedding_keep_the_plain_rate() -> None:
     model = isotune.adapt(minilm(), LoRAPlus(rank=4), ["word_embeddings"])
-    assert learning_rate_factors(model) == {}
+    assert all(how.rate == 1 for how in treatments(model).values())
 
 
 def test_it_is_a_lora_for_peft_and_itself_for_isotune(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_it_is_a_lora_for_peft_and_itself_for_isotune(tmp_path: Path) -> None:
     assert_same_output(output(peft_load(minilm(), tmp_path)), output(model))
     loaded = isotune.load(minilm(), tmp_path, trainable=True).eval()
     assert torch.equal(output(loaded), output(model))
-    assert set(learning_rate_factors(loaded).values()) == {4.0}
+    assert {how.rate for how in treatments(loaded).values()} == {4.0}
 
 
 def test_ratio_must_be_positive() -> None:

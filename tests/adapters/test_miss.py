@@ -69,7 +69,7 @@ def test_any_drawn_adapter_means_the_same_in_peft(
     init = "mini" if mini else True
     config = peft.MissConfig(r=rank, mini_r=mini or 1, init_weights=init, miss_dropout=dropout, target_modules=LAYERS)
     model = assert_isotune_loads(stories, config, folder)
-    assert model.model.layers[0].self_attn.q_proj.settings["default"] == method
+    assert model.model.layers[0].self_attn.q_proj.isotune.settings["default"] == method
 
 
 def test_minilm_goes_both_ways(tmp_path: Path) -> None:

@@ -80,12 +80,12 @@ def test_coft_keeps_every_block_within_its_radius(radius: str, expected: float) 
     adapter = build(OFT(block=4, eps=0.01, radius=radius), linear(), size=1.0)
     adapter.Q.data[1] *= 1e-4
     before = adapter.Q.detach().clone()
-    adapter.after_step()
+    adapter.after_step(1.0)
     norms = torch.linalg.matrix_norm(skewed(adapter))
     assert torch.equal(adapter.Q[1], before[1])
     torch.testing.assert_close(norms[[0, 2]], torch.full((2,), expected, dtype=torch.float64))
     after = adapter.Q.detach().clone()
-    adapter.after_step()
+    adapter.after_step(1.0)
     assert torch.equal(adapter.Q, after)
 
 
@@ -103,7 +103,7 @@ def test_radius_is_that_of_pefts_projection() -> None:
     theirs.weight.data = torch.randn(3, 6)
     ours = build(OFT(block=4, eps=0.5, radius="peft"), linear()).float()
     ours.Q.data = theirs.weight.data.clone()
-    ours.after_step()
+    ours.after_step(1.0)
     theirs(torch.randn(2, 12))
     torch.testing.assert_close(ours.Q, theirs.weight)
 

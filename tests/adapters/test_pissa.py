@@ -103,7 +103,7 @@ def test_loading_gives_every_tensor_back_to_the_bit_without_decomposing(
         monkeypatch.delattr(torch.linalg, name)
     loaded = isotune.load(stories(), tmp_path)
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.4.mlp.down_proj"):
-        found, expected = (m.get_submodule(path).adapter("default").state_dict() for m in (loaded, model))
+        found, expected = (m.get_submodule(path).isotune["default"].state_dict() for m in (loaded, model))
         assert found.keys() == expected.keys() >= {"A", "B", "A0", "B0"}
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -147,7 +147,7 @@ def test_isotune_loads_what_peft_saves(
     folder = peft_save(theirs, tmp_path_factory.mktemp("drawn"))
     loaded = isotune.load(stories(), folder, trainable=True).eval()
     assert_same_output(output(loaded), output(theirs))
-    settings = loaded.model.layers[0].get_submodule(where(targets)).settings["default"]
+    settings = loaded.model.layers[0].get_submodule(where(targets)).isotune.settings["default"]
     assert settings == PiSSA(rank=rank, alpha=alpha, rslora=rslora)
     # It trains the same tensors as PEFT, and what isotune saves of it PEFT reads without a change to the base.
     assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) == theirs.get_nb_trainable_parameters()[0]
@@ -209,7 +209,9 @@ def test_peft_does_not_repeat_its_own_randomised_start_and_isotune_comes_no_less
     config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights="pissa_niter_16", target_modules=["query"])
     theirs = peft_adapt(minilm(), config)
     loaded = isotune.load(minilm(), peft_save(theirs, tmp_path)).eval()
-    assert loaded.encoder.layer[0].attention.self.query.settings["default"] == PiSSA(rank=4, alpha=8, niter=16)
+    assert loaded.encoder.layer[0].attention.self.query.isotune.settings["default"] == PiSSA(
+        rank=4, alpha=8, niter=16
+    )
     torch.manual_seed(5)
     again = peft_load(minilm(), tmp_path)
     ours, itself = (float((output(m) - output(theirs)).norm() / output(theirs).norm()) for m in (loaded, again))
@@ -252,7 +254,7 @@ def test_the_randomised_start_repeats_with_its_seed_and_leaves_the_global_genera
 def test_saved_tensors_are_the_four_matrices_and_nothing_else(tmp_path: Path) -> None:
     model = adapted(stories(), PiSSA(rank=4), ["q_proj"], size=0.02)
     isotune.save(model, tmp_path)
-    adapter = model.model.layers[0].self_attn.q_proj.adapter("default")
+    adapter = model.model.layers[0].self_attn.q_proj.isotune["default"]
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
     assert {name for name in tensors if name.startswith(prefix)} == {f"{prefix}.lora_{m}.weight" for m in "AB"}

@@ -165,7 +165,7 @@ def test_stored_subspace_survives_a_base_whose_singular_vectors_come_with_other_
     isotune.save(model, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     A = load_file(path)["base_model.model.model.layers.0.self_attn.q_proj.psoft_A"]
-    ours = model.model.layers[0].self_attn.q_proj.adapter("default")
+    ours = model.model.layers[0].self_attn.q_proj.isotune["default"]
     assert torch.equal(A, ours.A * ours.signs[:, None])
     # An adapter that was trained where the signs were others.
     ours.signs.neg_()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import isotune
 from both_ways import assert_isotune_loads, assert_peft_loads, by_peft
+from isotune.bare import bare
 from isotune.checkpoint.files import CONFIG, TENSORS
 from support import adapted, minilm, output, stories
 
@@ -32,8 +33,8 @@ def randlora(**options: Any) -> isotune.Settings:
 def on_layer(n_in: int, n_out: int, **options: Any) -> tuple[Any, Tensor]:
     """An adapter off its start on a layer beside a larger one, and the change of its weight."""
     model = nn.Sequential(nn.Linear(n_in, n_out), nn.ReLU(), nn.Linear(11, 13))
-    adapter = adapted(model, randlora(**options), ["0", "2"], size=0.3)[0].adapter("default").double()
-    W = model[0].base_layer.weight.double()
+    adapter = adapted(model, randlora(**options), ["0", "2"], size=0.3)[0].isotune["default"].double()
+    W = bare(model[0], "weight").double()
     return adapter, (adapter.weight(W) - W).detach()
 
 
@@ -118,7 +119,7 @@ def test_any_drawn_adapter_means_the_same_in_peft(
         sparse=bases == "sparse", very_sparse=bases == "very sparse",
     )  # fmt: skip
     model = assert_isotune_loads(stories, config, folder)
-    assert model.model.layers[0].self_attn.q_proj.settings["default"] == method
+    assert model.model.layers[0].self_attn.q_proj.isotune.settings["default"] == method
 
 
 def test_minilm_goes_both_ways(tmp_path: Path) -> None:

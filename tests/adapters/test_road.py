@@ -63,7 +63,7 @@ def test_folding_rotates_the_bias_as_well(variant: int) -> None:
     model = nn.Sequential(nn.Linear(5, 8))
     bias = model[0].bias.detach().clone()
     adapted(model, isotune.method("road", variant=variant), ["0"], size=0.5)
-    adapter = model[0].adapter("default")
+    adapter = model[0].isotune["default"]
     x = torch.randn(3, 5)
     before = model(x).detach()
     folded = isotune.fold(model, keep_base=False)
@@ -89,7 +89,7 @@ def test_output_rotation_on_top_leaves_the_rotated_bias_alone(kind: str) -> None
     adapted(model, isotune.method("road"), ["0"], size=0.5, name="below")
     adapted(model, isotune.method("hra", rank=2, side="out"), ["0"], size=0.5, name="above")
     isotune.use(model, "below", "above")
-    below, above = (model[0].adapter(name) for name in ("below", "above"))
+    below, above = (model[0].isotune[name] for name in ("below", "above"))
     site = require_site(layer, "")
     dense = site.forward_with(x, above.weight(below.weight(site.weight)), below.bias(site.bias))
     torch.testing.assert_close(model(x), dense)

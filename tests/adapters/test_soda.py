@@ -84,8 +84,8 @@ def test_factors_of_the_authors_can_be_asked_for() -> None:
 
 def test_files_hold_what_is_trained_and_nothing_of_the_decomposition(tmp_path: Path) -> None:
     model = adapted(stories(), SODA(), ["q_proj", "o_proj"])
-    adapter = model.model.layers[0].self_attn.q_proj.adapter("default")
-    site = require_site(model.model.layers[0].self_attn.q_proj.base_layer, "")
+    adapter = model.model.layers[0].self_attn.q_proj.isotune["default"]
+    site = require_site(model.model.layers[0].self_attn.q_proj, "")
     assert {name: t.numel() for name, t in adapter.peft_state(site).items()} == {"soda_delta": 64, "soda_K": 18}
     isotune.save(model, tmp_path)
     assert torch.equal(output(isotune.load(stories(), tmp_path).eval()), output(model))

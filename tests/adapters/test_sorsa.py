@@ -65,7 +65,7 @@ def test_penalty_keeps_the_singular_vectors_orthonormal_in_training() -> None:
             optimizer.zero_grad()
             ((model(x) - goal).square().mean() + isotune.penalty(model)).backward()
             optimizer.step()
-        A = model[0].adapter("default").A.detach()
+        A = model[0].isotune["default"].A.detach()
         return float((A @ A.T - torch.eye(4)).norm())
 
     assert drift(0) > 0.3

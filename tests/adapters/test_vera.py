@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 import isotune
 from both_ways import assert_isotune_loads, assert_peft_loads, tiny_gpt2
+from isotune.bare import bare
 from isotune.checkpoint.files import CONFIG
-from isotune.model.layers import adapted_layers
+from isotune.model.names import adapted_layers
 from support import adapted, assert_same_output, minilm, output, stories
 
 LAYERS = ["q_proj", "o_proj", "down_proj"]  # 64 x 64 and 64 x 172
 
 
 def shared_of(model: nn.Module, name: str = "default") -> list[dict[str, Tensor]]:
-    return [layer.adapter(name).shared.tensors() for _, layer in adapted_layers(model) if name in layer.parts]
+    return [layer.isotune[name].shared.tensors() for _, layer in adapted_layers(model) if name in layer.isotune]
 
 
 def vera(**options: Any) -> isotune.Settings:
@@ -35,7 +36,7 @@ def vera(**options: Any) -> isotune.Settings:
 def test_change_is_the_shared_matrices_cut_to_the_layer_and_scaled_by_the_vectors() -> None:
     model = adapted(stories(), vera(), LAYERS, size=0.3)
     for path, layer in adapted_layers(model):
-        adapter, W = layer.adapter("default"), layer.base_layer.weight
+        adapter, W = layer.isotune["default"], bare(layer, "weight")
         A, B = (adapter.shared[name] for name in ("vera_A", "vera_B"))
         assert (A.shape, B.shape) == ((12, 172), (64, 12))
         b, d = adapter.lambda_b, adapter.lambda_d
@@ -45,7 +46,7 @@ def test_change_is_the_shared_matrices_cut_to_the_layer_and_scaled_by_the_vector
 
 def test_start_is_zero_and_the_given_number() -> None:
     model = isotune.adapt(stories(), vera(start=0.3), ["q_proj"])
-    adapter = model.model.layers[0].self_attn.q_proj.adapter("default")
+    adapter = model.model.layers[0].self_attn.q_proj.isotune["default"]
     assert (adapter.lambda_b == 0).all()
     assert (adapter.lambda_d == 0.3).all()
 
@@ -83,7 +84,7 @@ def test_any_drawn_adapter_means_the_same_in_peft(
         target_modules=LAYERS,
     )  # fmt: skip
     model = assert_isotune_loads(stories, config, folder)
-    assert model.model.layers[0].self_attn.q_proj.settings["default"] == method
+    assert model.model.layers[0].self_attn.q_proj.isotune.settings["default"] == method
 
 
 @pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")

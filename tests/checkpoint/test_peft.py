@@ -166,7 +166,7 @@ def test_convolutions_that_peft_computes_otherwise_are_saved_as_isotunes_own(
     model = adapted(convolutions(**options), HRA(rank=2), ["0"])
     config = peft.HRAConfig(r=2, target_modules=["0"])
     theirs = peft_adapt(convolutions(**options), config)
-    theirs.base_model.model[0].hra_u["default"].data = model[0].adapter("default").U.data.clone()
+    theirs.base_model.model[0].hra_u["default"].data = model[0].isotune["default"].U.data.clone()
     got = theirs(x)
     assert got.shape != model(x).shape or not torch.allclose(got, model(x), atol=1e-3)
     isotune.save(model, tmp_path / "ours")
@@ -184,8 +184,8 @@ def test_peft_gram_schmidt_with_its_default_start_is_not_orthogonal_and_isotunes
     H = layer.get_delta_weight("default").detach()
     assert (H.mT @ H - eye).norm() > 0.1
     model = isotune.adapt(nn.Sequential(nn.Linear(64, 64)), HRA(rank=8, strict=True, start="random"), ["0"])
-    model[0].adapter("default").U.data.copy_(U)
-    ours = model[0].adapter("default").weight(eye).detach()
+    model[0].isotune["default"].U.data.copy_(U)
+    ours = model[0].isotune["default"].weight(eye).detach()
     assert (ours.mT @ ours - eye).norm() < 1e-5
 
 
@@ -193,7 +193,7 @@ def test_peft_zero_column_gives_nan_and_isotunes_does_not() -> None:
     theirs = peft_adapt(nn.Sequential(nn.Linear(8, 8)), peft.HRAConfig(r=2, target_modules=["0"]))
     ours = adapted(nn.Sequential(nn.Linear(8, 8)), HRA(rank=2), ["0"])
     theirs.base_model.model[0].hra_u["default"].data[:, 0] = 0
-    ours[0].adapter("default").U.data[:, 0] = 0
+    ours[0].isotune["default"].U.data[:, 0] = 0
     x = torch.randn(3, 8)
     assert theirs(x).isnan().any()
     assert ours(x).isfinite().all()

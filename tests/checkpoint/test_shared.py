@@ -17,11 +17,12 @@ import isotune
 from both_ways import by_peft, through_peft
 from checkpoint.test_hostile import rewrite
 from isotune import LoRA
+from isotune.bare import bare
 from isotune.checkpoint.export_peft import export_peft
 from isotune.checkpoint.files import CONFIG, TENSORS
 from isotune.diagnostics import diagnose
 from isotune.errors import CheckpointError
-from isotune.model.layers import adapted_layers
+from isotune.model.names import adapted_layers
 from support import DATA, adapted, assert_same_output, assert_unchanged, output, snapshot, stories
 
 LAYERS = ["q_proj", "up_proj", "down_proj"]  # 64 x 64, 172 x 64 and 64 x 172
@@ -62,7 +63,7 @@ def test_export_of_a_folder_one_layer_at_a_time_knows_what_all_layers_share(meth
     assert len(inspection.sites) == 15
     for row in inspection.sites:
         layer = layers[row.site]
-        W, changed = layer.base_layer.weight.detach(), layer.weight.detach()
+        W, changed = bare(layer, "weight").detach(), layer.weight.detach()
         assert row.change_norm == pytest.approx(float((changed - W).norm() / W.norm()), rel=1e-4)
     isotune.save(model, tmp_path / "adapter", base_model="no/such-base")
     assert diagnose(tmp_path / "adapter").sites[0].change_norm is None
@@ -92,7 +93,7 @@ def test_export_in_pefts_own_layout_keeps_what_is_shared(method: str, tmp_path: 
 
 
 def shared_of(model: nn.Module) -> dict[str, Tensor]:
-    return next(layer.adapter("default").shared.tensors() for _, layer in adapted_layers(model))
+    return next(layer.isotune["default"].shared.tensors() for _, layer in adapted_layers(model))
 
 
 def test_loading_weights_takes_over_what_is_stored(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_loading_weights_takes_over_what_is_stored(tmp_path: Path) -> None:
 def test_layers_of_two_dtypes_have_a_copy_each() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 5).double(), nn.Linear(5, 3))
     isotune.adapt(model, isotune.method("vera", rank=3), ["0", "1", "2"])
-    first, second, third = (layer.adapter("default").shared for _, layer in adapted_layers(model))
+    first, second, third = (layer.isotune["default"].shared for _, layer in adapted_layers(model))
     assert first is third
     assert second["vera_A"].dtype == torch.float64
     assert torch.equal(first["vera_A"].double(), second["vera_A"])

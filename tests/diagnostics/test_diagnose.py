@@ -19,7 +19,8 @@ from isotune import HRA, LoRA
 from isotune.diagnostics import diagnose, survey
 from isotune.diagnostics import walk as walking
 from isotune.errors import CheckpointError, IsotuneError, OptionError
-from isotune.model.layers import adapted_layers
+from isotune.model.names import adapted_layers
+from isotune.sites import require_site
 from support import MINILM, STORIES, adapted, minilm, resnet20, stories
 
 
@@ -37,7 +38,8 @@ def test_the_sizes_are_those_of_the_dense_change(tmp_path: Path) -> None:
     isotune.save(model, tmp_path)
     found = diagnose(tmp_path)
     weights = {
-        p: (layer.bare.weight, layer.weight.detach() - layer.bare.weight) for p, layer in adapted_layers(model)
+        p: (require_site(layer, "").weight, layer.weight.detach() - require_site(layer, "").weight)
+        for p, layer in adapted_layers(model)
     }
     changes = sum(float(change.square().sum()) for _, change in weights.values())
     everything = sum(float(W.square().sum()) for W, _ in weights.values())
@@ -232,7 +234,7 @@ def test_embeddings_and_convolutions_are_measured_by_their_matrix(tmp_path: Path
     found = diagnose(tmp_path / "convs", tmp_path)
     layers = dict(adapted_layers(model))
     for site in found.sites:
-        W, changed = layers[site.site].bare.weight, layers[site.site].weight.detach()
+        W, changed = require_site(layers[site.site], "").weight, layers[site.site].weight.detach()
         assert (site.kind, site.out_features, site.in_features) == ("conv2d", *W.shape)
         expected = torch.linalg.svdvals(changed.flatten(1))[:10]
         assert site.adapted_values == pytest.approx(expected.tolist(), rel=1e-3)
@@ -254,7 +256,7 @@ def test_methods_of_every_kind_are_measured(name: str, tmp_path: Path) -> None:
     found = diagnose(tmp_path)
     layers = dict(adapted_layers(model))
     for site in found.sites:
-        W, changed = layers[site.site].bare.weight, layers[site.site].weight.detach()
+        W, changed = require_site(layers[site.site], "").weight, layers[site.site].weight.detach()
         assert site.change_norm == pytest.approx(float((changed - W).norm() / W.norm()), rel=1e-3)
         assert site.adapted_values == pytest.approx(torch.linalg.svdvals(changed)[:10].tolist(), rel=1e-3)
 

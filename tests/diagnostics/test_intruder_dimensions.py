@@ -14,7 +14,8 @@ from isotune import HRA, LoRA
 from isotune.diagnostics import diagnose, intruder_counts, intruder_dimensions
 from isotune.errors import OptionError
 from isotune.linalg.low_rank import Factored, dense_svd
-from isotune.model.layers import adapted_layers
+from isotune.model.names import adapted_layers
+from isotune.sites import require_site
 from support import MINILM, STORIES, adapted, minilm, stories
 
 
@@ -115,7 +116,7 @@ def test_counts_on_adapters_of_real_models_are_those_of_dense_decompositions(cas
         assert len(found.sites) == len(layers)
         for site in found.sites:
             layer = layers[site.site]
-            indices, c = directly(layer.bare.weight, layer.weight.detach(), 10, 0.6, side)
+            indices, c = directly(require_site(layer, "").weight, layer.weight.detach(), 10, 0.6, side)
             torch.testing.assert_close(torch.tensor(site.similarity).double(), c, rtol=0, atol=2e-3)
             assert site.intruders == indices
         assert found.total.intruders == sum(len(site.intruders or []) for site in found.sites)

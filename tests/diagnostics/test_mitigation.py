@@ -18,7 +18,8 @@ from isotune import HRA, LoRA
 from isotune.diagnostics import diagnose, mitigate
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.linalg.low_rank import dense_svd
-from isotune.model.layers import adapted_layers
+from isotune.model.names import adapted_layers
+from isotune.sites import require_site
 from support import MINILM, STORIES, adapted, assert_same_output, files, minilm, output, stories
 
 SIZE = 0.4  # at which LoRA's columns become leading directions
@@ -32,7 +33,7 @@ def lora(tmp_path: Path) -> Path:
 def changes(folder: Path) -> dict[str, Tensor]:
     """The dense change of every layer."""
     model = isotune.load(stories(), folder)
-    return {p: layer.weight.detach() - layer.bare.weight for p, layer in adapted_layers(model)}
+    return {p: layer.weight.detach() - require_site(layer, "").weight for p, layer in adapted_layers(model)}
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.75, 1.5])

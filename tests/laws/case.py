@@ -19,7 +19,7 @@ from isotune import Settings
 from isotune.adapters import registry
 from isotune.adapters.contract import Adapter
 from isotune.errors import OptionError
-from isotune.model.layers import AdaptedLayer
+from isotune.model.adapted import Adapted
 from isotune.sites import Site, require_site
 from laws.layers import drawn_layer, input_for
 
@@ -86,13 +86,13 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def adapter_of(model: Host, name: str = "default") -> Adapter:
     """The adapter on the model's layer."""
-    assert isinstance(model.layer, AdaptedLayer)
-    return model.layer.adapter(name)
+    assert isinstance(model.layer, Adapted)
+    return model.layer.isotune[name]
 
 
 def site_of_base(model: Host) -> Site:
     """The bare layer as a site."""
-    return require_site(model.layer.base_layer, "layer")
+    return require_site(model.layer, "layer")
 
 
 @st.composite

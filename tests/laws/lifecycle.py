@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import isotune
+from isotune.bare import bare
 from isotune.checkpoint.files import TENSORS
+from isotune.model.adapted import bare_state
 from laws.case import Case, Host, adapter_of, move, trainable
 from laws.statements import assert_close
 
@@ -22,14 +24,14 @@ def fold_is_the_forward_and_unfold_restores(case: Case) -> None:
     """Folding keeps the output, unfolding restores the same bits; a weight tied to the layer's is never touched."""
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         model, x = case.moved(dtype), case.input(dtype)
-        weight, bits = model.layer.base_layer.weight, bits_of(model.layer.base_layer)
+        weight, bits = bare(model.layer, "weight"), bits_of(model.layer)
         before = model(x).detach()
         isotune.fold(model)
         assert_close(model(x), before, tolerance)
         assert_same_bits(model.tied.weight, bits["weight"])
         isotune.unfold(model)
-        assert model.layer.base_layer.weight is weight is model.tied.weight
-        assert_same_state(bits_of(model.layer.base_layer), bits)
+        assert bare(model.layer, "weight") is weight is model.tied.weight
+        assert_same_state(bits_of(model.layer), bits)
         assert_same_bits(model(x), before)
         plain = isotune.fold(model, keep_base=False)
         assert type(plain.layer) is type(case.layer)
@@ -44,7 +46,7 @@ def save_and_load_repeat_the_output(case: Case) -> None:
         isotune.save(model, first)
         loaded = isotune.load(case.base(torch.float32), first, trainable=True).eval()
         assert_same_bits(loaded(x), model(x))
-        assert loaded.layer.settings["default"] == case.method
+        assert loaded.layer.isotune.settings["default"] == case.method
         assert [p.shape for p in trainable(loaded)] == [p.shape for p in trainable(model)]
         isotune.save(loaded, second)
         assert_same_state(load_file(first / TENSORS), load_file(second / TENSORS))
@@ -103,7 +105,7 @@ def copies_and_pickles_work(case: Case) -> None:
         torch.load(saved, weights_only=False),
     ):
         assert_same_bits(twin(x), expected)
-        assert twin.layer.base_layer.weight is twin.tied.weight
+        assert bare(twin.layer, "weight") is twin.tied.weight
         move(twin, 3)
         assert_same_bits(model(x), expected)
 
@@ -135,7 +137,7 @@ def train(model: Host, case: Case, steps: int) -> None:
 
 def bits_of(layer: nn.Module) -> dict[str, Tensor]:
     """A copy of a layer's values."""
-    return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in bare_state(layer).items()}
 
 
 def assert_same_bits(got: Tensor, expected: Tensor) -> None:

@@ -62,7 +62,7 @@ def gradients_are_derivatives(case: Case) -> None:
             lambda x, *v: functional_call(model, dict(zip(names, v, strict=True)), x), (x, *values), fast_mode=True
         )
     else:
-        padding = model.layer.base_layer.padding_idx
+        padding = model.layer.padding_idx
         x = x[x != padding] if padding is not None else x
         assert torch.autograd.gradcheck(
             lambda *v: functional_call(model, dict(zip(names, v, strict=True)), x), tuple(values), fast_mode=True

@@ -36,7 +36,7 @@ class Broken(Settings):
         if self.breaks == "identity_at_start":
             B += 0.1
         if self.breaks == "base_bits_are_never_changed":
-            site.layer.weight.data.mul_(1.001)
+            site.parameter.data.mul_(1.001)
         return BrokenAdapter(A, B, self.breaks)
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
@@ -62,7 +62,7 @@ class BrokenAdapter(LowRank):
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         if self.breaks == "only_the_adapter_trains":
-            site.layer.weight.requires_grad_()
+            site.parameter.requires_grad_()
         y = super().forward(x, site)
         if self.breaks == "forward_equals_dense_twin":
             y = y + 1e-6 * self.B.sum()

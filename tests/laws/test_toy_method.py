@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune import Adapter, Settings
+from isotune import Settings, WeightAdapter
 from isotune.sites import Site
 from laws.suite import laws_of
 
@@ -35,7 +35,7 @@ class Gain(Settings):
         return n_out
 
 
-class GainAdapter(Adapter):
+class GainAdapter(WeightAdapter):
     """Holds g (out)."""
 
     method = "gain"

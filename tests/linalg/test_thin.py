@@ -66,7 +66,7 @@ def test_functional_calls_work_on_an_adapted_layer() -> None:
     x = torch.randn(3, 6)
     gradients = grad(lambda s: functional_call(model, s, (x,)).square().sum())(state)
     model(x).square().sum().backward()
-    torch.testing.assert_close(gradients["0.parts.default.U"], model[0].parts["default"].U.grad)
+    torch.testing.assert_close(gradients["0.isotune.default.U"], model[0].isotune["default"].U.grad)
 
 
 def test_it_compiles_whole() -> None:

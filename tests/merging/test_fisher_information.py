@@ -17,6 +17,8 @@ from isotune import HRA, LoRA
 from isotune.errors import IsotuneError, OptionError
 from isotune.merging.fisher import fisher
 from isotune.merging.likelihood import directions
+from isotune.model.adapted import adapted_site
+from isotune.sites import require_site
 from support import adapted, resnet20, stories, tokens
 
 
@@ -92,8 +94,8 @@ def test_adapted_layers_have_that_of_their_adapted_weights(method: isotune.Setti
     model = adapted(Tokens().double(), method, layers, size=0.3)
     found = fisher(model, [X[:3], X[3:]])
     plain = Tokens().double()
-    matrices = {path: model.get_submodule(path).site.weight.detach() for path in layers}
-    sites = {path: model.get_submodule(path).bare for path in layers}
+    matrices = {path: adapted_site(model.get_submodule(path)).weight.detach() for path in layers}
+    sites = {path: require_site(model.get_submodule(path), path) for path in layers}
     rest = dict(isotune.remove(copy.deepcopy(model), "default").named_parameters())
 
     def forward(w: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ def test_empirical_fisher_of_a_language_model_is_that_of_whole_sequences() -> No
     (batch,) = sequences(model)
     found = fisher(model, [batch], "empirical")
     path = "model.layers.2.self_attn.v_proj"
-    adapter = model.get_submodule(path).adapter("default")
+    adapter = model.get_submodule(path).isotune["default"]
     expected = torch.zeros_like(found[path])
     for row in range(2):
         y: list[Tensor] = []

@@ -312,7 +312,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         found.append(save(model, folder / name))
         (folder / name / TASK).write_text(json.dumps({"labels": seed % 2}))
     model = isotune.load(models.llama(), found[2])
-    model.lm_head.parts["default"].load_state_dict({"weight": head(found[0])})
+    model.lm_head.isotune["default"].load_state_dict({"weight": head(found[0])})
     save(model, found[2])
     (found[2] / TASK).write_text((found[0] / TASK).read_text())
     return found

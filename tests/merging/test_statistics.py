@@ -172,11 +172,11 @@ def test_adapter_and_modules_trained_in_full(method: str) -> None:
     check_informative(model)
     found = second_moments(model, optimizer)
     assert len(found) == 6
-    torch.testing.assert_close(found["model.norm.weight"], expected["model.norm.parts.default.weight"])
+    torch.testing.assert_close(found["model.norm.weight"], expected["model.norm.isotune.default.weight"])
     value = found[PATH]
     assert isinstance(value, RankOne)
     assert value.shape == (64, 64)
-    of_B = expected[f"{PATH}.parts.default.B"]
+    of_B = expected[f"{PATH}.isotune.default.B"]
     torch.testing.assert_close(value.rows / value.rows.sum(), (of_B.mean(1) / of_B.mean(1).sum()).double())
 
 

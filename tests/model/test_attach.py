@@ -173,24 +173,24 @@ def test_overrides_change_the_options_of_some_targets() -> None:
         stories(), HRA(rank=4), "attention", overrides={"v_proj": {"rank": 6}, r".*\.0\..*": {"side": "out"}}
     )
     layers = model.model.layers
-    assert layers[1].self_attn.v_proj.settings["default"] == HRA(rank=6)
-    assert layers[1].self_attn.q_proj.settings["default"] == HRA(rank=4)
-    assert layers[0].self_attn.q_proj.settings["default"] == HRA(rank=4, side="out")
-    assert layers[1].self_attn.v_proj.adapter("default").U.shape == (64, 6)
+    assert layers[1].self_attn.v_proj.isotune.settings["default"] == HRA(rank=6)
+    assert layers[1].self_attn.q_proj.isotune.settings["default"] == HRA(rank=4)
+    assert layers[0].self_attn.q_proj.isotune.settings["default"] == HRA(rank=4, side="out")
+    assert layers[1].self_attn.v_proj.isotune["default"].U.shape == (64, 6)
 
 
 def test_start_of_a_layer_depends_on_the_seed_and_its_path_alone() -> None:
     one = isotune.adapt(stories(), HRA(rank=4), ["q_proj"], seed=5)
     two = isotune.adapt(stories(), HRA(rank=4), "all-linear", seed=5)
     other = isotune.adapt(stories(), HRA(rank=4), ["q_proj"], seed=6)
-    U = [m.model.layers[0].self_attn.q_proj.adapter("default").U for m in (one, two, other)]
+    U = [m.model.layers[0].self_attn.q_proj.isotune["default"].U for m in (one, two, other)]
     assert torch.equal(U[0], U[1])
     assert not torch.equal(U[0], U[2])
-    assert not torch.equal(U[0], one.model.layers[1].self_attn.q_proj.adapter("default").U)
+    assert not torch.equal(U[0], one.model.layers[1].self_attn.q_proj.isotune["default"].U)
     torch.manual_seed(9)
     first = isotune.adapt(stories(), HRA(rank=4), ["q_proj"])
     second = isotune.adapt(stories(), HRA(rank=4), ["q_proj"])
-    starts = [m.model.layers[0].self_attn.q_proj.adapter("default").U for m in (first, second)]
+    starts = [m.model.layers[0].self_attn.q_proj.isotune["default"].U for m in (first, second)]
     assert not torch.equal(*starts)
 
 
@@ -199,7 +199,7 @@ def test_modules_trained_in_full_are_copies_that_remove_takes_away() -> None:
     pooler, bits = model.pooler, {n: t.clone() for n, t in model.pooler.state_dict().items()}
     isotune.adapt(model, HRA(rank=4), ["query"], train_also=["pooler"], seed=0)
     trained = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith("pooler")}
-    assert trained == {"pooler.parts.default.dense.weight", "pooler.parts.default.dense.bias"}
+    assert trained == {"pooler.isotune.default.dense.weight", "pooler.isotune.default.dense.bias"}
     before = model(**tokens(model)).pooler_output
     move(model)
     assert not torch.allclose(model(**tokens(model)).pooler_output, before)
@@ -218,7 +218,7 @@ def test_layers_inside_a_module_trained_in_full_get_no_adapter_also_where_a_suff
         f"bert.encoder.layer.0.{layer}" for layer in ("attention.output.dense", "intermediate.dense", "output.dense")
     }
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "pooler" in name}
-    assert trained == {"bert.pooler.parts.default.dense.weight", "bert.pooler.parts.default.dense.bias"}
+    assert trained == {"bert.pooler.isotune.default.dense.weight", "bert.pooler.isotune.default.dense.bias"}
 
 
 def test_shared_layer_gets_one_adapter_and_both_places_feel_it() -> None:

@@ -105,7 +105,7 @@ def test_rows_of_a_convolution_are_its_patches(layer: nn.Conv2d) -> None:
     x = input_for(layer, dtype=torch.float32)
     found: list[Tensor] = []
     model = isotune.adapt(nn.Sequential(layer), CorDA(rank=1), ["0"])
-    adapter = model[0].adapter("default")
+    adapter = model[0].isotune["default"]
     adapter.calibrate = lambda site, covariance: found.append(covariance)  # type: ignore[method-assign]
     isotune.calibrate(model, [x], least_rows=1)
     padded = x
@@ -157,7 +157,7 @@ def test_nothing_but_the_start_changes_and_the_model_answers_as_before() -> None
     assert torch.equal(model(x), base)
     after = snapshot(model)
     changed = {name for name, t in before["values"].items() if not torch.equal(t, after["values"][name])}
-    assert changed == {f"{layer}.parts.default.{m}" for layer in "abc" for m in ("A", "B", "A0", "B0")}
+    assert changed == {f"{layer}.isotune.default.{m}" for layer in "abc" for m in ("A", "B", "A0", "B0")}
     assert after["mode"] == before["mode"]
     assert after["trainable"] == before["trainable"]
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -178,11 +178,11 @@ def copy_of() -> nn.Module:
 def test_only_the_active_adapters_are_calibrated() -> None:
     model = adapted(TwoLayers())
     isotune.adapt(model, METHOD, ["a"], name="other", seed=1)
-    rest = [model.a.adapter("default").A.clone(), model.b.adapter("default").A.clone()]
+    rest = [model.a.isotune["default"].A.clone(), model.b.isotune["default"].A.clone()]
     isotune.calibrate(model, [torch.randn(50, 6) * torch.arange(1.0, 7)])
-    assert torch.equal(model.a.adapter("default").A, rest[0])
-    assert torch.equal(model.b.adapter("default").A, rest[1])
-    assert not torch.equal(model.a.adapter("other").A, rest[0])
+    assert torch.equal(model.a.isotune["default"].A, rest[0])
+    assert torch.equal(model.b.isotune["default"].A, rest[1])
+    assert not torch.equal(model.a.isotune["other"].A, rest[0])
 
 
 def test_a_layer_that_saw_too_little_is_named_and_nothing_is_changed() -> None:

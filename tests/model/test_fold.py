@@ -138,4 +138,4 @@ def test_trained_inputs_reach_the_loss_through_a_folded_model() -> None:
     embeds = model.get_input_embeddings()(tokens(model)["input_ids"]).detach().requires_grad_()
     model(inputs_embeds=embeds).logits.sum().backward()
     assert embeds.grad is not None
-    assert not any(p.requires_grad for n, p in model.named_parameters() if "parts" not in n)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "isotune" not in n)

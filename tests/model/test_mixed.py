@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import isotune
 from isotune import HRA, IsotuneError, LoRA, Settings
-from isotune.adapters.contract import Adapter
+from isotune.adapters.contract import WeightAdapter
 from isotune.sites import Site
 from packed import pack
 from support import STORIES, adapted, assert_same_output, move, output, stories
@@ -114,7 +114,7 @@ def test_rows_last_until_the_next_use_and_disabled_means_the_bare_base() -> None
     assert torch.equal(output(isotune.use(model, "a"), **x), one)
     assert torch.equal(output(isotune.use(model, rows=[None] * 4), **x), base)
     adapted(isotune.use(model, rows=["a"] * 4), HRA(rank=2), name="b")
-    assert model.model.layers[0].self_attn.q_proj.rows is None
+    assert model.model.layers[0].self_attn.q_proj.isotune.routing is None
 
 
 def test_adapters_on_different_layers_mix() -> None:
@@ -157,8 +157,8 @@ def test_each_adapter_of_a_batch_learns_from_its_own_rows_only() -> None:
     isotune.use(model, rows=["a", "b", "c", None], train=["a", "c"])
     x = torch.randn(4, 12)
     found = grads(model, model(x)[[0, 3]].sum())
-    assert {name for name, grad in found.items() if grad.any()} == {"0.parts.a.U"}
-    assert not model[0].parts["b"].U.requires_grad
+    assert {name for name, grad in found.items() if grad.any()} == {"0.isotune.a.U"}
+    assert not model[0].isotune["b"].U.requires_grad
     assert isotune.describe(model)[1].active
 
 
@@ -184,7 +184,7 @@ class Dense(Settings):
         return n_in * n_out
 
 
-class DenseAdapter(Adapter):
+class DenseAdapter(WeightAdapter):
     method = "dense"
 
     def __init__(self, D: Tensor) -> None:

@@ -19,10 +19,12 @@ import isotune
 from isotune import HRA, LoRA, Settings
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.adapters.registry import method_names
+from isotune.bare import bare
 from isotune.diagnostics import diagnose
 from isotune.errors import IsotuneError, NoLowRankFormError, OptionError, TargetError
 from isotune.matrix import Matrix
-from isotune.model.layers import adapted_layers
+from isotune.model.adapted import adapted_site
+from isotune.model.names import adapted_layers
 from isotune.sites import require_site
 from support import adapted, assert_same_output, assert_unchanged, move, snapshot
 
@@ -140,7 +142,7 @@ def dense(model: Host, kind: str) -> Host:
     twin = host(kind)
     with torch.no_grad():
         for path, layer in adapted_layers(model):
-            adapter = layer.adapter("default")
+            adapter = layer.isotune["default"]
             name, _, index = path.removeprefix("module.").partition(".")
             parameter = getattr(twin.module, name)
             if kind.startswith("transposed"):  # (in, out / groups, *kernel)
@@ -169,7 +171,7 @@ def test_the_forward_is_that_of_the_dense_weights_and_every_factor_learns(kind: 
     model(x).square().sum().backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
-    assert all(".parts.default." in name for name in trained)
+    assert all(".isotune.default." in name for name in trained)
 
 
 @every_kind
@@ -241,10 +243,12 @@ def test_inspect_measures_the_change_of_each_matrix_against_a_stored_base(kind: 
     weights = dict(adapted_layers(model))
     for row in found.sites:
         layer = weights[row.site]
-        assert isinstance(layer.base_layer, Matrix)
-        W = layer.base_layer.weight.detach()
+        assert isinstance(layer, Matrix)
+        W = bare(layer, "weight").detach()
         assert row.change_rank == 2
-        assert row.change_norm == pytest.approx(float((layer.weight.detach() - W).norm() / W.norm()), rel=1e-4)
+        assert row.change_norm == pytest.approx(
+            float((adapted_site(layer).weight.detach() - W).norm() / W.norm()), rel=1e-4
+        )
 
 
 @every_kind
@@ -271,9 +275,9 @@ def test_adapters_stack_and_switch(kind: str) -> None:
     isotune.use(model, "one", "two")
     both = out(model, x)
     for path, layer in adapted_layers(model):
-        assert isinstance(layer.base_layer, Matrix), path
-        expected = layer.adapter("two").weight(layer.adapter("one").weight(layer.base_layer.weight))
-        torch.testing.assert_close(layer.weight, expected)
+        assert isinstance(layer, Matrix), path
+        expected = layer.isotune["two"].weight(layer.isotune["one"].weight(bare(layer, "weight")))
+        torch.testing.assert_close(adapted_site(layer).weight, expected)
     isotune.remove(model, "two")
     assert not torch.allclose(model(x), both)
     assert {row.adapter for row in isotune.describe(model)} == {"one"}
@@ -354,7 +358,7 @@ def test_transposed_experts_are_seen_as_out_by_in() -> None:
     model.module.is_transposed = True
     isotune.adapt(model, LoRA(rank=2), ["down_proj"], seed=0)
     (layer, *_) = (layer for _, layer in adapted_layers(model))
-    assert (layer.bare.out_features, layer.bare.in_features) == (5, D)
+    assert (require_site(layer, "").out_features, require_site(layer, "").in_features) == (5, D)
     assert_same_output(move(model)(rows()), model(rows()))
 
 
@@ -394,7 +398,7 @@ def test_lora_on_experts_is_pefts_lora_on_target_parameters() -> None:
     ours = isotune.adapt(host("experts"), LoRA(rank=2), ["down_proj"], seed=0)
     with torch.no_grad():
         for index, (_, layer) in enumerate(adapted_layers(ours)):
-            adapter: Any = layer.adapter("default")
+            adapter: Any = layer.isotune["default"]
             adapter.A.copy_(A.reshape(3, 2, -1)[index])
             adapter.B.copy_(B.reshape(B.shape[0], 2, 3)[:, :, index])
     assert_same_output(ours(rows()), theirs(rows()))
@@ -469,7 +473,7 @@ def test_every_method_adapts_parameters_too(name: str, tmp_path: Path) -> None:
     isotune.after_step(model)
     (layer,) = (layer for _, layer in adapted_layers(model))
     twin = fresh()
-    twin.module.weight_ih_l0.copy_(layer.adapter("default").weight(twin.module.weight_ih_l0).detach())
+    twin.module.weight_ih_l0.copy_(layer.isotune["default"].weight(twin.module.weight_ih_l0).detach())
     moved = out(model, x)
     assert_same_output(moved, out(twin, x))
     assert not torch.allclose(moved, out(fresh(), x), atol=1e-6)

@@ -20,16 +20,16 @@ named = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.nam
 @named
 def test_adapted_layer_answers_for_the_layer_with_the_adapted_weight(method: Settings) -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
-    bare = model[0]
+    W, b = model[0].weight, model[0].bias
     layer = adapted(model, method, ["0"])[0]
     assert (layer.in_features, layer.out_features) == (6, 4)
-    assert layer.bias is bare.bias
+    assert layer.bias is b
     assert layer.weight.dtype == torch.float32
     x = torch.randn(5, 6)
     torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
-    assert not torch.equal(layer.weight, bare.weight)
+    assert not torch.equal(layer.weight, W)
     with isotune.disabled(model):
-        assert layer.weight is bare.weight
+        assert layer.weight is W
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = layer.no_such_thing
 

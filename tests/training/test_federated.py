@@ -15,7 +15,7 @@ import isotune
 from isotune import LoRA
 from isotune.errors import DataError, DivergedError, OptionError
 from isotune.merging.federated import refactorise
-from isotune.model.layers import adapted_layers
+from isotune.model.names import adapted_layers
 from isotune.training.federated import Federated, dirichlet_split, federated_rounds
 from isotune.training.privacy import epsilon
 from support import stories, tokens
@@ -51,7 +51,7 @@ def run(net: nn.Module, data: list[dict[str, Tensor]] | None = None, **options: 
 
 
 def adapters(net: nn.Module) -> list[Any]:
-    return [adapter for _, layer in adapted_layers(net) for adapter in layer.running()]
+    return [adapter for _, layer in adapted_layers(net) for adapter in layer.isotune.running()]
 
 
 def accuracy(net: nn.Module) -> float:
@@ -81,7 +81,7 @@ def test_clients_with_different_classes_learn_together(options: dict[str, Any]) 
 
 def test_refactorising_leaves_the_outputs_and_everything_but_the_factors_alone() -> None:
     plain, new = model(), model()
-    bits = {name: t.clone() for name, t in new.state_dict().items() if "base_layer" in name}
+    bits = {name: t.clone() for name, t in new.state_dict().items() if "isotune" not in name}
     run(plain, rounds=1, period=0)
     run(new, rounds=1)
     x, _ = task()

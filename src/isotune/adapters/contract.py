@@ -1,4 +1,4 @@
-"""What an adapter is, and the two families that carry the arithmetic most methods share.
+"""What an adapter is, and the families that carry the arithmetic most methods share.
 
 An adapter is one method's trainable change to one site. It computes with the site it is given and never keeps it,
 so that the same adapter serves a bare layer and a layer that has adapters already.
@@ -7,13 +7,14 @@ so that the same adapter serves a bare layer and a layer that has adapters alrea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from isotune.adapters.shared import Shared
-from isotune.errors import IsotuneError
+from isotune.errors import IsotuneError, NoWeightError
 from isotune.linalg.low_rank import at_most_full_rank
 from isotune.linalg.thin import thin_add, thin_linear
 from isotune.sites import Site
@@ -30,21 +31,36 @@ class Thin(NamedTuple):
     R: Tensor
 
 
+class Treatment(NamedTuple):
+    """How an optimizer should treat a parameter."""
+
+    rate: float = 1.0
+    """Factor on the learning rate."""
+    decay: float = 1.0
+    """Factor on the weight decay."""
+    algorithm: str | None = None
+    """The optimizer that suits it, where the usual one does not."""
+
+
 class Adapter(nn.Module, ABC):
-    """One method's trainable change to one site: W becomes `weight(W)`, shapes (out, in)."""
+    """One method's trainable change to one site."""
 
     method: ClassVar[str]
     """Name of the method; the prefix of its tensors on disk."""
     shared: Shared
     """What it has in common with the adapters on other layers, once `share` was called."""
 
-    def forward(self, x: Tensor, site: Site) -> Tensor:
-        """The site's output with the change, computed the cheap way; by default the dense way."""
-        return site.forward_with(x, self.weight(site.weight), self.bias(site.bias))
+    @abstractmethod
+    def forward(self, x: Tensor, site: Site, *args: Any, **kwargs: Any) -> Any:
+        """The site's output with the change, computed the cheap way."""
 
     @abstractmethod
+    def reference(self, x: Tensor, site: Site, *args: Any, **kwargs: Any) -> Any:
+        """The same, computed the slow and obvious way: what every law compares with."""
+
     def weight(self, W: Tensor) -> Tensor:
-        """The changed weight (out, in), exactly, in W's dtype: the dense twin that every law compares with."""
+        """The changed weight (out, in), exactly, in W's dtype. Raises NoWeightError where the change has none."""
+        raise NoWeightError(f"the change that {self.method} makes is none of a weight")
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         """The changed bias (out) of a layer with the bias b, in b's dtype; by default b itself."""
@@ -74,8 +90,8 @@ class Adapter(nn.Module, ABC):
         """Whether `isotune.calibrate` has to measure the inputs of the site for it."""
         return False
 
-    def learning_rates(self) -> dict[str, float]:
-        """Factors on the learning rate, by the name of a parameter; 1 for those not named."""
+    def parameter_groups(self) -> dict[str, Treatment]:
+        """How an optimizer should treat its parameters, by name; those not named in the usual way."""
         return {}
 
     def penalty(self) -> Tensor:
@@ -83,8 +99,11 @@ class Adapter(nn.Module, ABC):
         parameter = next(self.parameters())
         return torch.zeros((), dtype=parameter.dtype, device=parameter.device)
 
-    def after_step(self) -> None:
-        """What the method does after each optimizer step: projection, schedule; by default nothing."""
+    def after_step(self, progress: float) -> None:
+        """What the method does after each optimizer step: projection, proximal step, schedule; by default nothing.
+
+        `progress` is the share of training that is done, above 0 and at most 1.
+        """
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         """The adapter's tensors under the names and in the shapes of PEFT's files, as views where they can be."""
@@ -112,7 +131,54 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]
             raise ValueError(f"{name} has shape {tuple(found[name].shape)}, expected {shape}")
 
 
-class Rotation(Adapter):
+class WeightAdapter(Adapter):
+    """A change of the weight: W becomes `weight(W)`, shapes (out, in)."""
+
+    @abstractmethod
+    def weight(self, W: Tensor) -> Tensor:
+        """The changed weight (out, in), exactly, in W's dtype."""
+
+    def forward(self, x: Tensor, site: Site) -> Tensor:
+        """The site's output with the changed weight; by default the dense way."""
+        return self.reference(x, site)
+
+    def reference(self, x: Tensor, site: Site) -> Tensor:
+        """The site with the changed weight in the place of its own."""
+        return site.forward_with(x, self.weight(site.weight), self.bias(site.bias))
+
+
+class Branch(Adapter):
+    """`y = f(x) + g(v)` beside a block f, with v what the block reads, or gives; g is zero at the start.
+
+    Of a block that gives several things the first tensor counts.
+    """
+
+    reads: ClassVar[Literal["input", "output"]] = "input"
+
+    @abstractmethod
+    def change(self, v: Tensor) -> Tensor:
+        """g(v), for v (..., in) and g (..., out)."""
+
+    def forward(self, x: Tensor, site: Site, *args: Any, **kwargs: Any) -> Any:
+        y = site(x, *args, **kwargs)
+        return replaced_first(y, lambda first: first + self.change(x if self.reads == "input" else first).to(first))
+
+    def reference(self, x: Tensor, site: Site, *args: Any, **kwargs: Any) -> Any:
+        """As `forward`, for a branch that is computed as it is written; others say here what they compute."""
+        return Branch.forward(self, x, site, *args, **kwargs)
+
+
+def replaced_first(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a block gave, with its first tensor changed: a tensor, a tuple, or a mapping as transformers has them."""
+    if isinstance(y, Tensor):
+        return change(y)
+    if isinstance(y, Mapping):
+        name = next(iter(y))
+        return type(y)(**{**y, name: change(y[name])})
+    return (change(y[0]), *y[1:])
+
+
+class Rotation(WeightAdapter):
     """`W' = W R` (side "in", R is in x in) or `W' = Rᵀ W` (side "out", R is out x out), R orthogonal."""
 
     side: Side
@@ -137,7 +203,7 @@ class Rotation(Adapter):
         return self.rotate(W) if self.side == "in" else self.rotate(W.mT).mT
 
 
-class LowRank(Adapter):
+class LowRank(WeightAdapter):
     """`W' = W + B A`, with B (out, r) and A (r, in) that do not depend on W."""
 
     def __init__(self, dropout: float = 0.0) -> None:

@@ -55,6 +55,10 @@ class Settings(Options, ABC):
         Raises OptionError where the options do not fit the site's shape.
         """
 
+    def allot(self, sites: Mapping[str, Site]) -> dict[str, Settings]:
+        """The settings of each site, by path, for a method that has to see all of them: by default the same."""
+        return dict.fromkeys(sites, self)
+
     def check(self, site: Site) -> None:
         """Raise OptionError where the options do not fit the site."""
         self.shell(site)

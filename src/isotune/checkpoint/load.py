@@ -12,8 +12,8 @@ from isotune.adapters.shared import Shared
 from isotune.checkpoint.save import base_config_hash
 from isotune.checkpoint.stored import StoredAdapter, read_stored
 from isotune.errors import CheckpointError, IsotuneError
-from isotune.model.attach import attach, build_adapters
 from isotune.model.adapted import bare_state
+from isotune.model.attach import attach, build_adapters
 from isotune.model.names import base_modules, changed_modules
 from isotune.model.parametrized import with_matrices
 from isotune.model.switch import use

@@ -50,9 +50,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
         for p, layer in adapted_layers(model)
         if name in layer.isotune
     }
-    trained = {
-        p: dict(m.isotune[name].state_dict()) for p, m in trained_modules(model) if name in m.isotune
-    }
+    trained = {p: dict(m.isotune[name].state_dict()) for p, m in trained_modules(model) if name in m.isotune}
     if not parts and not trained:
         raise CheckpointError(
             f"the model has no adapter {name!r}; it has: {', '.join(adapter_names(model)) or 'none'}"

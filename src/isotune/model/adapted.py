@@ -8,7 +8,7 @@ gives the class back.
 from __future__ import annotations
 
 import copy
-import functools
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -17,21 +17,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from isotune.adapted_site import AdaptedSite
+from isotune.adapters.mixed import Routing, mixed_forward
 from isotune.adapters.settings import Settings
 from isotune.bare import HOME, bare, bare_forward, own_forward
 from isotune.errors import IsotuneError
-from isotune.model.mixed import mixed_forward
 from isotune.sites import Site, require_site
 
 
 class Adapters(nn.ModuleDict):
     """The adapters of one layer by name, or the copies of one module: what stands in the model as `layer.isotune`."""
 
-    def __init__(self, own_forward: Any = None) -> None:
+    def __init__(self, own_forward: Any = None, first: str = "input") -> None:
         super().__init__()
+        self.first = first  # the name of the forward's first argument
         self.active: tuple[str, ...] = ()
-        # Where the rows of a batch use different adapters: for each row, which of `active` (past the end: none).
-        self.rows: Tensor | None = None
+        # Where the rows of a batch use different adapters: which of `active`.
+        self.routing: Routing | None = None
         self.enabled = True
         self.folded = False
         self.settings: dict[str, Settings] = {}
@@ -60,16 +61,20 @@ class InPlace(nn.Module):
 class Adapted(InPlace):
     """A frozen layer and its adapters, stacked in the order of `isotune.active`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output with its running adapters."""
         adapters = self.isotune
-        if adapters.rows is not None and adapters.enabled:
-            return mixed_forward(x, require_site(self, ""), adapters.running(), adapters.rows)
-        return adapted_site(self)(x)
+        if not args:
+            args = (kwargs.pop(adapters.first),)
+        if adapters.routing is not None and adapters.enabled:
+            return mixed_forward(args[0], require_site(self, ""), adapters.running(), adapters.routing)
+        return adapted_site(self)(*args, **kwargs)
 
 
 class Readable(Adapted):
     """An adapted layer of which others may read weight and bias, and find the adapters in them."""
+
+    answers: ClassVar[bool] = True
 
     @property
     def weight(self) -> Any:
@@ -87,7 +92,7 @@ class Readable(Adapted):
     @property
     def bias(self) -> Any:
         """The adapted bias; the base's own parameter where nothing is active."""
-        mixes = self.isotune.rows is not None
+        mixes = self.isotune.routing is not None
         return bare(self, "bias") if mixes else adapted_site(self).bias
 
     @bias.setter
@@ -118,8 +123,17 @@ class Trained(InPlace):
         return found if twin is self else getattr(twin, name)
 
 
-@functools.cache
-def _class(mixin: type[InPlace], base: type[nn.Module]) -> type[nn.Module]:
+_CLASSES: dict[Any, Any] = {}
+
+
+def _class(mixin: type[InPlace], base: type[nn.Module]) -> Any:
+    """The class, made once."""
+    if (mixin, base) not in _CLASSES:
+        _CLASSES[mixin, base] = _made(mixin, base)
+    return _CLASSES[mixin, base]
+
+
+def _made(mixin: type[InPlace], base: type[nn.Module]) -> Any:
     members = {"__module__": base.__module__, "base_class": base, "mixin": mixin}
     name = "Trained" if mixin is Trained else "Adapted"
     return type(f"{name}{base.__name__}", (mixin, base), members)
@@ -133,7 +147,8 @@ def _rebuilt(mixin: type[InPlace], base: type[nn.Module]) -> nn.Module:
 def extend(module: nn.Module, mixin: type[InPlace]) -> Any:
     """The module, its class extended if need be."""
     if not isinstance(module, InPlace):
-        home = Adapters(module.__dict__.pop("forward", None)).train(module.training)
+        first = next((name for name in inspect.signature(module.forward).parameters), "input")
+        home = Adapters(module.__dict__.pop("forward", None), first).train(module.training)
         module.__class__ = _class(mixin, type(module))
         module.add_module(HOME, home)
     return module
@@ -143,12 +158,12 @@ def leave(module: InPlace) -> None:
     """Give the module its class back. Raises IsotuneError where someone extended the class since."""
     if type(module) is not _class(module.mixin, module.base_class):
         raise IsotuneError(
-            f"the class of a {module.base_class.__name__} was extended after its adapters came ({type(module).__name__}, "
-            "by FSDP2 or parametrizations); undo that first"
+            f"the class of a {module.base_class.__name__} was extended after its adapters came, to "
+            f"{type(module).__name__} (by FSDP2 or a parametrization); undo that first"
         )
     own, base = own_forward(module), module.base_class
     del module.isotune
-    module.__class__ = base
+    module.__class__ = base  # type: ignore[assignment]
     if own is not None:
         module.__dict__["forward"] = own
 
@@ -173,7 +188,7 @@ def bare_copy(module: nn.Module) -> nn.Module:
     """A copy of the module as it is without adapters on it."""
     twin = copy.deepcopy(module, {id(module._modules.get(HOME)): None})
     if isinstance(twin, InPlace):
-        own, twin.__class__ = own_forward(module), twin.base_class
+        own, twin.__class__ = own_forward(module), twin.base_class  # type: ignore[assignment]
         del twin._modules[HOME]
         if own is not None:
             twin.__dict__["forward"] = own
@@ -189,7 +204,7 @@ def current(module: nn.Module) -> nn.Module:
 def adapted_site(layer: nn.Module) -> Site:
     """The layer with its running adapters, as a site. Raises IsotuneError where they differ by row."""
     adapters: Any = layer.isotune
-    if adapters.rows is not None and adapters.enabled:
+    if adapters.routing is not None and adapters.enabled:
         raise IsotuneError("the rows of a batch use different adapters, so that a layer has no one adapted weight")
     site = require_site(layer, "")
     for adapter in adapters.running():

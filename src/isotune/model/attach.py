@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Adapter
 from isotune.adapters.settings import Settings
 from isotune.adapters.shared import Shared
+from isotune.bare import bare_class
 from isotune.errors import IsotuneError, OptionError, TargetError
 from isotune.matrix import Matrix
 from isotune.model.adapted import Adapters, add_adapter, add_copy
@@ -19,8 +20,8 @@ from isotune.model.names import adapted_layers, base_modules, changed_modules
 from isotune.model.parametrized import check_matrix, put_on, take_off, with_matrices
 from isotune.model.switch import adapter_names, use
 from isotune.model.targets import Targets, find_modules, find_targets, matching
-from isotune.packed import is_packed
-from isotune.sites import Site, device_of, require_site
+from isotune.sites import Site, device_of, site_of
+
 
 def adapt(
     model: nn.Module,
@@ -56,8 +57,9 @@ def adapt(
         OptionError: An option does not fit a layer, or the name is taken. The model is then as it was.
     """
     trained = find_modules(model, train_also)
-    layers = find_targets(model, targets, exclude, trained)
-    chosen = _settings_by_path(model, settings, layers, overrides or {})
+    layers = find_targets(model, targets, exclude, trained, settings.kinds)
+    sites = {path: site_for(layer, path, settings) for path, layer in layers.items()}
+    chosen = _settings_by_path(model, settings.allot(sites), layers, overrides or {})
     seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
     adapters = build_adapters(layers, chosen, seed)
     attach(model, adapters, chosen, trained, name)
@@ -77,7 +79,7 @@ def build_adapters(
     """
     adapters = {path: _build(settings[path], layer, path, seed) for path, layer in layers.items()}
     if shared is None:
-        shared = draw_shared(settings, (require_site(layer, path) for path, layer in layers.items()))
+        shared = draw_shared(settings, (site_for(layer, path, settings[path]) for path, layer in layers.items()))
     if shared:
         _share(adapters, layers, shared)
     for path, adapter in adapters.items():
@@ -138,7 +140,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     changed = list(changed_modules(model))
     if any(module.isotune.folded for _, module in changed):
         raise IsotuneError("the model's adapters are folded into its weights; call unfold first")
-    if name is not None and any(m.isotune.rows is not None and name in m.isotune.active for _, m in changed):
+    if name is not None and any(m.isotune.routing is not None and name in m.isotune.active for _, m in changed):
         raise IsotuneError(f"rows of a batch use the adapter {name!r}; choose others first, with isotune.use")
     for _, module in changed:
         home = module.isotune
@@ -164,27 +166,33 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise OptionError("the model's adapters are folded into its weights; call unfold before adding another")
 
 
+def site_for(layer: nn.Module, path: str, settings: Settings) -> Site:
+    """The layer as a site that the method can adapt. Raises TargetError where it is none."""
+    site = site_of(layer, settings.kinds)
+    if site is None or site.kind not in settings.kinds:
+        raise TargetError(
+            f"{settings.name} cannot adapt {path!r}, a {bare_class(layer).__name__}; it can adapt: "
+            f"{', '.join(sorted(settings.kinds))}"
+        )
+    return site
+
+
 def _settings_by_path(
     model: nn.Module,
-    settings: Settings,
+    allotted: dict[str, Settings],
     layers: dict[str, nn.Module],
     overrides: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Settings]:
-    chosen = dict.fromkeys(layers, settings)
+    chosen = dict(allotted)
     for pattern, options in overrides.items():
-        changed = type(settings)(**{**settings.model_dump(exclude_unset=True), **options})
         for path in matching(layers, pattern, model):
-            chosen[path] = changed
+            own = allotted[path]
+            chosen[path] = type(own)(**{**own.model_dump(exclude_unset=True), **options})
     return chosen
 
 
 def _build(settings: Settings, layer: nn.Module, path: str, seed: int | None) -> Adapter:
-    site = require_site(layer, path)
-    if site.kind not in settings.kinds:
-        raise TargetError(
-            f"{settings.name} cannot adapt {path!r}, a {type(layer).__name__}; it can adapt: "
-            f"{', '.join(sorted(settings.kinds))}"
-        )
+    site = site_for(layer, path, settings)
     # One stream for each path: a layer starts the same whatever other layers are targeted.
     # Hashed to 32 bits, because torch's CPU generator ignores all but the low 32 bits of its seed.
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {path}".encode()))
@@ -211,8 +219,8 @@ def _share(adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module], sha
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:
     """Adapters are fp32, so that small steps are not lost; in a double-precision model they are double."""
-    double = not is_packed(layer) and require_site(layer, "").parameter.dtype == torch.float64
-    return torch.float64 if double else torch.float32
+    own = [layer.parameter] if isinstance(layer, Matrix) else layer.parameters()
+    return torch.float64 if any(p.dtype == torch.float64 for p in own) else torch.float32
 
 
 def _check_trained(trained: Mapping[str, nn.Module]) -> None:

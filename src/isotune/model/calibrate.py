@@ -51,13 +51,13 @@ def calibrate(
             is changed then), or values that are all zero or not finite (nor is that layer's).
         OptionError: one_layer_at_a_time with batches that can be walked only once.
     """
+    if any(layer.isotune.folded for _, layer in adapted_layers(model)):
+        raise IsotuneError("the active adapters are folded into the weights; call unfold before calibrating them")
     layers = {path: layer for path, layer in adapted_layers(model) if _waiting(layer)}
     if not layers:
         raise IsotuneError(
             "no active adapter wants a covariance: none is of a method that starts from data, or it has been trained"
         )
-    if any(layer.isotune.folded for layer in layers.values()):
-        raise IsotuneError("the active adapters are folded into the weights; call unfold before calibrating them")
     if one_layer_at_a_time and iter(batches) is batches:
         raise OptionError(
             "one_layer_at_a_time needs batches that can be walked once for every layer, not an iterator; "

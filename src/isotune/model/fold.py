@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from isotune.errors import IsotuneError
 from isotune.matrix import Matrix
-from isotune.model.adapted import Adapted, Adapters, InPlace, Trained, adapted_site, adapted_weight, bare_modules, current
+from isotune.model.adapted import (
+    Adapted,
+    Adapters,
+    InPlace,
+    Trained,
+    adapted_site,
+    adapted_weight,
+    bare_modules,
+    current,
+)
 from isotune.model.names import changed_modules, check_one_weight
 from isotune.model.parametrized import home_of, take_off
 from isotune.sites import require_site

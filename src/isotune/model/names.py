@@ -69,7 +69,7 @@ def changed_modules(model: nn.Module) -> Iterator[tuple[str, InPlace]]:
 
 def check_one_weight(model: nn.Module, what: str) -> None:
     """Raise IsotuneError where the rows of a batch use different adapters, so that there is not one weight."""
-    if any(layer.isotune.rows is not None for _, layer in adapted_layers(model)):
+    if any(layer.isotune.routing is not None for _, layer in adapted_layers(model)):
         raise IsotuneError(
             f"there is not one weight to {what}: the rows of a batch use different adapters; "
             "choose one first, with isotune.use(model, name)"

@@ -19,7 +19,7 @@ from isotune.adapters.contract import Adapter
 from isotune.errors import IsotuneError, TargetError
 from isotune.linalg.thin import without_autocast
 from isotune.matrix import Matrix, matrices_of, parametrization
-from isotune.model.adapted import Adapted, InPlace, adapted_site, leave
+from isotune.model.adapted import InPlace, adapted_site, leave
 from isotune.sites import site_of
 
 _WHOLE = "whole"

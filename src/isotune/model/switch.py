@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from isotune.adapters.contract import Adapter
+from isotune.adapters.contract import Adapter, Treatment
+from isotune.adapters.mixed import Mixture, Routing, thin_of
 from isotune.errors import IsotuneError, nearest
 from isotune.matrix import Matrix
 from isotune.model.adapted import Adapted
 from isotune.model.names import adapted_layers, changed_modules
-from isotune.model.mixed import thin_of
 from isotune.packed import is_packed
 from isotune.sites import device_of, require_site
 
@@ -60,7 +61,8 @@ def use(
         model: A model with adapters, changed in place.
         names: The adapters to stack.
         rows: In place of names: the adapter of each row of the batches that follow, None for the bare base, until the
-            next call. The adapters must be of one method; `train` then means those named here.
+            next call. The adapters must be of one method; `train` then means those named here. A batch may have a
+            multiple of these rows, as when beams are searched: each then stands for as many in a row.
         train: Which of them learn: all, none, or those named.
 
     Returns:
@@ -70,9 +72,65 @@ def use(
         IsotuneError: An unknown name, adapters folded into the weights, or rows that cannot share a batch. The model
             is then as it was.
     """
-    if rows is not None and names:
+    if rows is None:
+        return _use(model, names, None, train)
+    if names:
         raise IsotuneError("use takes the names of adapters to stack, or rows=[...], not both")
-    names = names if rows is None else tuple(dict.fromkeys(name for name in rows if name is not None))
+    names = tuple(dict.fromkeys(name for name in rows if name is not None))
+    return _use(model, names, _one_hot([names.index(r) if r is not None else len(names) for r in rows], names), train)
+
+
+def route(model: nn.Module, weights: Tensor, *names: str, train: bool | Iterable[str] = True) -> nn.Module:
+    """Say how much of each adapter, or of each expert of a mixture, the rows of the batches that follow get.
+
+    Args:
+        model: A model with adapters, changed in place.
+        weights: (b, K), a row for each row of the batch, or for as many in a row as the batch has more; gradients
+            flow into it. The K are the named adapters or, without names, the experts of the mixtures in use that
+            have no router of their own and, where there are none, the adapters in use, in their order.
+        names: Adapters of one method, which become those in use.
+        train: Which of these learn: all, none, or those named.
+
+    Returns:
+        The same model.
+
+    Raises:
+        IsotuneError: An unknown name, another number of columns, adapters that cannot share a batch, or none in use.
+            The model is then as it was.
+    """
+    if weights.dim() != 2:
+        raise IsotuneError(f"route takes weights of shape (rows, adapters or experts), not {tuple(weights.shape)}")
+    adapters = [adapter for _, layer in adapted_layers(model) for adapter in layer.isotune.running()]
+    routed = [a for a in adapters if isinstance(a, Mixture) and a.router is None]
+    if names or not routed:
+        active = names or tuple(active_names(model))
+        _check_columns(weights, len(active), f"the adapters {', '.join(active)}" if active else "no adapter in use")
+        return _use(model, active, Routing(weights), train if names else _learning(model))
+    for mixture in routed:
+        _check_columns(weights, len(mixture.experts), f"the experts of {mixture.method}")
+    for mixture in routed:
+        mixture.routing = Routing(weights)
+    return model
+
+
+def _check_columns(weights: Tensor, number: int, what: str) -> None:
+    if not number or weights.shape[1] != number:
+        raise IsotuneError(f"route was given weights with {weights.shape[1]} columns for {what} ({number})")
+
+
+def _learning(model: nn.Module) -> list[str]:
+    """The adapters that learn."""
+    homes = [module.isotune for _, module in changed_modules(model)]
+    return [name for home in homes for name, part in home.items() if any(p.requires_grad for p in part.parameters())]
+
+
+def _one_hot(places: Sequence[int], names: Sequence[str]) -> Routing:
+    index = torch.tensor(places, dtype=torch.long, device="cpu")
+    return Routing(torch.nn.functional.one_hot(index, len(names) + 1)[:, :-1].float(), index)
+
+
+def _use(model: nn.Module, names: tuple[str, ...], routing: Routing | None, train: bool | Iterable[str]) -> nn.Module:
+    """Let these adapters run: stacked or, with a routing whose columns they are, by row."""
     known = adapter_names(model)
     learning = (names if train else ()) if isinstance(train, bool) else tuple(train)
     for name in (*names, *learning):
@@ -81,18 +139,26 @@ def use(
             raise IsotuneError(f"no adapter {name!r} on this model.{nearest(name, known)} It has: {there}.")
     if any(module.isotune.folded for _, module in changed_modules(model)):
         raise IsotuneError("the active adapters are folded into the weights; call unfold before switching")
-    if rows is not None:
+    if routing is not None:
         _check_rows(model, names)
     for _, module in changed_modules(model):
         home = module.isotune
-        home.active = active = tuple(name for name in names if name in home)
-        home.rows = None
-        if rows is not None and active:
-            places = [active.index(name) if name in active else len(active) for name in rows]
-            home.rows = torch.tensor(places, device=device_of(module))
+        home.active = tuple(name for name in names if name in home)
+        home.routing = None
+        if routing is not None and home.active:
+            home.routing = _columns(routing, [names.index(name) for name in home.active], device_of(module))
         for name, part in home.items():
             part.requires_grad_(name in names and name in learning)
     return model
+
+
+def _columns(routing: Routing, columns: list[int], device: torch.device) -> Routing:
+    """The routing of some of the adapters, on a device."""
+    weights, index = routing.weights[:, columns].to(device), routing.index
+    if index is not None:
+        places = {column: place for place, column in enumerate(columns)}
+        index = torch.tensor([places.get(int(i), len(columns)) for i in index], device=device)
+    return Routing(weights, index)
 
 
 @torch.no_grad()
@@ -107,7 +173,8 @@ def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
         if isinstance(module, Matrix):
             raise IsotuneError(f"{parts[0]!r} changes {path!r}, a parameter, which the rows of a batch must share")
         site = require_site(module, path)
-        layouts = {((a := module.isotune[name]).method, thin_of(a, site).where): name for name in parts}
+        adapters: dict[str, Any] = {name: module.isotune[name] for name in parts}
+        layouts = {(a.method, thin_of(a, site).where): name for name, a in adapters.items()}
         if len(layouts) > 1:
             found = " and ".join(f"{name!r} ({method}, {where})" for (method, where), name in layouts.items())
             raise IsotuneError(f"rows of one batch need adapters of one method and side; at {path!r} are {found}")
@@ -171,23 +238,42 @@ def _penalty(adapter: Adapter) -> Tensor:
     return functional_call(_Penalty(adapter), whole, ()) if whole else adapter.penalty()
 
 
-def learning_rate_factors(model: nn.Module) -> dict[nn.Parameter, float]:
-    """The factors that the active adapters' methods put on the learning rate of some of their parameters.
-
-    For an optimizer of your own: `{"params": [p], "lr": factor * lr} for p, factor in ...`, besides the others.
-    """
+def treatments(model: nn.Module) -> dict[nn.Parameter, Treatment]:
+    """How the active adapters' methods want their parameters treated by an optimizer; the others are not in it."""
     return {
-        adapter.get_parameter(name): factor
+        adapter.get_parameter(name): treatment
         for _, layer in adapted_layers(model)
         for adapter in layer.isotune.running()
-        for name, factor in adapter.learning_rates().items()
-        if factor != 1
+        for name, treatment in adapter.parameter_groups().items()
     }
 
 
-def after_step(model: nn.Module) -> None:
-    """Let the active adapters do what their method does after each optimizer step."""
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """What trains, in groups for an optimizer such as `torch.optim.AdamW`.
+
+    Args:
+        model: A model with adapters in use.
+        lr: The learning rate; methods put factors on it for some of their parameters (LoRA+ for B).
+        weight_decay: The weight decay, likewise.
+    """
+    own = treatments(model)
+    groups: dict[Treatment, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(own.get(parameter, Treatment()), []).append(parameter)
+    return [
+        {"params": found, "lr": lr * how.rate, "weight_decay": weight_decay * how.decay}
+        | ({} if how.algorithm is None else {"algorithm": how.algorithm})
+        for how, found in groups.items()
+    ]
+
+
+def after_step(model: nn.Module, progress: float = 1.0) -> None:
+    """Let the active adapters do what their method does after each optimizer step.
+
+    `progress` is the share of training that is done, for methods with a schedule: without it they are at its end.
+    """
     with torch.no_grad():
         for _, layer in adapted_layers(model):
             for adapter in layer.isotune.running():
-                adapter.after_step()
+                adapter.after_step(progress)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from torch import nn
 
+from isotune.bare import bare_class
 from isotune.errors import TargetError, nearest
 from isotune.matrix import Matrix
 from isotune.model.adapted import Trained
@@ -17,15 +18,21 @@ from isotune.sites import site_of
 
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
-PRESETS = ("attention", "query-value", "mlp", "all-linear")
+PRESETS = ("attention", "query-value", "mlp", "all-linear", "blocks")
 
 _QUERY_OR_VALUE = re.compile(r"(to_|w|attn_)?(q|v|query|value)(_?(proj|lin|layer)\w*)?", re.IGNORECASE)
 
 
 def find_targets(
-    model: nn.Module, targets: Targets, exclude: Targets | None = None, trained: Iterable[str] = ()
+    model: nn.Module,
+    targets: Targets,
+    exclude: Targets | None = None,
+    trained: Iterable[str] = (),
+    kinds: Collection[str] = (),
 ) -> dict[str, nn.Module]:
     """The layers that `targets` names, by path, without those that `exclude` names or that are inside `trained`.
+
+    Among `kinds` "block" lets any module count as one.
 
     Raises TargetError where nothing matches (it lists what was there) or a match is no layer that can be adapted.
     """
@@ -45,15 +52,15 @@ def find_targets(
     }
     if not found:
         raise TargetError(f"targets {targets!r} match no layer of the model. {_what_is_there(layers, targets)}")
-    owners = {id(matrix.owner) for matrix in matrices.values()}
+    owners = {id(matrix.owner) for matrix in matrices.values() if "block" not in kinds}
     found = {path: module for path, module in found.items() if id(module) not in owners}
-    unusable = {path: module for path, module in found.items() if isinstance(module, Trained) or site_of(module) is None}
+    unusable = {path: m for path, m in found.items() if isinstance(m, Trained) or not site_of(m, kinds)}
     if unusable:
         path, module = next(iter(unusable.items()))
         raise TargetError(
-            f"targets {targets!r} match {path!r}, a {type(module).__name__}, which cannot be adapted; what can be "
-            "is Linear, GPT-2's Conv1D, Conv2d and Embedding (plain ones, whose forward is the usual one), and the "
-            "matrices that other modules hold as their own parameters"
+            f"targets {targets!r} match {path!r}, a {bare_class(module).__name__}, which cannot be adapted; what can "
+            "be is Linear, GPT-2's Conv1D, Conv2d and Embedding (plain ones, whose forward is the usual one), and "
+            "the matrices that other modules hold as their own parameters"
         )
     return found
 
@@ -118,6 +125,8 @@ def _matcher(layers: dict[str, nn.Module], targets: Targets, model: nn.Module) -
 
 
 def _preset(layers: dict[str, nn.Module], preset: str, model: nn.Module) -> set[str]:
+    if preset == "blocks":
+        return {path for path in layers if isinstance(layers.get(path.rpartition(".")[0]), nn.ModuleList)}
     linear = _linear_layers(layers, model)
     attention = {path for path in linear if _in_attention(path, layers)}
     if preset == "attention":

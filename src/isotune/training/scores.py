@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,9 @@ from isotune.merging.adapters import merge
 from isotune.merging.names import model_names
 from isotune.merging.recipe import MergeRecipe
 from isotune.merging.search import search_weights
+from isotune.model.adapted import bare_copy
 from isotune.model.attach import remove
 from isotune.model.fold import fold, unfold
-from isotune.model.adapted import bare_copy
 from isotune.training.data import load_splits
 from isotune.training.evaluation import measured
 from isotune.training.folder import RunFolder, adapter_folder

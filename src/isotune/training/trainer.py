@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 import isotune
 from isotune.errors import CheckpointError, DivergedError
+from isotune.model.switch import treatments
 from isotune.training.folder import mark_complete, mark_incomplete
 from isotune.training.measure import StepTimer
 from isotune.training.weights import load_weights, save_weights
@@ -55,7 +56,7 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with a group for each of the methods' own factors on the learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        factors = isotune.learning_rate_factors(self.model)
+        factors = {p: how.rate for p, how in treatments(self.model).items() if how.rate != 1}
         for group in list(optimizer.param_groups):
             for factor in sorted({factors[p] for p in group["params"] if p in factors}):
                 own = [p for p in group["params"] if factors.get(p) == factor]
@@ -112,7 +113,7 @@ class _AdapterSteps(TrainerCallback):
     """The adapters' own update after each optimizer step, and a log line before each checkpoint."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        isotune.after_step(model)
+        isotune.after_step(model, (state.global_step + 1) / max(state.max_steps, 1))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The log is part of the checkpoint: without it a resumed run could not know its whole training loss.

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, autocast
+from isotune.adapters.contract import WeightAdapter, autocast
 from isotune.adapters.settings import Settings, other_kind, same_settings
 from isotune.errors import OptionError, TargetError
 from isotune.linalg.shards import block_affine, block_affine_rows
@@ -79,7 +79,7 @@ class BAT(Settings):
         return cls(rank=config["r"])
 
 
-class BATAdapter(Adapter):
+class BATAdapter(WeightAdapter):
     """Holds the blocks B (out / r x r x r)."""
 
     method = "bat"

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, autocast, uniform
+from isotune.adapters.contract import WeightAdapter, autocast, uniform
 from isotune.adapters.low_rank.lora import fresh_factors
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
@@ -60,7 +60,7 @@ class Hydra(Settings):
         return self.rank * (n_in + n_out) + 2 * (self.sequential_rank or self.rank) * n_out
 
 
-class HydraAdapter(Adapter):
+class HydraAdapter(WeightAdapter):
     """Holds A_p (r_p x in), B_p (out x r_p), A_s (r_s x out) and B_s (out x r_s)."""
 
     method = "hydra"

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, Side
+from isotune.adapters.contract import Side, WeightAdapter
 from isotune.adapters.settings import NotInPEFTError, Settings, other_kind
 from isotune.errors import OptionError
 from isotune.sites import Site
@@ -72,7 +72,7 @@ class IA3(Settings):
         return cls(side="in" if _is_feedforward(config, path) else "out")
 
 
-class IA3Adapter(Adapter):
+class IA3Adapter(WeightAdapter):
     """Holds l (out, or in)."""
 
     method = "ia3"

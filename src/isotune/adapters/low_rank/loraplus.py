@@ -3,7 +3,7 @@
     W' = W + s B A,   A trained at the learning rate, B at λ times it
 
 Paper: "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024, arXiv 2402.12354. Parameters and cost are
-LoRA's. The factor acts through `Adapter.learning_rates`, which isotune's trainer asks; on disk it is a LoRA. At an
+LoRA's. The factor acts through `Adapter.parameter_groups`, which isotune's trainer asks; on disk it is a LoRA. At an
 embedding both factors keep the plain rate: A starts at zero there, not B (the authors give these a rate of 1e-6).
 """
 
@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from isotune.adapters.contract import Adapter
+from isotune.adapters.contract import Adapter, Treatment
 from isotune.adapters.low_rank.lora import LoRA, LoRAAdapter
 from isotune.sites import Site
 
@@ -41,5 +41,5 @@ class LoRAPlusAdapter(LoRAAdapter):
         super().__init__(A, B, scale, dropout)
         self.ratio = ratio
 
-    def learning_rates(self) -> dict[str, float]:
-        return {"B": self.ratio}
+    def parameter_groups(self) -> dict[str, Treatment]:
+        return {"B": Treatment(rate=self.ratio)}

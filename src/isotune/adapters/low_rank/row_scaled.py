@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapted_site import AdaptedSite
-from isotune.adapters.contract import Adapter
+from isotune.adapters.contract import WeightAdapter
 from isotune.adapters.kept import Kept
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.linalg.householder import at_least_fp32
@@ -24,7 +24,7 @@ from isotune.linalg.thin import without_autocast
 from isotune.sites import Site
 
 
-class RowScaledAdapter(Adapter):
+class RowScaledAdapter(WeightAdapter):
     """Holds the product s B A, and the magnitude m (out) that the rows are scaled to."""
 
     def __init__(self, product: LoRAAdapter, magnitude: Tensor, detach_norm: bool = True) -> None:

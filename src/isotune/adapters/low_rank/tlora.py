@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter
+from isotune.adapters.contract import WeightAdapter
 from isotune.adapters.settings import Settings
 from isotune.linalg.forms import FLOPS_PER_NUMBER
 from isotune.linalg.householder import at_least_fp32
@@ -80,7 +80,7 @@ class TLoRA(Settings):
         return balanced_factors(n_in, self.digits), balanced_factors(n_out, self.digits)
 
 
-class TLoRAAdapter(Adapter):
+class TLoRAAdapter(WeightAdapter):
     """Holds the cores A (transform), B and C (residual), and P (D x t x t, frozen), the start of A."""
 
     method = "tlora"

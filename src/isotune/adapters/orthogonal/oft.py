@@ -160,8 +160,11 @@ class OFTAdapter(BlockRotation):
     def turn(self, v: Tensor, blocks: Tensor, transpose: bool) -> Tensor:
         return rotate_blocks(v, blocks.mT if transpose else blocks)
 
+    def after_step(self, progress: float) -> None:
+        self._project()
+
     @torch.no_grad()
-    def after_step(self) -> None:
+    def _project(self) -> None:
         if self.radius is None:
             return
         norms = math.sqrt(2) * torch.linalg.vector_norm(self.Q, dim=1, keepdim=True)
@@ -184,4 +187,4 @@ class OFTAdapter(BlockRotation):
         if self.s is not None:
             self.s.detach().copy_(tensors["oft_magnitude"])
         # PEFT projects before it uses Q, so that its files hold what the last step left.
-        self.after_step()
+        self._project()

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter
+from isotune.adapters.contract import WeightAdapter
 from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.errors import OptionError
 from isotune.sites import Site
@@ -82,7 +82,7 @@ class RoAd(Settings):
         return cls(variant=int(config["variant"].removeprefix("road_")), group_size=config["group_size"])
 
 
-class RoAdAdapter(Adapter):
+class RoAdAdapter(WeightAdapter):
     """Holds θ and α: out / 2, out or 2 out numbers each, group by group."""
 
     method = "road"

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, autocast, beside
+from isotune.adapters.contract import WeightAdapter, autocast, beside
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, rotation
@@ -74,7 +74,7 @@ class SODA(Settings):
         return (self.rank or min(n_in, n_out)) + sum(map(above_diagonal, self.sizes(n_in)))
 
 
-class SODAAdapter(Adapter):
+class SODAAdapter(WeightAdapter):
     """Holds δ (k), K, the numbers above the diagonals of all factors in one row, and, frozen, U, S and Vᵀ."""
 
     method = "soda"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapted_site import AdaptedSite
-from isotune.adapters.contract import Adapter, Thin
+from isotune.adapters.contract import Thin, WeightAdapter
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.linalg.householder import at_least_fp32
 from isotune.sites import Site
 
 
-class OutputScale(Adapter):
+class OutputScale(WeightAdapter):
     """`W' = diag(m) W`, with m (out), which starts at one; the bias stays."""
 
     method = "scale"
@@ -38,7 +38,7 @@ class OutputScale(Adapter):
         return self.m.to(W.dtype)[:, None] * W
 
 
-class TwoSided(Adapter):
+class TwoSided(WeightAdapter):
     """`W' = L W R`, or with a scale `W' = L diag(m) W R`.
 
     `inner` is R, a thin rotation of side "in"; `outer` is Lᵀ, one of side "out".

@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from isotune.adapters.contract import Treatment
 from isotune.adapters.settings import Settings
 from isotune.adapters.spectral.sparse_spectrum import SparseSpectrum, entry_count
 from isotune.errors import OptionError
@@ -126,10 +127,10 @@ class LoCAAdapter(SparseSpectrum):
         rows, cols, values = self.entries()
         return idct(sparse_product(dct(x), self.scale * values, rows, cols, n_out))
 
-    def learning_rates(self) -> dict[str, float]:
-        return {"locations": self.location_rate} if self.location_steps else {}
+    def parameter_groups(self) -> dict[str, Treatment]:
+        return {"locations": Treatment(rate=self.location_rate)} if self.location_steps else {}
 
-    def after_step(self) -> None:
+    def after_step(self, progress: float) -> None:
         """Count the step, choose what the next one trains, and keep θ within [0, 1]."""
         if self.location_steps:
             self._resume(self._done + 1)

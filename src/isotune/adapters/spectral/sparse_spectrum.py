@@ -18,7 +18,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from isotune.adapters.contract import Adapter
+from isotune.adapters.contract import WeightAdapter
 from isotune.errors import OptionError
 from isotune.linalg.forms import FLOPS_PER_NUMBER
 from isotune.linalg.householder import at_least_fp32
@@ -39,7 +39,7 @@ def entry_count(asked: int | None, n_in: int, n_out: int) -> int:
     return min(MOST, cells) if asked is None else asked
 
 
-class SparseSpectrum(Adapter):
+class SparseSpectrum(WeightAdapter):
     """`W' = W + Y S X`, with S (out x in) given by its entries."""
 
     @abstractmethod
