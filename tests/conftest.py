@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from laws.exemptions import EXEMPT
 
-pytest.register_assert_rewrite("laws.statements", "laws.lifecycle", "support")
+pytest.register_assert_rewrite("laws.statements", "laws.lifecycle", "laws.placement", "support")
 
 settings.register_profile(
     "isotune",

@@ -24,7 +24,10 @@ def bare(layer: nn.Module, name: str) -> Any:
     if (found := layer._parameters.get(name)) is not None:
         return found
     if not getattr(type(layer), "answers", False):
-        return getattr(layer, name, None)
+        try:
+            return getattr(layer, name)
+        except AttributeError:
+            return None
     # What answers for the adapted layer hides what parametrizations, or an older weight_norm, put in its place.
     own: Any = getattr(bare_class(layer), name, None)
     return own.__get__(layer) if isinstance(own, property) else layer.__dict__.get(name)

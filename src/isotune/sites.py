@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from isotune.bare import bare, bare_class, bare_forward, own_forward
 from isotune.errors import NoWeightError, OptionError, TargetError
@@ -28,6 +29,7 @@ class Site(ABC):
     kind: ClassVar[str]
     rotates_input: ClassVar[bool] = False  # rows of x are rows of the linear map, so they can be rotated
     rotates_output: bool = True  # all of y - b comes from one W, so rotating it is rotating W's rows
+    called: bool = True  # the layer's module calls it, and does not read its weight to compute with it itself
     features: int = -1  # the dimension of y along which its features lie
     packed: bool = False  # the weight is quantised or packed: the forward pass never asks for it
 
@@ -130,6 +132,10 @@ class LinearSite(Site):
     @property
     def readable(self) -> bool:
         return bare_class(self.layer).forward is nn.Linear.forward and super().readable
+
+    @property
+    def called(self) -> bool:  # type: ignore[override]
+        return not isinstance(self.layer, NonDynamicallyQuantizableLinear)  # of nn.MultiheadAttention
 
     @property
     def weight(self) -> Tensor:
@@ -342,7 +348,7 @@ class Block(Site):
 class MatrixSite(LinearSite):
     """One matrix of a parameter that its module computes with itself."""
 
-    readable = False  # its module asks for the parameter, not for this
+    readable = called = False
 
 
 _TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may compute in its own way

@@ -50,7 +50,7 @@ def test_packed_layer_computes_as_its_dense_twin_and_is_never_asked_for_its_weig
     "law",
     [
         "identity_at_start",
-        "forward_equals_dense_twin",
+        "forward_equals_reference",
         "gradients_are_derivatives",
         "dtype_is_kept",
         "compiles_without_a_break",

@@ -117,7 +117,7 @@ def test_an_anchored_adapter_in_pefts_own_layout_is_plain_hra_of_twice_the_rank(
     assert command("export", folder, "--to", "peft", "--output", tmp_path / "peft") == 0
     assert {key.rpartition(".")[2] for key in load_file(tmp_path / "peft/adapter_model.safetensors")} == {"hra_u"}
     loaded = isotune.load(causal(llama), tmp_path / "peft")
-    assert next(iter(loaded.model.layers[0].self_attn.q_proj.settings.values())).rank == 2 * settings.rank
+    assert next(iter(loaded.model.layers[0].self_attn.q_proj.isotune.settings.values())).rank == 2 * settings.rank
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -13,7 +13,7 @@ from hypothesis import settings as profile
 from hypothesis.strategies import SearchStrategy
 
 from isotune import Settings
-from laws import lifecycle, statements
+from laws import lifecycle, placement, statements
 from laws.case import Case, drawn_case, registered
 from laws.exemptions import EXEMPT
 from laws.layers import KINDS
@@ -21,10 +21,16 @@ from laws.options import drawn_settings
 
 Law = Callable[[Case], None]
 
-LAWS: dict[str, Law] = {law.__name__: law for law in (*statements.LAWS, *lifecycle.LAWS)}
+LAWS: dict[str, Law] = {law.__name__: law for law in (*statements.LAWS, *lifecycle.LAWS, *placement.LAWS)}
 
 # Examples of the laws whose examples are slow; the others get the profile's number.
-EXAMPLES = {"compiles_without_a_break": 3, "gradients_are_derivatives": 6}
+EXAMPLES = {
+    "compiles_without_a_break": 3,
+    "gradients_are_derivatives": 6,
+    "layer_stays_what_and_where_it_is": 4,
+    "paths_are_those_of_the_base_whatever_is_around_it": 3,
+    "new_adapters_take_over_the_mode_of_their_layer": 3,
+}
 
 
 def laws_of(*methods: type[Settings]) -> Callable[..., None]:

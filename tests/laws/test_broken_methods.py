@@ -37,6 +37,8 @@ class Broken(Settings):
             B += 0.1
         if self.breaks == "base_bits_are_never_changed":
             site.parameter.data.mul_(1.001)
+        if self.breaks == "layer_stays_what_and_where_it_is":
+            site.layer.__class__ = type("Mine", (type(site.layer),), {})
         return BrokenAdapter(A, B, self.breaks)
 
     def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
@@ -51,7 +53,7 @@ class BrokenAdapter(LowRank):
     def __init__(self, A: Tensor, B: Tensor, breaks: str) -> None:
         super().__init__()
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.breaks = breaks
+        self.breaks, self.saved = breaks, 0
         if breaks == "every_factor_moves_within_two_steps":
             self.A.register_hook(torch.zeros_like)
         if breaks == "copies_and_pickles_work":
@@ -63,8 +65,10 @@ class BrokenAdapter(LowRank):
     def forward(self, x: Tensor, site: Site) -> Tensor:
         if self.breaks == "only_the_adapter_trains":
             site.parameter.requires_grad_()
+        if self.breaks == "state_is_that_of_the_base_and_the_adapters_beside_it":
+            site.layer.register_buffer("left_behind", torch.zeros(1))
         y = super().forward(x, site)
-        if self.breaks == "forward_equals_dense_twin":
+        if self.breaks == "forward_equals_reference":
             y = y + 1e-6 * self.B.sum()
         if self.breaks == "fold_is_the_forward_and_unfold_restores":
             y = 1.01 * y
@@ -92,8 +96,14 @@ class BrokenAdapter(LowRank):
     def penalty(self) -> Tensor:
         return self.B.norm().log() if self.breaks == "penalty_is_a_finite_scalar" else super().penalty()
 
+    def train(self, mode: bool = True) -> BrokenAdapter:
+        return super().train(mode or self.breaks == "new_adapters_take_over_the_mode_of_their_layer")
+
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         state = super().peft_state(site)
+        if self.breaks == "paths_are_those_of_the_base_whatever_is_around_it":
+            self.saved += 1
+            state["broken_B"] = state["broken_B"] + self.saved
         if self.breaks == "save_and_load_repeat_the_output":
             state["broken_B"] = state["broken_B"].bfloat16().float()
         return state

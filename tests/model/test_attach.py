@@ -108,7 +108,7 @@ def test_after_step_reaches_the_active_adapters_without_gradients() -> None:
     called: list[bool] = []
     for module in model.modules():
         if hasattr(module, "after_step"):
-            module.after_step = lambda: called.append(torch.is_grad_enabled())
+            module.after_step = lambda progress: called.append(torch.is_grad_enabled())
     isotune.after_step(model)
     assert called == [False] * 5
 

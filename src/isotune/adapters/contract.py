@@ -62,6 +62,11 @@ class Adapter(nn.Module, ABC):
         """The changed weight (out, in), exactly, in W's dtype. Raises NoWeightError where the change has none."""
         raise NoWeightError(f"the change that {self.method} makes is none of a weight")
 
+    @property
+    def has_weight(self) -> bool:
+        """Whether its change is one of the weight."""
+        return type(self).weight is not Adapter.weight
+
     def bias(self, b: Tensor | None) -> Tensor | None:
         """The changed bias (out) of a layer with the bias b, in b's dtype; by default b itself."""
         return b

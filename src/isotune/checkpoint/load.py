@@ -13,7 +13,7 @@ from isotune.checkpoint.save import base_config_hash
 from isotune.checkpoint.stored import StoredAdapter, read_stored
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.adapted import bare_state
-from isotune.model.attach import attach, build_adapters
+from isotune.model.attach import attach, build_adapters, site_for
 from isotune.model.names import base_modules, changed_modules
 from isotune.model.parametrized import with_matrices
 from isotune.model.switch import use
@@ -82,7 +82,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "default") -> N
 def fill(adapter: Adapter, stored: StoredAdapter, p: str, layer: nn.Module) -> None:
     """Give an adapter built for the layer at `p` its stored tensors. Raises CheckpointError where they do not fit."""
     try:
-        adapter.load_peft_state(stored.state[p], require_site(layer, p))
+        adapter.load_peft_state(stored.state[p], site_for(layer, p, stored.settings[p]))
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{stored.path}, at {p!r}: {error.args[0]}") from None
 
@@ -115,7 +115,7 @@ def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredA
     if stored.header is None:
         return
     for p, entry in stored.header["sites"].items():
-        site = require_site(modules[p], p)
+        site = site_for(modules[p], p, stored.settings[p])
         if list(site.shape) != entry["shape"]:
             raise CheckpointError(
                 f"{other}: the weight of {p!r} was {entry['shape']} there and is {list(site.shape)} here"

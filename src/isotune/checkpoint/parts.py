@@ -32,6 +32,12 @@ class StoredParts:
 
     def __init__(self, stored: StoredAdapter, base: StoredBase | None) -> None:
         self.stored, self.base = stored, base
+        for p, entry in (stored.header or {"sites": {}})["sites"].items():
+            if entry["kind"] == "block":
+                raise CheckpointError(
+                    f"{stored.path}: the change that {stored.method} makes to the block {p!r} is none of a weight, "
+                    "which exporting, merging and diagnosing need"
+                )
         self.shared = stored.shared or _drawn(stored, base)
 
     def shape(self, p: str) -> list[int]:

@@ -20,9 +20,10 @@ from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapte
 from isotune.checkpoint.stored import FULL, MODEL, PREFIX, State, own_type
 from isotune.errors import CheckpointError
 from isotune.matrix import Matrix
+from isotune.model.attach import site_for
 from isotune.model.names import adapted_layers, trained_modules, unwrapped
 from isotune.model.switch import active_names, adapter_names
-from isotune.sites import Site, require_site
+from isotune.sites import Site
 
 # Fields of a model's config that do not decide its architecture; private ones and token ids are left out too.
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "id2label", "label2id",
@@ -46,7 +47,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
     """
     name = name or _only_adapter(model)
     parts = {
-        p: (require_site(layer, p), layer.isotune.settings[name], cast(Adapter, layer.isotune[name]))
+        p: (site_for(layer, p, own := layer.isotune.settings[name]), own, cast(Adapter, layer.isotune[name]))
         for p, layer in adapted_layers(model)
         if name in layer.isotune
     }
@@ -189,6 +190,8 @@ def _config(
 
 def refused_by_peft(site: Site) -> str | None:
     """Why PEFT's adapters would refuse this layer or compute something else on it; None where they would not."""
+    if not site.called and not isinstance(site.layer, Matrix):
+        return "is read by nn.MultiheadAttention and never called, so that PEFT's adapter on it would do nothing"
     if isinstance(site.layer, Matrix):
         return "is a parameter and no layer, which PEFT does not adapt in this form"
     if site.kind != "conv2d":

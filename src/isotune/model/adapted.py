@@ -21,7 +21,7 @@ from isotune.adapters.mixed import Routing, mixed_forward
 from isotune.adapters.settings import Settings
 from isotune.bare import HOME, bare, bare_forward, own_forward
 from isotune.errors import IsotuneError
-from isotune.sites import Site, require_site
+from isotune.sites import Site, require_site, site_of
 
 
 class Adapters(nn.ModuleDict):
@@ -78,12 +78,16 @@ class Readable(Adapted):
 
     @property
     def weight(self) -> Any:
-        """The adapted weight in the layer's own shape and dtype; the base's own parameter where nothing is active.
+        """The adapted weight in the layer's own shape and dtype, of a packed base dense and in fp32.
 
-        Over a packed base it is dense, in fp32. Raises TargetError where the base cannot be dequantised, and
-        IsotuneError where the rows of a batch use different adapters.
+        It is the base's own parameter where there is no such thing: nothing is active, what is active has no weight,
+        the rows of a batch use different adapters, or FSDP2 has sharded it. Raises TargetError where the base cannot
+        be dequantised.
         """
-        return adapted_weight(self) if self.isotune.running() else bare(self, "weight")
+        own, running = bare(self, "weight"), self.isotune.running()
+        if not running or self.isotune.routing is not None or hasattr(own, "full_tensor"):
+            return own
+        return adapted_weight(self) if all(adapter.has_weight for adapter in running) else own
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -111,10 +115,10 @@ class Trained(InPlace):
         # The copy of a half-precision module is in fp32.
         own, base = _dtype(twin.parameters()), _dtype(bare_state(self).values())
         if own == base or torch.is_autocast_enabled(next(twin.parameters()).device.type):
-            return twin.forward(*args, **kwargs)
+            return twin(*args, **kwargs)
         wanted = _dtype(tree_leaves((args, kwargs))) or base
         args, kwargs = _cast((args, kwargs), own)
-        return _cast(twin.forward(*args, **kwargs), wanted)
+        return _cast(twin(*args, **kwargs), wanted)
 
     def __getattr__(self, name: str) -> Any:
         # Who asks for a parameter or a child gets the copy's; but the table of an embedding to which a head is tied.
@@ -170,8 +174,8 @@ def leave(module: InPlace) -> None:
 
 def add_adapter(layer: nn.Module, name: str, adapter: nn.Module, settings: Settings) -> None:
     """Attach an adapter to a layer, not yet active."""
-    site = require_site(layer, name)
-    extended = extend(layer, Readable if site.readable else Adapted)
+    site = site_of(layer, settings.kinds)
+    extended = extend(layer, Readable if site is not None and site.readable else Adapted)
     extended.isotune[name] = adapter.train(layer.training)
     extended.isotune.settings[name] = settings
 
@@ -179,6 +183,9 @@ def add_adapter(layer: nn.Module, name: str, adapter: nn.Module, settings: Setti
 def add_copy(module: nn.Module, name: str) -> None:
     """Attach a copy of a module, of the base alone, not yet active; that of a half-precision one in fp32."""
     twin = bare_copy(module)
+    for hooks, found in vars(twin).items():
+        if hooks.startswith(("_forward", "_backward")) and isinstance(found, dict):
+            found.clear()  # those of the module itself run when it is called
     if _dtype(twin.parameters()) in (torch.float16, torch.bfloat16):
         twin.float()
     extend(module, Trained).isotune[name] = twin

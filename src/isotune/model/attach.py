@@ -17,7 +17,7 @@ from isotune.errors import IsotuneError, OptionError, TargetError
 from isotune.matrix import Matrix
 from isotune.model.adapted import Adapters, add_adapter, add_copy
 from isotune.model.names import adapted_layers, base_modules, changed_modules
-from isotune.model.parametrized import check_matrix, put_on, take_off, with_matrices
+from isotune.model.parametrized import check_uncalled, put_on, take_off, with_matrices
 from isotune.model.switch import adapter_names, use
 from isotune.model.targets import Targets, find_modules, find_targets, matching
 from isotune.sites import Site, device_of, site_of
@@ -84,8 +84,9 @@ def build_adapters(
         _share(adapters, layers, shared)
     for path, adapter in adapters.items():
         layer = layers[path]
-        if seed is not None and isinstance(layer, Matrix):
-            check_matrix(adapter, layer, path)
+        site = site_for(layer, path, settings[path])
+        if seed is not None and not site.called:
+            check_uncalled(adapter, site, path)
     return adapters
 
 

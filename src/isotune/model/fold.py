@@ -48,6 +48,11 @@ def fold(model: nn.Module, keep_base: bool = True) -> nn.Module:
             "cannot hold the adapted one exactly; run with the adapter beside it, or fold on the unquantised base"
         )
     for path, layer in layers.items():
+        for adapter in layer.isotune.running():
+            if not adapter.has_weight:
+                raise IsotuneError(
+                    f"{path!r} cannot be folded: the change that {adapter.method} makes there is none of a weight"
+                )
         if not isinstance(layer, Matrix) and layer._parameters.get("weight") is None:
             raise IsotuneError(f"{path!r} cannot be folded: its weight is no parameter, but computed from others")
     for module in running.values():

@@ -20,7 +20,7 @@ from isotune.errors import IsotuneError, TargetError
 from isotune.linalg.thin import without_autocast
 from isotune.matrix import Matrix, matrices_of, parametrization
 from isotune.model.adapted import InPlace, adapted_site, leave
-from isotune.sites import site_of
+from isotune.sites import Site, site_of
 
 _WHOLE = "whole"
 
@@ -158,27 +158,32 @@ def take_off(module: InPlace) -> None:
 
 
 @torch.no_grad()
-def check_matrix(adapter: Adapter, matrix: Matrix, path: str) -> None:
-    """Raise TargetError unless `weight(W)` alone is all that the adapter does on this matrix."""
+def check_uncalled(adapter: Adapter, site: Site, path: str) -> None:
+    """Raise TargetError unless `weight(W)` alone is all that the adapter does on a layer that is never called."""
     why = None
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in adapter.modules()):
         why = "its dropout acts on rows that enter a layer, which a parameter does not see: set dropout=0"
     else:
         try:
-            W = adapter.weight(matrix.weight)
+            W = adapter.weight(site.weight)
         except (IsotuneError, NotImplementedError) as error:
             why = f"it has no adapted weight to offer: {error}"
         else:
-            if W.shape != matrix.weight.shape:
-                why = f"its weight has shape {tuple(W.shape)}, not {tuple(matrix.weight.shape)}"
-            elif adapter.bias(None) is not None:
+            if W.shape != site.weight.shape:
+                why = f"its weight has shape {tuple(W.shape)}, not {tuple(site.weight.shape)}"
+            elif isinstance(site.layer, Matrix) and adapter.bias(None) is not None:
                 why = "it also changes the bias, and a parameter has none"
     if why is not None:
-        raise TargetError(f"{adapter.method} cannot adapt {path!r}, a parameter of a {_kind(matrix.owner)}: {why}")
+        raise TargetError(f"{adapter.method} cannot adapt {path!r}, a parameter of a {_owner(site.layer)}: {why}")
 
 
-def _kind(owner: nn.Module) -> str:
-    return parametrize.type_before_parametrizations(owner).__name__
+def _owner(layer: nn.Module) -> str:
+    # The one layer that is none to its module, which reads the weight and computes with it itself.
+    return (
+        parametrize.type_before_parametrizations(layer.owner).__name__
+        if isinstance(layer, Matrix)
+        else "MultiheadAttention"
+    )
 
 
 def _key(matrix: Matrix) -> str:

@@ -14,7 +14,6 @@ from torch.func import functional_call
 from isotune.adapters.contract import Adapter, Treatment
 from isotune.adapters.mixed import Mixture, Routing, thin_of
 from isotune.errors import IsotuneError, nearest
-from isotune.matrix import Matrix
 from isotune.model.adapted import Adapted
 from isotune.model.names import adapted_layers, changed_modules
 from isotune.packed import is_packed
@@ -170,9 +169,9 @@ def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
             continue
         if not isinstance(module, Adapted):
             raise IsotuneError(f"{parts[0]!r} trains {path!r} in full, which the rows of a batch must share")
-        if isinstance(module, Matrix):
-            raise IsotuneError(f"{parts[0]!r} changes {path!r}, a parameter, which the rows of a batch must share")
         site = require_site(module, path)
+        if not site.called:
+            raise IsotuneError(f"{parts[0]!r} changes {path!r}, a parameter, which the rows of a batch must share")
         adapters: dict[str, Any] = {name: module.isotune[name] for name in parts}
         layouts = {(a.method, thin_of(a, site).where): name for name, a in adapters.items()}
         if len(layouts) > 1:
