@@ -1,5 +1,6 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
 # make test   install the development tools too, then lint, type-check and run the whole suite
+# make anywhere  run the suite with other vector instructions and numbers of threads (about an hour)
 # make docs   build the documentation into site/; read it with: python3 -m http.server -d site
 # make bench  time isotune and PEFT side by side (about 20 minutes; BENCH=--quick: one) and render benchmarks/
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs bench test lint types unit clean
+.PHONY: help demo docs bench test lint types unit anywhere clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -51,6 +52,16 @@ types: $(VENV)/.installed-dev
 unit: $(VENV)/.installed-dev
 	@echo "== tests"
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
+
+# What a processor of another make would compute with; each setting is a run of the whole suite.
+SETTINGS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	ISOTUNE_TEST_THREADS=1 ISOTUNE_TEST_THREADS=2 ISOTUNE_TEST_THREADS=4
+
+anywhere: $(VENV)/.installed-dev
+	@failed=0; for setting in $(SETTINGS); do \
+		echo "== tests with $$setting"; \
+		env $$setting $(BIN)/python -m pytest -n 2 $(PYTEST) || { echo "== failed with $$setting"; failed=1; }; \
+	done; exit $$failed
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ def _seeded() -> Iterator[None]:
 
 def pytest_configure() -> None:
     # Tests are many and small: more threads than cores only get in each other's way.
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("ISOTUNE_TEST_THREADS", "1")))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -114,7 +114,7 @@ def test_adapters_of_two_slots_stack_to_the_sum_of_their_changes() -> None:
     model = adapted(minilm(), OrthA(rank=4, slot=0), ["query"])
     adapted(model, OrthA(rank=4, slot=1), ["query"], name="other", seed=1)
     isotune.use(model, "default", "other")
-    layer = next(m for m in model.modules() if hasattr(m, "parts"))
+    layer = next(m for m in model.modules() if hasattr(m, "isotune"))
     changes = [layer.isotune[name].factors(require_site(layer, "").weight) for name in ("default", "other")]
     expected = require_site(layer, "").weight + sum(B @ A for B, A in changes)
     torch.testing.assert_close(layer.weight, expected)

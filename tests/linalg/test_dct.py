@@ -73,10 +73,11 @@ def test_nothing_of_the_rows_is_saved_for_backward() -> None:
 @on_all_lengths
 def test_columns_on_demand_are_those_of_the_matrix(n: int) -> None:
     columns = torch.arange(n).flip(0)
-    torch.testing.assert_close(dct_columns(n, columns), dct_matrix(n)[:, columns].mT, rtol=0, atol=1e-14)
+    torch.testing.assert_close(dct_columns(n, columns), dct_matrix(n)[:, columns].mT, rtol=0, atol=1e-12)
 
 
 def test_columns_of_a_long_transform_keep_full_precision_where_large_angles_would_lose_it() -> None:
     n = 30_001
     C = dct_columns(n, torch.tensor([0, 17, n // 2, n - 1]))
-    torch.testing.assert_close(C @ C.mT, torch.eye(4, dtype=C.dtype), rtol=0, atol=1e-14)
+    # Sums of n products: far less than what an angle of π n² would lose, which is n² eps.
+    torch.testing.assert_close(C @ C.mT, torch.eye(4, dtype=C.dtype), rtol=0, atol=n * torch.finfo(C.dtype).eps)

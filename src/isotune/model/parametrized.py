@@ -178,12 +178,9 @@ def check_uncalled(adapter: Adapter, site: Site, path: str) -> None:
 
 
 def _owner(layer: nn.Module) -> str:
-    # The one layer that is none to its module, which reads the weight and computes with it itself.
-    return (
-        parametrize.type_before_parametrizations(layer.owner).__name__
-        if isinstance(layer, Matrix)
-        else "MultiheadAttention"
-    )
+    # A Linear that is never called is nn.MultiheadAttention's, which reads its weight and computes with it itself.
+    owner = layer.owner if isinstance(layer, Matrix) else nn.MultiheadAttention(1, 1)
+    return parametrize.type_before_parametrizations(owner).__name__
 
 
 def _key(matrix: Matrix) -> str:
