@@ -67,7 +67,7 @@ def test_zero_row_can_be_trained() -> None:
     assert (dora.product.B.grad[3] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_without_the_detached_norm_the_gradient_is_the_derivative(kind: str) -> None:
     check_law(DoRAN, kind, "gradients_are_derivatives", st.just(DoRAN(rank=2, detach_norm=False, tau_per_row=True)))
 

@@ -118,7 +118,7 @@ def test_strict_random_start_is_a_symmetric_involution_at_full_distance() -> Non
     assert (H - eye).norm() == pytest.approx(2 * 3**0.5)
 
 
-@given(st.sampled_from(["linear", "conv1d"]).flatmap(drawn_layer), st.integers(1, 2), st.integers(0, 99))
+@given(st.sampled_from(["linear", "gpt2_conv1d"]).flatmap(drawn_layer), st.integers(1, 2), st.integers(0, 99))
 def test_side_out_is_the_transposed_product_before_the_weight(layer: nn.Module, pairs: int, seed: int) -> None:
     site = require_site(layer, "")
     rank = min(2 * pairs, site.out_features // 2 * 2)
@@ -140,7 +140,7 @@ def test_side_in_and_side_out_differ_on_a_square_layer() -> None:
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
-@given(drawn_layer("conv2d"), st.integers(0, 99))
+@given(drawn_layer("convolution"), st.integers(0, 99))
 def test_any_convolution_equals_one_with_the_rotated_kernels(side: str, layer: nn.Conv2d, seed: int) -> None:
     torch.manual_seed(seed)
     site = require_site(layer, "")

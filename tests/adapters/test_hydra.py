@@ -16,6 +16,7 @@ from isotune.adapted_site import AdaptedSite
 from isotune.adapters.low_rank.hydra import Hydra
 from isotune.diagnostics import diagnose
 from isotune.errors import NoLowRankFormError, OptionError
+from isotune.model.catalogue import linear_site
 from isotune.sites import require_site
 from support import MINILM, STORIES, adapted, assert_same_output, minilm, move, output, stories
 
@@ -133,6 +134,8 @@ def test_inspection_measures_the_change_of_the_weight(base: Path, at: str, tmp_p
     isotune.save(model, tmp_path)
     row = diagnose(tmp_path, base).sites[0]
     assert row.change_rank == 3
-    assert row.trainable == Hydra(rank=2, sequential_rank=1).parameter_count(row.in_features, row.out_features)
+    assert row.trainable == Hydra(rank=2, sequential_rank=1).parameter_count(
+        linear_site(row.in_features, row.out_features)
+    )
     isotune.save(model, tmp_path, base_model="no/such-base")
     assert diagnose(tmp_path).sites[0].change_rank is None

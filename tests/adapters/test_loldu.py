@@ -40,7 +40,7 @@ def papers_weight(W: Tensor, z: Tensor, sigma: float, first_sigma: float) -> Ten
     return W - first_sigma * PL * D @ U + sigma * PL * z @ U
 
 
-@given(st.sampled_from(["linear", "conv1d", "conv2d", "embedding"]).flatmap(drawn_layer), st.data())
+@given(st.sampled_from(["linear", "gpt2_conv1d", "convolution", "embedding"]).flatmap(drawn_layer), st.data())
 def test_weight_is_the_papers_for_any_pivots_and_scalar(layer: nn.Module, data: st.DataObject) -> None:
     W = require_site(layer, "").weight
     r = data.draw(st.integers(1, min(W.shape)))

@@ -19,6 +19,7 @@ from torch import nn
 import isotune
 from isotune.adapters.orthogonal.psoft import PSOFT
 from isotune.errors import CheckpointError, OptionError
+from isotune.model.catalogue import linear_site
 from isotune.sites import require_site
 from support import adapted, assert_same_output, minilm, move, output, stories
 
@@ -63,8 +64,12 @@ def test_without_scales_the_angles_between_the_principal_columns_are_kept(rank: 
 
 
 def test_parameters_do_not_depend_on_the_width() -> None:
-    assert PSOFT(rank=6).parameter_count(24, 90) == PSOFT(rank=6).parameter_count(768, 768) == 15 + 12
-    assert PSOFT(rank=6, orthogonal=False, scale_in=False).parameter_count(24, 90) == 36 + 6
+    assert (
+        PSOFT(rank=6).parameter_count(linear_site(24, 90))
+        == PSOFT(rank=6).parameter_count(linear_site(768, 768))
+        == 15 + 12
+    )
+    assert PSOFT(rank=6, orthogonal=False, scale_in=False).parameter_count(linear_site(24, 90)) == 36 + 6
 
 
 def test_start_does_not_depend_on_the_signs_of_singular_vectors() -> None:

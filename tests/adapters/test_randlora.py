@@ -20,6 +20,7 @@ import isotune
 from both_ways import assert_isotune_loads, assert_peft_loads, by_peft
 from isotune.bare import bare
 from isotune.checkpoint.files import CONFIG, TENSORS
+from isotune.model.catalogue import linear_site
 from support import adapted, minilm, output, stories
 
 LAYERS = ["q_proj", "up_proj", "down_proj"]  # 64 x 64, 172 x 64 and 64 x 172
@@ -83,7 +84,7 @@ def test_change_is_of_full_rank_with_fewer_parameters_for_a_larger_rank() -> Non
         adapter, change = on_layer(8, 9, rank=rank)
         assert torch.linalg.matrix_rank(change) == 8
         counts.append(sum(p.numel() for p in adapter.parameters()))
-        assert counts[-1] == randlora(rank=rank).parameter_count(8, 9)
+        assert counts[-1] == randlora(rank=rank).parameter_count(linear_site(8, 9))
     assert counts == [40, 33, 28]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import isotune
 from isotune import Settings
 from isotune.linalg.tensor_ring import ring_matrix
+from isotune.model.catalogue import linear_site
 from isotune.sites import require_site
 from laws.layers import drawn_layer
 
@@ -51,7 +52,11 @@ def drawn_options(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@given(drawn_options(), st.sampled_from(["linear", "conv1d", "conv2d"]).flatmap(drawn_layer), st.integers(0, 99))
+@given(
+    drawn_options(),
+    st.sampled_from(["linear", "gpt2_conv1d", "convolution"]).flatmap(drawn_layer),
+    st.integers(0, 99),
+)
 def test_start_is_the_identity_and_the_count_is_what_is_trained(
     options: dict[str, Any], layer: nn.Module, seed: int
 ) -> None:
@@ -60,12 +65,16 @@ def test_start_is_the_identity_and_the_count_is_what_is_trained(
     torch.testing.assert_close(transform(adapter), torch.eye(W.shape[1], dtype=W.dtype), rtol=0, atol=1e-6)
     B, C = adapter.residual()
     assert (B @ C == 0).all()
-    assert sum(p.numel() for p in adapter.parameters()) == settings.parameter_count(W.shape[1], W.shape[0])
+    assert sum(p.numel() for p in adapter.parameters()) == settings.parameter_count(
+        linear_site(W.shape[1], W.shape[0])
+    )
 
 
 def test_count_is_the_papers_formula() -> None:
     # 768 = 12 * 8 * 8, 3072 = 16 * 16 * 12
-    assert tlora(rank=4, transform_rank=2).parameter_count(768, 3072) == 4 * (144 + 64 + 64) + 16 * (28 + 44)
+    assert tlora(rank=4, transform_rank=2).parameter_count(linear_site(768, 3072)) == 4 * (144 + 64 + 64) + 16 * (
+        28 + 44
+    )
 
 
 @given(drawn_options(), st.integers(1, 12), st.integers(1, 12))

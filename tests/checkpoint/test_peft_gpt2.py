@@ -47,7 +47,7 @@ def test_hra_on_gpt2_is_isotunes_own_type_and_exports_to_a_lora_that_peft_loads(
     model = adapted(gpt2(base), HRA(rank=4), TARGETS)
     isotune.save(model, tmp_path / "ours")
     assert "ISOTUNE_HRA" in (tmp_path / "ours" / "adapter_config.json").read_text()
-    assert "kind conv1d, which PEFT's HRA does not adapt" in (tmp_path / "ours" / "README.md").read_text()
+    assert "kind gpt2_conv1d, which PEFT's HRA does not adapt" in (tmp_path / "ours" / "README.md").read_text()
     assert torch.equal(output(isotune.load(gpt2(base), tmp_path / "ours").eval()), output(model))
     for number, source in enumerate((model, tmp_path / "ours")):
         assert isotune.export_lora(source, tmp_path / str(number)).residual < 1e-5

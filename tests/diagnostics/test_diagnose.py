@@ -215,7 +215,7 @@ def test_weights_that_a_model_stores_turned_are_measured_as_its_layers_compute(t
     found = diagnose(tmp_path / "full", tmp_path / "base", k=3)
     assert len(found.sites) == 4
     row = next(site for site in found.sites if site.site.endswith("c_attn"))
-    assert (row.kind, row.out_features, row.in_features) == ("conv1d", 96, 32)
+    assert (row.kind, row.out_features, row.in_features) == ("gpt2_conv1d", 96, 32)
     U0, U = torch.linalg.svd(before.mT)[0][:, :32], torch.linalg.svd(after.mT)[0][:, :3]
     assert row.similarity == pytest.approx((U0.mT @ U).abs().amax(0).tolist(), abs=1e-3)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +96,10 @@ def site_of_base(model: Host) -> Site:
 
 
 @st.composite
-def drawn_case(draw: DrawFn, kind: str, options: Any) -> Case:
+def drawn_case(draw: DrawFn, kind: str, options: Any, declared: Collection[str]) -> Case:
     """A case in which the options fit the layer."""
     settings = draw(options)
-    layer = draw(drawn_layer(kind))
+    layer = draw(drawn_layer(kind, declared))
     try:
         settings.build(require_site(layer, "layer"), torch.Generator())
     except OptionError:

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-KINDS = ("linear", "conv1d", "conv2d", "embedding")
+from isotune.sites import CONVOLUTIONS
+
+KINDS = ("linear", "gpt2_conv1d", "convolution", "embedding")
+"""Kinds of site as the laws draw them; a convolution is one of one, two or three dimensions."""
 SIZES = st.integers(2, 8)
 
 
+def fits(kind: str, declared: Collection[str]) -> bool:
+    """Whether a method that declares these kinds is put to the laws on this one."""
+    return bool(CONVOLUTIONS & set(declared)) if kind == "convolution" else kind in declared
+
+
 @st.composite
-def drawn_layer(draw: DrawFn, kind: str) -> nn.Module:
+def drawn_layer(draw: DrawFn, kind: str, declared: Collection[str] = CONVOLUTIONS) -> nn.Module:
     """A layer of the given kind, in float64, its values drawn by torch."""
-    layer = {"linear": _linear, "conv1d": _conv1d, "conv2d": _conv2d, "embedding": _embedding}[kind](draw)
+    if kind == "convolution":
+        layer = _convolution(draw, draw(st.sampled_from(sorted(CONVOLUTIONS & set(declared)))))
+    else:
+        layer = {"linear": _linear, "gpt2_conv1d": _conv1d, "embedding": _embedding}[kind](draw)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     with torch.no_grad():
         # Every entry, also the bias of a Conv1D (zero at first) and an embedding's padding row.
@@ -32,18 +47,22 @@ def _conv1d(draw: DrawFn) -> nn.Module:
     return Conv1D(draw(SIZES), draw(SIZES))
 
 
-def _conv2d(draw: DrawFn) -> nn.Module:
+def _convolution(draw: DrawFn, kind: str) -> nn.Module:
+    n = int(kind[4])
     groups = draw(st.integers(1, 2))
-    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    step = st.tuples(st.integers(1, 2), st.integers(1, 2))
-    padding = draw(st.one_of(st.tuples(st.integers(0, 2), st.integers(0, 2)), st.sampled_from(["same", "valid"])))
-    return nn.Conv2d(
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return draw(st.tuples(*[st.integers(low, high)] * n))
+
+    kernel = each(1, 3 if n < 3 else 2)
+    padding: Any = draw(st.sampled_from(["same", "valid", None]))
+    return {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[n](
         groups * draw(st.integers(2, 3)),
         groups * draw(st.integers(2, 3)),
-        draw(pair),
-        stride=1 if padding == "same" else draw(step),
-        padding=padding,
-        dilation=draw(step),
+        kernel,
+        stride=1 if padding == "same" else each(1, 2),
+        padding=each(0, 2) if padding is None else padding,
+        dilation=each(1, 2),
         groups=groups,
         bias=draw(st.booleans()),
         padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
@@ -60,12 +79,13 @@ def input_for(layer: nn.Module, rows: int = 12, seed: int = 0, dtype: torch.dtyp
     generator = torch.Generator().manual_seed(seed)
     if isinstance(layer, nn.Embedding):
         return torch.arange(max(rows, layer.num_embeddings)).remainder(layer.num_embeddings).reshape(1, -1)
-    if isinstance(layer, nn.Conv2d):
-        return torch.randn(2, layer.in_channels, 7, 6, generator=generator).to(dtype)
+    if isinstance(layer, _ConvNd):
+        sizes = {1: (9,), 2: (7, 6), 3: (5, 4, 4)}[len(layer.kernel_size)]
+        return torch.randn(2, layer.in_channels, *sizes, generator=generator).to(dtype)
     n_in = layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
     return torch.randn(2, rows // 2, n_in, generator=generator).to(dtype)
 
 
 def strides_with_dilation(layer: nn.Module) -> bool:
     """Whether it is a convolution with stride and dilation: torch's bf16 form gives NaN at times, on CPUs."""
-    return isinstance(layer, nn.Conv2d) and max(layer.stride) > 1 and max(layer.dilation) > 1
+    return isinstance(layer, _ConvNd) and max(layer.stride) > 1 and max(layer.dilation) > 1

@@ -12,6 +12,7 @@ from torch.func import functional_call
 import isotune
 from isotune.adapted_site import AdaptedSite
 from isotune.errors import IsotuneError
+from isotune.model.catalogue import linear_site
 from isotune.sites import Site
 from laws.case import Case, adapter_of, move, site_of_base, trainable
 from laws.layers import strides_with_dilation
@@ -137,11 +138,11 @@ def parameter_count_is_as_declared(case: Case) -> None:
     model = case.fresh()
     site, method = site_of_base(model), type(case.method)
     trained = sum(p.numel() for p in trainable(model))
-    assert trained == case.method.parameter_count(site.in_features, site.out_features, site.kind)
+    assert trained == case.method.parameter_count(site)
     default = method()
     letters = {"rank": getattr(default, "rank", None), "n_in": 48, "n_out": 80}
     functions = {"__builtins__": {}, "min": min, "max": max, "ceil": math.ceil}
-    assert eval(method.formula, functions, letters) == default.parameter_count(48, 80)
+    assert eval(method.formula, functions, letters) == default.parameter_count(linear_site(48, 80))
 
 
 def penalty_is_a_finite_scalar(case: Case) -> None:

@@ -16,7 +16,7 @@ from isotune import Settings
 from laws import lifecycle, placement, statements
 from laws.case import Case, drawn_case, registered
 from laws.exemptions import EXEMPT
-from laws.layers import KINDS
+from laws.layers import KINDS, fits
 from laws.options import drawn_settings
 
 Law = Callable[[Case], None]
@@ -39,7 +39,7 @@ def laws_of(*methods: type[Settings]) -> Callable[..., None]:
         pytest.param(method, kind, law, id=f"{method.name}-{kind}-{law}")
         for method in methods
         for kind in KINDS
-        if kind in method.kinds
+        if fits(kind, method.kinds)
         for law in LAWS
     ]
 
@@ -59,7 +59,7 @@ def check_law(method: type[Settings], kind: str, law: str, options: SearchStrate
     options = drawn_settings(method) if options is None else options
 
     @profile(max_examples=EXAMPLES.get(law, profile().max_examples))
-    @given(drawn_case(kind, options))
+    @given(drawn_case(kind, options, method.kinds))
     def hold(case: Case) -> None:
         LAWS[law](case)
 

@@ -41,8 +41,8 @@ class Broken(Settings):
             site.layer.__class__ = type("Mine", (type(site.layer),), {})
         return BrokenAdapter(A, B, self.breaks)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return n_in + n_out + (self.breaks == "parameter_count_is_as_declared")
+    def parameter_count(self, site: Site) -> int:
+        return site.in_features + site.out_features + (self.breaks == "parameter_count_is_as_declared")
 
 
 class BrokenAdapter(LowRank):

@@ -34,8 +34,8 @@ class Bottleneck(Settings):
         D = torch.randn(self.rank, site.in_features, generator=generator) / site.in_features**0.5
         return BottleneckBranch(D, torch.zeros(site.out_features, self.rank))
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * (n_in + n_out)
+    def parameter_count(self, site: Site) -> int:
+        return self.rank * (site.in_features + site.out_features)
 
 
 class BottleneckBranch(Branch):

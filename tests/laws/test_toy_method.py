@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune import Settings, WeightAdapter
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 from laws.suite import laws_of
 
 
@@ -17,7 +17,7 @@ class Gain(Settings):
     """W' = diag(g) W: every output scaled."""
 
     name: ClassVar[str] = "gain"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "it starts from ones; nothing is drawn"}
@@ -31,8 +31,8 @@ class Gain(Settings):
     def build(self, site: Site, generator: torch.Generator) -> GainAdapter:
         return GainAdapter(torch.full((site.out_features,), self.start))
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return n_out
+    def parameter_count(self, site: Site) -> int:
+        return site.out_features
 
 
 class GainAdapter(WeightAdapter):

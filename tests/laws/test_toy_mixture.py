@@ -43,8 +43,8 @@ class Experts(Settings):
         router.weight.data = torch.randn(2, site.in_features, generator=generator)
         return ExpertsAdapter(experts, router if self.routed else None)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return 2 * (n_in + n_out) + (2 * n_in if self.routed else 0)
+    def parameter_count(self, site: Site) -> int:
+        return 2 * (site.in_features + site.out_features) + (2 * site.in_features if self.routed else 0)
 
 
 class ExpertsAdapter(Mixture):

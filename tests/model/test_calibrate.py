@@ -99,7 +99,7 @@ def test_a_real_models_padding_does_not_count_and_neither_does_the_batch_size() 
         assert (one - wrong).norm() > 0.02 * one.norm()
 
 
-@given(drawn_layer("conv2d"))
+@given(drawn_layer("convolution", ["conv2d"]))
 def test_rows_of_a_convolution_are_its_patches(layer: nn.Conv2d) -> None:
     layer = layer.float()
     x = input_for(layer, dtype=torch.float32)

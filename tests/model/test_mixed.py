@@ -30,7 +30,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "linear, rows": (lambda: nn.Linear(12, 8), lambda: torch.randn(6, 12)),
     "linear, tokens": (lambda: nn.Linear(12, 8, bias=False), lambda: torch.randn(6, 5, 12)),
     "linear, more": (lambda: nn.Linear(12, 8), lambda: torch.randn(6, 2, 3, 12)),
-    "conv1d": (lambda: transformers.pytorch_utils.Conv1D(8, 12), lambda: torch.randn(6, 5, 12)),
+    "gpt2_conv1d": (lambda: transformers.pytorch_utils.Conv1D(8, 12), lambda: torch.randn(6, 5, 12)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, groups=2), lambda: torch.randn(6, 4, 9)),
+    "conv3d": (lambda: nn.Conv3d(2, 5, 2, padding=1), lambda: torch.randn(6, 2, 3, 4, 3)),
     "conv2d": (
         lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="circular"),
         lambda: torch.randn(6, 4, 5, 7),
@@ -180,8 +182,8 @@ class Dense(Settings):
     def build(self, site: Site, generator: torch.Generator) -> DenseAdapter:
         return DenseAdapter(torch.zeros(site.out_features, site.in_features))
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return n_in * n_out
+    def parameter_count(self, site: Site) -> int:
+        return site.in_features * site.out_features
 
 
 class DenseAdapter(WeightAdapter):

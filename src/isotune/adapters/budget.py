@@ -11,7 +11,7 @@ from isotune.sites import Site
 
 def total_parameters(settings: Settings, sites: Sequence[Site]) -> int:
     """Trainable parameters of the method on all of the sites."""
-    return sum(settings.parameter_count(site.in_features, site.out_features, site.kind) for site in sites)
+    return sum(settings.parameter_count(site) for site in sites)
 
 
 def nearest_to(budget: int, settings: Settings, sites: Sequence[Site]) -> Settings:

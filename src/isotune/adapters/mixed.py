@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Adapter, Thin, WeightAdapter, autocast
 from isotune.bare import bare_class
 from isotune.errors import IsotuneError
-from isotune.sites import Site
-
-_LEAST_DIMENSIONS = {"conv2d": 4, "embedding": 1}  # of a batch, by kind of site; the others: 2
+from isotune.sites import CONVOLUTIONS, Site
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Routing:
         """
         b = len(self.weights)
         times, rest = divmod(x.shape[0] if x.dim() else 0, b)
-        if x.dim() < _LEAST_DIMENSIONS.get(site.kind, 2) or rest or not times:
+        if x.dim() < site.batch_dimensions or rest or not times:
             raise IsotuneError(
                 f"the routing was given {b} rows, but a {bare_class(site.layer).__name__} got an input of shape "
                 f"{tuple(x.shape)}, which is no batch of {b}, nor of a multiple of it; name one adapter, or None, or "
@@ -158,7 +156,7 @@ def _selected(x: Tensor, site: Site, thin: Sequence[Thin], weights: Tensor) -> T
     B = torch.cat([_padded(t.R.mT, r) for t in thin], dim=1)
     z = site.project(x, A)
     # A grouped convolution has K r features for each of its groups; an embedding has them last.
-    features = 1 if site.kind.startswith("conv") else z.dim() - 1
+    features = 1 if site.kind in CONVOLUTIONS else z.dim() - 1
     groups = z.shape[features] // (K * r)
     mask = weights.repeat_interleave(r, dim=1).repeat(1, groups).to(z.dtype)
     shape = [1] * z.dim()

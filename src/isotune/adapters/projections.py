@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from isotune.adapters.settings import Settings, other_kind
-from isotune.sites import Site
+from isotune.sites import LINEAR, Site
 
 
 class RandomProjections(Settings):
@@ -31,7 +31,7 @@ class RandomProjections(Settings):
 
     @classmethod
     def refused_by_peft(cls, site: Site) -> str | None:
-        return other_kind(site, "linear", "conv1d")
+        return other_kind(site, *LINEAR)
 
     def common_peft_fields(self) -> dict[str, Any]:
         """The options above in PEFT's config."""

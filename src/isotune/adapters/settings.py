@@ -83,8 +83,8 @@ class Settings(Options, ABC):
         return False
 
     @abstractmethod
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        """Trainable parameters at a site of the given kind with W of shape (n_out, n_in)."""
+    def parameter_count(self, site: Site) -> int:
+        """Trainable parameters at a site, of which only the kind and the sizes count."""
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:

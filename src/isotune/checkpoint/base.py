@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from isotune.errors import CheckpointError
 from isotune.matrix import as_matrix
@@ -134,25 +134,3 @@ def _folder(name: str | Path) -> Path:
             f"the base model {str(name)!r} is no folder here and could not be had from the hub "
             f"({type(error).__name__}); name a folder with base=... (--base)"
         ) from None
-
-
-def stored_layer(kind: str, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    """A layer of the given site kind that holds `weight` (in the layer's own shape), `bias`, and nothing else."""
-    layer: nn.Module
-    with torch.device("meta"):
-        if kind == "embedding":
-            layer = nn.Embedding(*weight.shape)
-        elif kind == "conv2d":
-            out, n_in, *kernel = weight.shape
-            layer = nn.Conv2d(n_in, out, tuple(kernel), bias=False)  # type: ignore[arg-type]
-        elif kind == "conv1d":
-            from transformers.pytorch_utils import Conv1D
-
-            layer = Conv1D(weight.shape[1], weight.shape[0])
-        else:
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if kind != "embedding":
-        # None for a Conv1D, too, which is never made without one.
-        layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-    return layer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Adapter, Rotation
 from isotune.adapters.low_rank.lora import lora_tensors
-from isotune.checkpoint.base import StoredBase, stored_layer
+from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.card import export_card
 from isotune.checkpoint.files import CARD, TENSORS, check_writable, replaced_folder, write_adapter
 from isotune.checkpoint.parts import Part, stored_parts
@@ -23,7 +23,7 @@ from isotune.checkpoint.stored import PREFIX, StoredAdapter, read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError, TargetError
 from isotune.model.adapted import current
 from isotune.model.names import adapted_layers, check_one_weight, trained_modules
-from isotune.sites import LinearSite, Site, require_site
+from isotune.sites import LinearSite, Site, require_site, stored_layer
 
 _PROBES = 16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from isotune.adapters.contract import Adapter
-from isotune.checkpoint.base import StoredBase, stored_layer
+from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.load import fill
 from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.model.attach import build_adapters, draw_shared
-from isotune.sites import Site, require_site
+from isotune.sites import Site, require_site, stored_layer
 
 Part = tuple[str, Site, list[Adapter]]  # path, bare site, adapters in the order in which they are stacked
 
@@ -112,8 +112,8 @@ def _shape_of_lora(stored: StoredAdapter, p: str) -> list[int] | None:
 def _kind(stored: StoredAdapter, p: str, dimensions: int) -> str:
     if stored.header is not None:
         return str(stored.header["sites"][p]["kind"])
-    if dimensions == 4:
-        return "conv2d"
+    if dimensions > 2:
+        return f"conv{dimensions - 2}d"
     if "lora_embedding_A" in stored.state[p]:
         return "embedding"
-    return "conv1d" if stored.config.get("fan_in_fan_out") else "linear"
+    return "gpt2_conv1d" if stored.config.get("fan_in_fan_out") else "linear"

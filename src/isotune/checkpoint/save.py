@@ -23,7 +23,7 @@ from isotune.matrix import Matrix
 from isotune.model.attach import site_for
 from isotune.model.names import adapted_layers, trained_modules, unwrapped
 from isotune.model.switch import active_names, adapter_names
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, Site
 
 # Fields of a model's config that do not decide its architecture; private ones and token ids are left out too.
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "id2label", "label2id",
@@ -158,7 +158,7 @@ def peft_fields(kinds: dict[str, str], trained: list[str], base_model: str | Non
         "modules_to_save": sorted(trained) or None,
         "task_type": None,
     }
-    if "conv1d" in kinds.values():
+    if "gpt2_conv1d" in kinds.values():
         fields["fan_in_fan_out"] = True
     return fields
 
@@ -179,6 +179,8 @@ def _config(
             for p, (site, own, _) in parts.items():
                 if why := entries[p].get("refused") or own.refused_by_peft(site) or own.differs_in_peft(site):
                     raise NotInPEFTError(f"{p} {why}")
+                if site.kind in CONVOLUTIONS - {"conv2d"} and method.peft_type != "LORA":
+                    raise NotInPEFTError(f"{p} is of the kind {site.kind}, which PEFT adapts with LoRA and DoRA only")
             return {"peft_type": method.peft_type, **common, **method.peft_config(settings)}, None
         except NotInPEFTError as error:
             reason = str(error)
@@ -194,12 +196,12 @@ def refused_by_peft(site: Site) -> str | None:
         return "is read by nn.MultiheadAttention and never called, so that PEFT's adapter on it would do nothing"
     if isinstance(site.layer, Matrix):
         return "is a parameter and no layer, which PEFT does not adapt in this form"
-    if site.kind != "conv2d":
+    if site.kind not in CONVOLUTIONS:
         return None
     conv: Any = site.layer
     if conv.groups != 1:
         return f"is a convolution with groups={conv.groups}, which PEFT does not adapt in this form"
-    if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+    if max(conv.dilation) > 1 or conv.padding_mode != "zeros":
         return "is a convolution whose dilation or padding mode PEFT ignores"
     return None
 
@@ -208,9 +210,7 @@ def _entry(site: Site, stored: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the header says of a site beside its settings; `stored` is what it said when the site was saved before."""
     if stored is not None:
         return {key: value for key, value in stored.items() if key != "settings"}
-    entry: dict[str, Any] = {"kind": site.kind, "shape": list(site.shape)}
-    if isinstance(site.layer, Matrix):
-        entry["matrix"] = {"index": site.layer.index, "transposed": site.layer.transposed}
+    entry = site.entry()
     if why := refused_by_peft(site):
         entry["refused"] = why
     return entry

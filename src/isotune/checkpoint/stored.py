@@ -16,6 +16,7 @@ from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import Settings
 from isotune.checkpoint.files import TENSORS, read_adapter
 from isotune.errors import CheckpointError, OptionError
+from isotune.sites import current_entry
 
 MODEL = "base_model."  # before what a model's adapters share
 PREFIX = "base_model.model."  # before the path of a module
@@ -149,6 +150,8 @@ def _from_isotune(
             f"{path}: the config says {config['peft_type']!r}, but the tensors are those of {method.name!r}; "
             "the folder mixes two adapters"
         )
+    sites = {p: current_entry(entry) for p, entry in sites.items()}
+    header = {**header, "sites": sites}
     settings = {p: method(**site.get("settings", header["settings"])) for p, site in sites.items()}
     _check_shared(path, next(iter(settings.values())), shared)
     return StoredAdapter(path, config, header, settings, dict(state), trained, shared, {})

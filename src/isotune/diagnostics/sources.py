@@ -171,7 +171,8 @@ class CheckpointSource(Source):
         turned = name in self.kinds.transposed
         after = at_least_fp32(as_matrix(self.stored.tensor(name), None, turned))
         W = at_least_fp32(as_matrix(self.origin.tensor(own), None, turned))
-        kind = "conv2d" if len(self.stored.headers[name].shape) == 4 else "conv1d" if turned else "linear"
+        dimensions = len(self.stored.headers[name].shape) - 2
+        kind = f"conv{dimensions}d" if dimensions else "gpt2_conv1d" if turned else "linear"
         rows, columns = W.shape
         return Weight(path, kind, self.method, (rows, columns), W.numel(), W, after.to(W.dtype) - W)
 

@@ -28,7 +28,7 @@ from isotune.merging.likelihood import Expectation, directions, scores_of
 from isotune.model.adapted import Adapted, Trained, current
 from isotune.model.names import base_modules, check_one_weight
 from isotune.model.passes import arguments_of, batch_bar, evaluating
-from isotune.sites import Site, device_of, require_site, site_of
+from isotune.sites import CONVOLUTIONS, Site, device_of, require_site, site_of
 
 _AT_ONCE = 2**24
 """Entries of per-example gradients that are held at a time, or those of one example."""
@@ -131,11 +131,11 @@ class _Watched:
     def rows(self, x: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """x as (n, groups, t, in), and y, or its gradient, as (n, groups, t, out / groups)."""
         d = self.site.in_features
-        if self.site.kind == "conv2d":
+        if self.site.kind in CONVOLUTIONS:
             eye = torch.eye(d, dtype=x.dtype, device=x.device)
             groups = int(self.site.layer.groups)
             x = self.site.project(x, eye).reshape(n, groups, d, -1).mT
-            return x, y.reshape(n, groups, y.shape[-3] // groups, -1).mT
+            return x, y.reshape(n, groups, y.shape[self.site.features] // groups, -1).mT
         if self.site.kind == "embedding":
             return x.reshape(n, 1, -1, 1), y.reshape(n, 1, -1, y.shape[-1])
         return x.reshape(n, 1, -1, d), y.reshape(n, 1, -1, y.shape[-1])

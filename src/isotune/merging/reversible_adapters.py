@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from isotune.adapters.low_rank.lora import LoRA
-from isotune.checkpoint.base import StoredBase, stored_layer
+from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.files import check_writable, replaced_folder
 from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import StoredAdapter
@@ -23,7 +23,7 @@ from isotune.merging.modules import TASK
 from isotune.merging.names import model_names
 from isotune.merging.reversible import INDEX, Granularity, Reversible, compress
 from isotune.merging.sealed import Shapes, read_sealed, write_sealed
-from isotune.sites import require_site
+from isotune.sites import current_entry, require_site, stored_layer
 
 NAME = "adapters"
 
@@ -121,7 +121,7 @@ def recover_adapter(folder: str | Path, name: str, output: str | Path) -> Path:
     settings = LoRA(rank=max((change.rank for change in changes.values()), default=0) or 1)
     parts: dict[str, Any] = {}
     for path, (B, A) in changes.items():
-        entry = sites[path]
+        entry = current_entry(sites[path])
         site = require_site(stored_layer(entry["kind"], torch.empty(entry["shape"], device="meta")), path)
         more = settings.rank - len(A)
         parts[path] = (site, settings, settings.adapter(pad(A, (0, 0, 0, more)), pad(B, (0, more)), site))
@@ -131,7 +131,7 @@ def recover_adapter(folder: str | Path, name: str, output: str | Path) -> Path:
         for path, shapes in adapters[name]["trained"].items()
     }
     of = adapters[name]
-    entries = {path: sites[path] for path in parts}
+    entries = {path: current_entry(sites[path]) for path in parts}
     return write_parts(output, parts, trained, of["base_model"], of["base_config"], entries, files={TASK: of["task"]})
 
 

@@ -16,7 +16,7 @@ from isotune.linalg.thin import without_autocast
 from isotune.model.adapted import Adapted
 from isotune.model.names import adapted_layers
 from isotune.model.passes import arguments_of, batch_bar, evaluating
-from isotune.sites import Site, device_of, require_site
+from isotune.sites import CONVOLUTIONS, Site, device_of, require_site
 
 
 @torch.no_grad()
@@ -175,8 +175,8 @@ def _rows(x: Tensor, site: Site, mask: Tensor | None) -> Tensor:
         # What the layer would multiply its weight with: its output for the identity in the place of the weight.
         eye = torch.eye(site.in_features, dtype=site.weight.dtype, device=x.device)
         x = site.project(x, eye)
-        if site.kind == "conv2d":
-            return x.movedim(-3, -1).reshape(-1, site.in_features)
+        if site.kind in CONVOLUTIONS:
+            return x.movedim(site.features, -1).reshape(-1, site.in_features)
     if mask is not None and mask.shape == x.shape[:-1]:
         return x[mask.bool()]
     if mask is not None and x.dim() == 2 and mask.dim() == 2 and len(x) == mask.numel():

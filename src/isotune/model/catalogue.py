@@ -17,12 +17,12 @@ from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.errors import IsotuneError, OptionError
 from isotune.model.attach import build_adapters
-from isotune.sites import LinearSite, Site, require_site
+from isotune.sites import CONVOLUTIONS, LinearSite, Site, require_site
 
 _SIZES = ((64, 96), (128, 128), (256, 256), (1024, 1024))
 """(in, out) of the layers to probe on; the first that a method's default options fit is used."""
 
-KINDS = ("linear", "conv1d", "conv2d", "embedding")
+KINDS = ("linear", "gpt2_conv1d", "conv1d", "conv2d", "conv3d", "embedding")
 Built = tuple[Site, Adapter]
 
 
@@ -93,12 +93,12 @@ def probe(kind: type[Settings], sites: Mapping[str, Site] | None = None) -> Meth
 
 
 def _layer(kind: str, n_in: int, n_out: int) -> nn.Module:
-    if kind == "conv1d":
+    if kind == "gpt2_conv1d":
         from transformers.pytorch_utils import Conv1D
 
         return Conv1D(n_out, n_in)
-    if kind == "conv2d":
-        return nn.Conv2d(n_in, n_out, 3, padding=1)
+    if kind in CONVOLUTIONS:
+        return {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[kind](n_in, n_out, 3, padding=1)
     return nn.Linear(n_in, n_out) if kind == "linear" else nn.Embedding(n_in, n_out)
 
 
@@ -121,8 +121,8 @@ def _rows(site: Site) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if site.kind == "embedding":
         return torch.randint(site.in_features, (4, 5), generator=generator)
-    if site.kind == "conv2d":
-        return torch.randn(2, site.layer.in_channels, 5, 5, generator=generator)
+    if site.kind in CONVOLUTIONS:
+        return torch.randn(2, site.layer.in_channels, *(5,) * (-1 - site.features), generator=generator)
     return torch.randn(4, site.in_features, generator=generator)
 
 
@@ -214,6 +214,6 @@ def _trained(settings: Settings, site: Site) -> Iterator[int]:
         adapter = settings.shell(site)
     except (NotImplementedError, RuntimeError):
         # A start that is computed from values, which a layer on the meta device does not have.
-        yield settings.parameter_count(site.in_features, site.out_features, site.kind)
+        yield settings.parameter_count(site)
         return
     yield from (parameter.numel() for parameter in adapter.parameters())

@@ -19,7 +19,7 @@ from isotune.adapters.contract import Adapter
 from isotune.errors import IsotuneError, TargetError
 from isotune.linalg.thin import without_autocast
 from isotune.matrix import Matrix, matrices_of, parametrization
-from isotune.model.adapted import InPlace, adapted_site, leave
+from isotune.model.adapted import InPlace, Trained, adapted_site, leave
 from isotune.sites import Site, site_of
 
 _WHOLE = "whole"
@@ -118,15 +118,19 @@ def with_matrices(modules: dict[str, nn.Module], wanted: Iterable[str]) -> dict[
     """The modules by path, with the matrices of their parameters too where a wanted path is no module's."""
     if all(path in modules for path in wanted):
         return modules
-    return {**matrices_by_path(modules), **modules}
+    return {**matrices_by_path(modules, older=True), **modules}
 
 
-def matrices_by_path(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The matrices of the parameters of all modules that are no layer themselves."""
+def matrices_by_path(modules: Mapping[str, nn.Module], older: bool = False) -> dict[str, nn.Module]:
+    """The matrices of the parameters of all modules that are no layer themselves.
+
+    With `older` also those of modules that have become layers since files were written.
+    """
     return {
         f"{path}.{name}" if path else name: matrix
         for path, module in modules.items()
-        if not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, InPlace, Matrix)) and not site_of(module)
+        if not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, Trained, Matrix))
+        and (not site_of(module) or (older and isinstance(module, (nn.Conv1d, nn.Conv3d))))
         for name, matrix in matrices_of(module)
     }
 

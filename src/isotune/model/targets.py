@@ -14,7 +14,7 @@ from isotune.matrix import Matrix
 from isotune.model.adapted import Trained
 from isotune.model.names import base_modules
 from isotune.model.parametrized import matrices_by_path
-from isotune.sites import site_of
+from isotune.sites import LINEAR, WHAT_CAN_BE_ADAPTED, site_of
 
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -59,8 +59,8 @@ def find_targets(
         path, module = next(iter(unusable.items()))
         raise TargetError(
             f"targets {targets!r} match {path!r}, a {bare_class(module).__name__}, which cannot be adapted; what can "
-            "be is Linear, GPT-2's Conv1D, Conv2d and Embedding (plain ones, whose forward is the usual one), and "
-            "the matrices that other modules hold as their own parameters"
+            f"be is {WHAT_CAN_BE_ADAPTED} (plain ones, whose forward is the usual one), and the matrices that other "
+            "modules hold as their own parameters"
         )
     return found
 
@@ -147,7 +147,7 @@ def _linear_layers(layers: dict[str, nn.Module], model: nn.Module) -> set[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     site = site_of(module)
-    return site is not None and site.kind in ("linear", "conv1d")
+    return site is not None and site.kind in LINEAR
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -179,7 +179,7 @@ def _what_is_there(layers: dict[str, nn.Module], targets: Targets) -> str:
     matrices = matrices_by_path(layers).values()
     parameters = list(dict.fromkeys(matrix.name for matrix in matrices if isinstance(matrix, Matrix)))
     if not names and not parameters:
-        return "It has no layer that can be adapted (Linear, GPT-2's Conv1D, Conv2d, Embedding)."
+        return f"It has no layer that can be adapted ({WHAT_CAN_BE_ADAPTED})."
     asked = [targets] if isinstance(targets, str) else [] if callable(targets) else list(targets)
     known = [*PRESETS, *names, *parameters]
     hint = next((found for word in asked if (found := nearest(word, known))), "")

@@ -25,14 +25,14 @@ from isotune.adapters.settings import Settings, other_kind, same_settings
 from isotune.errors import OptionError, TargetError
 from isotune.linalg.shards import block_affine, block_affine_rows
 from isotune.linalg.thin import without_autocast
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 
 class BAT(Settings):
     """W'_pq = W_pq (I + B_p) + B_p: the blocks of W, by rows of blocks, multiplied and shifted."""
 
     name: ClassVar[str] = "bat"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "rank * n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "B starts at zero; nothing is drawn"}
@@ -59,8 +59,8 @@ class BAT(Settings):
                 ) from None
         return BATAdapter(torch.zeros(site.out_features // self.rank, self.rank, self.rank))
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * n_out
+    def parameter_count(self, site: Site) -> int:
+        return self.rank * site.out_features
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from isotune.adapters.low_rank.lora import fresh_factors
 from isotune.adapters.patterns import common_and_rest, value_at
 from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.linalg.householder import at_least_fp32
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 _SHORTEST = 1e-4
 
@@ -31,7 +31,7 @@ class DeLoRA(Settings):
     """W' = W + B diag(λ / (r |b_i| |a_i|)) A diag(|W_j|): a low-rank change of a learned size."""
 
     name: ClassVar[str] = "delora"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "rank * (n_in + n_out) + 1"
     peft_type: ClassVar[str | None] = "DELORA"
@@ -49,8 +49,8 @@ class DeLoRA(Settings):
         factors = fresh_factors(site, self.rank, torch.Generator())
         return DeLoRAAdapter(*factors, self.boundary, torch.zeros(site.in_features), self.dropout)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * (n_in + n_out) + 1
+    def parameter_count(self, site: Site) -> int:
+        return self.rank * (site.in_features + site.out_features) + 1
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from isotune.adapters.contract import check_tensors
 from isotune.adapters.low_rank.lora import LoRA, LoRAAdapter, fresh_factors
 from isotune.adapters.low_rank.row_scaled import RowScaledAdapter
 from isotune.linalg.householder import at_least_fp32
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, Site
 
 
 class DoRA(LoRA):
@@ -52,8 +52,8 @@ class DoRA(LoRA):
         """The adapter of the product s B A on a layer whose rows have these lengths (out)."""
         return DoRAAdapter(product, norms, self.detach_norm)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return super().parameter_count(n_in, n_out, kind) + n_out
+    def parameter_count(self, site: Site) -> int:
+        return super().parameter_count(site) + site.out_features
 
     @classmethod
     def peft_config(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class DoRAAdapter(RowScaledAdapter):
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         m = self.magnitude.detach()
         return self.product.peft_state(site) | {
-            "lora_magnitude_vector": m.view(1, -1, 1, 1) if site.kind == "conv2d" else m
+            "lora_magnitude_vector": site.pointwise(m[None]) if site.kind in CONVOLUTIONS else m
         }
 
     def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:

@@ -25,6 +25,7 @@ from isotune.adapters.low_rank.dora import DoRA
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.adapters.low_rank.row_scaled import RowScaledAdapter
 from isotune.adapters.settings import NotInPEFTError
+from isotune.sites import Site
 
 
 class DoRAN(DoRA):
@@ -43,8 +44,8 @@ class DoRAN(DoRA):
         t = torch.full((len(norms) if self.tau_per_row else 1,), self.tau + math.log(-math.expm1(-self.tau)))
         return DoRANAdapter(product, norms + F.softplus(t), t, self.detach_norm)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return super().parameter_count(n_in, n_out, kind) + (n_out if self.tau_per_row else 1)
+    def parameter_count(self, site: Site) -> int:
+        return super().parameter_count(site) + (site.out_features if self.tau_per_row else 1)
 
     @classmethod
     def peft_config(cls, settings: dict[str, Any]) -> dict[str, Any]:

@@ -26,14 +26,14 @@ from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.thin import without_autocast
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
 class Hydra(Settings):
     """W' = W + s B_p A_p + s B_s A_s W: a low-rank branch beside the layer and one behind it."""
 
     name: ClassVar[str] = "hydra"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 2e-3
     formula: ClassVar[str] = "rank * (n_in + 3 * n_out)"
 
@@ -56,8 +56,11 @@ class Hydra(Settings):
         sequential = uniform((rank, out), 1 / math.sqrt(out), generator), torch.zeros(out, rank)
         return HydraAdapter(parallel, sequential, self.scale, self.dropout)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * (n_in + n_out) + 2 * (self.sequential_rank or self.rank) * n_out
+    def parameter_count(self, site: Site) -> int:
+        return (
+            self.rank * (site.in_features + site.out_features)
+            + 2 * (self.sequential_rank or self.rank) * site.out_features
+        )
 
 
 class HydraAdapter(WeightAdapter):

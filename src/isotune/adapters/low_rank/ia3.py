@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Side, WeightAdapter
 from isotune.adapters.settings import NotInPEFTError, Settings, other_kind
 from isotune.errors import OptionError
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
 class IA3(Settings):
     """W' = diag(l) W, or W diag(l): every output, or input, scaled by a learned number."""
 
     name: ClassVar[str] = "ia3"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "l starts at one; nothing is drawn"}
@@ -45,15 +45,16 @@ class IA3(Settings):
 
     def build(self, site: Site, generator: torch.Generator) -> IA3Adapter:
         side = self._side_at(site.kind)
-        if side == "in" and site.kind == "conv2d" and (site.layer.groups, *site.layer.kernel_size) != (1, 1, 1):
+        windows = site.kind in CONVOLUTIONS and (site.layer.groups, *site.layer.kernel_size)
+        if side == "in" and windows and max(windows) > 1:
             raise OptionError(
                 f"ia3: the inputs of this convolution, with kernel {tuple(site.layer.kernel_size)} and groups="
-                f"{site.layer.groups}, cannot be scaled; that works with kernel (1, 1) and groups=1. Use side='out'"
+                f"{site.layer.groups}, cannot be scaled; that works with a kernel of 1 and groups=1. Use side='out'"
             )
         return IA3Adapter(torch.ones(site.in_features if side == "in" else site.out_features), side)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return n_in if self._side_at(kind) == "in" else n_out
+    def parameter_count(self, site: Site) -> int:
+        return site.in_features if self._side_at(site.kind) == "in" else site.out_features
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class IA3(Settings):
 
     @classmethod
     def refused_by_peft(cls, site: Site) -> str | None:
-        return other_kind(site, "linear", "conv1d", "conv2d")
+        return other_kind(site, *LINEAR, "conv2d")
 
     @classmethod
     def from_peft_config(cls, config: dict[str, Any], path: str) -> IA3:
@@ -91,7 +92,7 @@ class IA3Adapter(WeightAdapter):
         """`l ∘ v`, in v's dtype, for the features of v."""
         # As v + (l - 1) v: half precision holds l, a number close to one, too coarsely.
         change = (self.l - 1).to(v.dtype)
-        return torch.addcmul(v, v, change[:, None, None] if site.kind == "conv2d" else change)
+        return torch.addcmul(v, v, change[(..., *(None,) * (-1 - site.features))])
 
     def weight(self, W: Tensor) -> Tensor:
         return (W * (self.l if self.side == "in" else self.l[:, None])).to(W.dtype)
@@ -100,8 +101,8 @@ class IA3Adapter(WeightAdapter):
         return b if b is None or self.side == "in" else (b * self.l).to(b.dtype)
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
-        column = site.kind != "conv2d" and self.side == "out"
-        shape = (-1, 1) if column else (1, -1, 1, 1) if site.kind == "conv2d" else (1, -1)
+        column = site.kind not in CONVOLUTIONS and self.side == "out"
+        shape = (-1, 1) if column else (1, -1, *(1,) * (-1 - site.features))
         return {"ia3_l": self.l.detach().view(shape)}
 
 

@@ -20,14 +20,14 @@ from isotune.adapters.contract import Adapter, LowRank, check_tensors, uniform
 from isotune.adapters.patterns import common_and_rest, value_at
 from isotune.adapters.settings import NotInPEFTError, Settings, check_rank
 from isotune.errors import OptionError
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
 class LoRA(Settings):
     """W' = W + s B A: the weight plus a learned product of rank r."""
 
     name: ClassVar[str] = "lora"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 2e-3
     formula: ClassVar[str] = "rank * (n_in + n_out)"
     peft_type: ClassVar[str | None] = "LORA"
@@ -62,8 +62,8 @@ class LoRA(Settings):
         """The adapter of these options with A (r, in) and B (out, r)."""
         return LoRAAdapter(A, B, self.scale, self.dropout)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * (n_in + n_out)
+    def parameter_count(self, site: Site) -> int:
+        return self.rank * (site.in_features + site.out_features)
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
@@ -142,6 +142,6 @@ def lora_tensors(B: Tensor, A: Tensor, site: Site) -> dict[str, Tensor]:
     """B (out, r) and A (r, in) under PEFT's names and in PEFT's shapes for the kind of site; views, not copies."""
     if site.kind == "embedding":
         return {"lora_embedding_A": A, "lora_embedding_B": B}
-    if site.kind == "conv2d":
-        return {"lora_A.weight": site.layout(A), "lora_B.weight": B[:, :, None, None]}
+    if site.kind in CONVOLUTIONS:
+        return {"lora_A.weight": site.layout(A), "lora_B.weight": site.pointwise(B)}
     return {"lora_A.weight": A, "lora_B.weight": B}

@@ -22,14 +22,14 @@ from isotune.adapters.contract import LowRank
 from isotune.adapters.settings import Settings, check_rank, other_kind, same_settings
 from isotune.errors import OptionError
 from isotune.linalg.shards import shard_columns, shard_sum
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
 class MiSS(Settings):
     """W' = W + Dᵀ [I I ... I]: one matrix D, shared by all shards of the inputs."""
 
     name: ClassVar[str] = "miss"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "rank * n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "D starts at zero; nothing is drawn"}
@@ -52,8 +52,8 @@ class MiSS(Settings):
             )
         return MiSSAdapter(torch.zeros(self.rank, width), site.in_features, site.out_features, self.dropout)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * (self.mini or n_out)
+    def parameter_count(self, site: Site) -> int:
+        return self.rank * (self.mini or site.out_features)
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:

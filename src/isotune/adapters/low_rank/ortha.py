@@ -31,14 +31,14 @@ from isotune.adapters.settings import check_rank
 from isotune.errors import OptionError
 from isotune.linalg.dct import dct_columns
 from isotune.linalg.hashed import Key, normal, permutation, signs
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 
 class OrthA(LoRA):
     """W' = W + s B A, with A frozen to a part of a shared orthogonal basis, for adapters that are to be merged."""
 
     name: ClassVar[str] = "ortha"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     formula: ClassVar[str] = "rank * n_out"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "with a slot or a concept, A is the same for every seed: that is its purpose"
@@ -104,8 +104,8 @@ class OrthA(LoRA):
     def adapter(self, A: Tensor, B: Tensor, site: Site) -> Adapter:
         return OrthAAdapter(A, B, self.scale, self.dropout)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * n_out
+    def parameter_count(self, site: Site) -> int:
+        return self.rank * site.out_features
 
 
 class OrthAAdapter(LoRAAdapter):

@@ -28,14 +28,14 @@ from isotune.adapters.projections import RandomProjections
 from isotune.adapters.settings import NotInPEFTError, Settings, same_settings
 from isotune.adapters.shared import Shared, largest
 from isotune.linalg.random_bases import bfloat_bases, ternary_bases
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 
 class RandLoRA(RandomProjections):
     """W' = W + s Σ_j B_j diag(λ_j) A diag(γ_j): random bases that all layers share, up to full rank."""
 
     name: ClassVar[str] = "randlora"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "ceil(min(n_in, n_out) / rank) * (rank + min(n_in, n_out))"
     exempt: ClassVar[dict[str, str]] = {
@@ -78,8 +78,8 @@ class RandLoRA(RandomProjections):
             A, B = ternary_bases(*sizes, 3.0 if self.bases == "sparse" else math.sqrt(m), generator)
         return {"randlora_A": A, "randlora_B": B}
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        m = min(n_in, n_out)
+    def parameter_count(self, site: Site) -> int:
+        m = min(site.in_features, site.out_features)
         return self._bases_for(m) * (self.rank + m)
 
     @classmethod

@@ -30,7 +30,7 @@ from isotune.linalg.forms import FLOPS_PER_NUMBER
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.tensor_ring import balanced_factors, ring_flops, ring_products, ring_rows
 from isotune.linalg.thin import thin_add, without_autocast
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 Regularizer = Literal["identity", "orthogonal"]
 
@@ -39,7 +39,7 @@ class TLoRA(Settings):
     """W' = W T + Δ: the weight times a tensor ring near the identity, plus a tensor ring of low rank."""
 
     name: ClassVar[str] = "tlora"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "transform_rank**2 * sum(I**2) + rank**2 * (sum(I) + sum(J))"
     exempt: ClassVar[dict[str, str]] = {
@@ -72,8 +72,8 @@ class TLoRA(Settings):
         """A core (size x r x r) of the scale √n_out / n_in that muP gives a map from n_in = size r to n_out = r."""
         return torch.randn(size, self.rank, self.rank, generator=generator) / (size * math.sqrt(self.rank))
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        into, out = self._sizes(n_in, n_out)
+    def parameter_count(self, site: Site) -> int:
+        into, out = self._sizes(site.in_features, site.out_features)
         return self.transform_rank**2 * sum(size**2 for size in into) + self.rank**2 * (sum(into) + sum(out))
 
     def _sizes(self, n_in: int, n_out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -23,14 +23,14 @@ from isotune.adapters.projections import RandomProjections
 from isotune.adapters.settings import Settings, same_settings
 from isotune.adapters.shared import Shared, largest
 from isotune.linalg.random_bases import kaiming_uniform
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
 class VeRA(RandomProjections):
     """W' = W + diag(b) B diag(d) A: random matrices that all layers share, scaled by learned vectors."""
 
     name: ClassVar[str] = "vera"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank + n_out"
     exempt: ClassVar[dict[str, str]] = {
@@ -51,8 +51,8 @@ class VeRA(RandomProjections):
         A = kaiming_uniform((self.rank, n_in), generator)
         return {"vera_A": A, "vera_B": kaiming_uniform((n_out, self.rank), generator)}
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank + n_out
+    def parameter_count(self, site: Site) -> int:
+        return self.rank + site.out_features
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from isotune.adapters.settings import Settings, same_settings
 from isotune.errors import OptionError
 from isotune.linalg.butterfly import rotate_butterfly
 from isotune.linalg.cayley import above_diagonal, rotation, skew, upper_of
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 BLOCK, FACTORS = 8, 2
 
@@ -35,7 +35,7 @@ class BOFT(BlockSettings):
     """W' = diag(s) W (B_m ... B_1)ᵀ: the weight times a butterfly of block-diagonal rotations, its rows scaled."""
 
     name: ClassVar[str] = "boft"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-3
     size_option: ClassVar[str | None] = "block"
     formula: ClassVar[str] = "7 * n_in + n_out"
@@ -71,10 +71,10 @@ class BOFT(BlockSettings):
         Q = torch.zeros(m, d // b, above_diagonal(b))
         return BOFTAdapter(Q, b, side, self.scale(site), self.dropout)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        d = n_out if kind == "embedding" else n_in
+    def parameter_count(self, site: Site) -> int:
+        d = site.out_features if site.kind == "embedding" else site.in_features
         b, m = self.sizes(d)
-        return m * (d // b) * above_diagonal(b) + (n_out if self.magnitude else 0)
+        return m * (d // b) * above_diagonal(b) + (site.out_features if self.magnitude else 0)
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class BOFT(BlockSettings):
 
     @classmethod
     def refused_by_peft(cls, site: Site) -> str | None:
-        if site.kind in ("conv1d", "embedding"):
+        if site.kind in ("gpt2_conv1d", "embedding"):
             return f"is of the kind {site.kind}, which PEFT's BOFT does not adapt"
         return uneven_convolution(site)
 
@@ -131,7 +131,7 @@ class BOFTAdapter(BlockRotation):
         s = torch.ones(site.out_features) if self.s is None else self.s.detach()
         return {
             "boft_R": -skew(self.Q.detach(), self.b),
-            "boft_s": s[None] if site.kind == "conv2d" else s[:, None],
+            "boft_s": s[None] if site.kind in CONVOLUTIONS else s[:, None],
         }
 
     def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:

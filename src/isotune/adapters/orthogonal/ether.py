@@ -25,14 +25,14 @@ from isotune.adapters.settings import Settings
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.errors import OptionError
 from isotune.linalg.householder import at_least_fp32, block_columns, unit_columns
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
 class ETHER(Settings):
     """W' = W diag(H_1, ..., H_k): one learned reflection for each block of inputs; never the identity."""
 
     name: ClassVar[str] = "ether"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "n_in"
 
@@ -50,8 +50,8 @@ class ETHER(Settings):
         d = site.out_features if side == "out" else site.in_features
         return ETHERAdapter(block_vectors(self.name, d, self.blocks, side, generator), side)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return n_out if kind == "embedding" else n_in
+    def parameter_count(self, site: Site) -> int:
+        return site.out_features if site.kind == "embedding" else site.in_features
 
 
 def block_vectors(method: str, d: int, blocks: int, side: Side, generator: torch.Generator) -> Tensor:

@@ -23,14 +23,14 @@ from isotune.adapters.orthogonal.two_sided import TwoSided
 from isotune.adapters.settings import Settings
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.linalg.householder import at_least_fp32, block_columns, unit_columns
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 
 class ETHERPlus(Settings):
     """W' = H W H̃: each block of both sides exchanges one direction for another; the identity at the start."""
 
     name: ClassVar[str] = "ether_plus"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "2 * (n_in + n_out)"
 
@@ -41,8 +41,8 @@ class ETHERPlus(Settings):
         outside = block_vectors(self.name, site.out_features, self.blocks, "out", generator)
         return ETHERPlusAdapter(Exchange(inside, "in"), Exchange(outside, "out"))
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return 2 * (n_in + n_out)
+    def parameter_count(self, site: Site) -> int:
+        return 2 * (site.in_features + site.out_features)
 
 
 class Exchange(ThinRotation):

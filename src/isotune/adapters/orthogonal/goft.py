@@ -27,14 +27,14 @@ from isotune.adapters.settings import Settings
 from isotune.errors import OptionError
 from isotune.linalg.givens import givens_product, givens_rotations
 from isotune.linalg.thin import without_autocast
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
 class GOFT(Settings):
     """W' = W R: R is a product of in - 1 Givens rotations with one learned angle each."""
 
     name: ClassVar[str] = "goft"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "n_in - 1"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "all angles are 0 at every start"}
@@ -60,8 +60,10 @@ class GOFT(Settings):
         start = torch.eye(2).repeat(d - 1, 1, 1) if self.relaxed else torch.zeros(d - 1)
         return GOFTAdapter(start, side, self.penalty)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return (4 if self.relaxed else 1) * ((n_out if kind == "embedding" else n_in) - 1)
+    def parameter_count(self, site: Site) -> int:
+        return (4 if self.relaxed else 1) * (
+            (site.out_features if site.kind == "embedding" else site.in_features) - 1
+        )
 
 
 class GOFTAdapter(Rotation):

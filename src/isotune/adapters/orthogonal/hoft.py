@@ -26,7 +26,7 @@ from isotune.adapters.orthogonal.two_sided import TwoSided
 from isotune.adapters.settings import Settings, check_rank
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.linalg.householder import compact_wy, neumann_wy
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 Inverse = Literal["exact", "neumann2"]
 
@@ -35,7 +35,7 @@ class HOFT(Settings):
     """W' = Q_U W Q_V: products of r learned Householder reflections on both sides of the weight."""
 
     name: ClassVar[str] = "hoft"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "rank * (n_in + n_out)"
 
@@ -57,8 +57,8 @@ class HOFT(Settings):
     def build(self, site: Site, generator: torch.Generator) -> HOFTAdapter:
         return HOFTAdapter(*self._sides(site, generator))
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * (n_in + n_out)
+    def parameter_count(self, site: Site) -> int:
+        return self.rank * (site.in_features + site.out_features)
 
 
 def _pairs(d: int, rank: int, generator: torch.Generator) -> Tensor:

@@ -28,7 +28,7 @@ from isotune.linalg.householder import (
     orthonormal_basis,
     unit_columns,
 )
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 Start = Literal["paired", "random", "anchored"]
 
@@ -37,7 +37,7 @@ class HRA(Settings):
     """W' = W H_1 H_2 ... H_r: the weight times r learned Householder reflections."""
 
     name: ClassVar[str] = "hra"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "rank * n_in"
     peft_type: ClassVar[str | None] = "HRA"
@@ -99,8 +99,8 @@ class HRA(Settings):
         anchor = U.clone() if self.resolved_start == "anchored" else None
         return HRAAdapter(U, anchor, side, self.strict, self.penalty, self.squared)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * (n_in if self._side_at(kind) == "in" else n_out)
+    def parameter_count(self, site: Site) -> int:
+        return self.rank * (site.in_features if self._side_at(site.kind) == "in" else site.out_features)
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class HRA(Settings):
 
     @classmethod
     def refused_by_peft(cls, site: Site) -> str | None:
-        if site.kind in ("conv1d", "embedding"):
+        if site.kind in ("gpt2_conv1d", "embedding"):
             return f"is of the kind {site.kind}, which PEFT's HRA does not adapt"
         return uneven_convolution(site)
 

@@ -27,7 +27,7 @@ from isotune.adapters.settings import NotInPEFTError, Settings, same_settings
 from isotune.errors import OptionError
 from isotune.linalg.butterfly import nearest_divisor, rotate_blocks
 from isotune.linalg.cayley import above_diagonal, rotation
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 BLOCK = 16
 
@@ -36,7 +36,7 @@ class OFT(BlockSettings):
     """W' = W Rᵀ: the weight times a block-diagonal rotation."""
 
     name: ClassVar[str] = "oft"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-3
     size_option: ClassVar[str | None] = "block"
     formula: ClassVar[str] = "n_in * 15 // 2"
@@ -82,10 +82,10 @@ class OFT(BlockSettings):
         Q = torch.zeros(D, above_diagonal(b))
         return OFTAdapter(Q, b, side, self.scale(site), self.terms, radius, self.dropout)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        d = n_out if kind == "embedding" else n_in
+    def parameter_count(self, site: Site) -> int:
+        d = site.out_features if site.kind == "embedding" else site.in_features
         b = self.size(d)
-        return (1 if self.share else d // b) * above_diagonal(b) + (n_out if self.magnitude else 0)
+        return (1 if self.share else d // b) * above_diagonal(b) + (site.out_features if self.magnitude else 0)
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class OFT(BlockSettings):
 
     @classmethod
     def refused_by_peft(cls, site: Site) -> str | None:
-        if site.kind == "conv1d":
+        if site.kind == "gpt2_conv1d":
             return "is of the kind conv1d, which PEFT's OFT does not adapt"
         if site.kind == "conv2d" and site.layer.kernel_size != (1, 1):
             return "is a convolution with a kernel above 1, whose patches PEFT's OFT sums up before it convolves them"

@@ -25,14 +25,14 @@ from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, cayley, cayley_neumann, skew, upper_of
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.principal import principal_directions, row_signs
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
 class PSOFT(Settings):
     """W' = W + B (diag(β) R diag(α) - I) A: the principal part B A of the weight, rotated and rescaled."""
 
     name: ClassVar[str] = "psoft"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 2e-3
     formula: ClassVar[str] = "rank * (rank + 3) // 2"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "it starts from W's SVD; nothing is drawn"}
@@ -83,7 +83,7 @@ class PSOFT(Settings):
         left, right = (S.sqrt(), S.sqrt()) if self.basis == "balanced" else (S, torch.ones_like(S))
         return U * left, right[:, None] * Vh
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
+    def parameter_count(self, site: Site) -> int:
         return (above_diagonal(self.rank) if self.orthogonal else self.rank**2) + self.rank * (
             self.scale_in + self.scale_out
         )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from isotune.adapters.contract import WeightAdapter
 from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.errors import OptionError
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 Variant = Literal[1, 2, 4]
 
@@ -30,7 +30,7 @@ class RoAd(Settings):
     """W' = R W, b' = R b: pairs of outputs are rotated by learned angles and scaled."""
 
     name: ClassVar[str] = "road"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "n_out"
     peft_type: ClassVar[str | None] = "ROAD"
@@ -59,11 +59,11 @@ class RoAd(Settings):
                     else "an odd number has no pairs"
                 )
             )
-        size = self.parameter_count(site.in_features, site.out_features) // 2
+        size = self.parameter_count(site) // 2
         return RoAdAdapter(torch.zeros(size), torch.ones(size), self.variant, self.group_size)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.variant * n_out
+    def parameter_count(self, site: Site) -> int:
+        return self.variant * site.out_features
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:

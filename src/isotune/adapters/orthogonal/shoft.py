@@ -29,8 +29,8 @@ class SHOFT(HOFT):
     def build(self, site: Site, generator: torch.Generator) -> SHOFTAdapter:  # type: ignore[override]
         return SHOFTAdapter(*self._sides(site, generator), OutputScale(torch.ones(site.out_features)))
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return super().parameter_count(n_in, n_out, kind) + n_out
+    def parameter_count(self, site: Site) -> int:
+        return super().parameter_count(site) + site.out_features
 
 
 class SHOFTAdapter(TwoSided):

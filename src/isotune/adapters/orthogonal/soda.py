@@ -26,14 +26,14 @@ from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, rotation
 from isotune.linalg.kronecker import balanced_factors, rotate_kronecker
 from isotune.linalg.principal import principal_directions
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 
 class SODA(Settings):
     """W' = U diag(relu(S + δ)) Vᵀ (Q_1 ⊗ Q_2 ⊗ Q_3)ᵀ: shifted singular values and a Kronecker-structured rotation."""
 
     name: ClassVar[str] = "soda"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 5e-4
     formula: ClassVar[str] = "min(n_in, n_out) + c * (c - 1) / 2 for each of three balanced factors c of n_in"
     exempt: ClassVar[dict[str, str]] = {
@@ -70,8 +70,10 @@ class SODA(Settings):
         U, S, Vh = principal_directions(site.weight, self.rank or k)
         return SODAAdapter(U, S, Vh, sizes, torch.full((self.rank or k,), self.delta))
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return (self.rank or min(n_in, n_out)) + sum(map(above_diagonal, self.sizes(n_in)))
+    def parameter_count(self, site: Site) -> int:
+        return (self.rank or min(site.in_features, site.out_features)) + sum(
+            map(above_diagonal, self.sizes(site.in_features))
+        )
 
 
 class SODAAdapter(WeightAdapter):

@@ -25,7 +25,7 @@ from torch import Tensor
 from isotune.adapters.spectral.principal import Principal, PrincipalSettings, Sizes
 from isotune.errors import IsotuneError, OptionError
 from isotune.linalg.triplets import Fuse, context_triplets, fused, singular_triplets
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 Mode = Literal["ipm", "kpm"]
 
@@ -35,7 +35,7 @@ class CorDA(PrincipalSettings):
 
     name: ClassVar[str] = "corda"
     # An embedding's inputs are one-hot rows, whose covariance is as large as the vocabulary is wide, squared.
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
 
     mode: Mode = Field(
         "ipm", description="Train the largest components of task data (ipm), or the smallest of data to keep (kpm)."

@@ -25,14 +25,14 @@ from isotune.adapters.settings import NotInPEFTError, Settings
 from isotune.adapters.spectral.sparse_spectrum import MOST, SparseSpectrum, entry_count
 from isotune.linalg.fourier import real_fourier, real_fourier_transpose
 from isotune.linalg.sparse import scattered, sparse_product
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 
 class FourierFT(Settings):
     """W' = W + s Re(ifft2(S)): a change with few Fourier coefficients."""
 
     name: ClassVar[str] = "fourierft"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 5e-2
     size_option: ClassVar[str | None] = "n_frequency"
     formula: ClassVar[str] = "1000"
@@ -60,8 +60,8 @@ class FourierFT(Settings):
         spectrum = torch.zeros(n) if self.start == "zero" else torch.randn(n, generator=generator)
         return FourierFTAdapter(spectrum, drawn_cells(n, n_in * n_out, self.seed), n_in, self.scale)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return entry_count(self.n_frequency, n_in, n_out)
+    def parameter_count(self, site: Site) -> int:
+        return entry_count(self.n_frequency, site.in_features, site.out_features)
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class FourierFT(Settings):
 
     @classmethod
     def refused_by_peft(cls, site: Site) -> str | None:
-        if site.kind == "conv2d":
+        if site.kind in CONVOLUTIONS:
             return "is a convolution, which PEFT's FourierFT does not adapt"
         if site.in_features * site.out_features < MOST:
             return f"has fewer than {MOST} weights, where PEFT's FourierFT refuses its default number of frequencies"

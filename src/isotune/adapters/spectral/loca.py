@@ -27,7 +27,7 @@ from isotune.errors import OptionError
 from isotune.linalg.dct import dct, idct
 from isotune.linalg.node import Node
 from isotune.linalg.sparse import scattered, sparse_product
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 _CYCLE, _COEFFICIENTS = 30, 10  # steps of a cycle, and those of them that go to the coefficients
 
@@ -38,7 +38,7 @@ class LoCA(Settings):
     """W' = W + s C_outᵀ S C_in: a change with few cosine coefficients, at learned places."""
 
     name: ClassVar[str] = "loca"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 5e-3
     size_option: ClassVar[str | None] = "n_frequency"
     formula: ClassVar[str] = "1000"
@@ -69,8 +69,8 @@ class LoCA(Settings):
         size = (site.out_features, site.in_features)
         return LoCAAdapter(torch.zeros(n), locations, size, self.scale, self.location_steps, self.location_rate)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return (3 if self.location_steps else 1) * entry_count(self.n_frequency, n_in, n_out)
+    def parameter_count(self, site: Site) -> int:
+        return (3 if self.location_steps else 1) * entry_count(self.n_frequency, site.in_features, site.out_features)
 
 
 class LoCAAdapter(SparseSpectrum):

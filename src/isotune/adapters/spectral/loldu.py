@@ -23,7 +23,7 @@ from isotune.adapters.contract import LowRank
 from isotune.adapters.settings import Settings, check_rank
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.ldu import leading_ldu
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 Start = Literal["lu", "uniform", "constant", "ones", "zeros"]
 
@@ -32,7 +32,7 @@ class LoLDU(Settings):
     """W' = W + P L_r diag(σ z - σ_0 z_0) U_r: learned pivots between the weight's own triangles."""
 
     name: ClassVar[str] = "loldu"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank + 1"
     exempt: ClassVar[dict[str, str]] = {
@@ -72,7 +72,7 @@ class LoLDU(Settings):
     def _check(self, site: Site) -> None:
         check_rank(self.rank, min(site.in_features, site.out_features), "its smaller side")
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
+    def parameter_count(self, site: Site) -> int:
         return self.rank + 1
 
 

@@ -43,7 +43,7 @@ class OLoRAAdapter(PrincipalOfPEFT):
         self.place(*leading_qr(W, self.A.shape[0]))
 
     def start_as_peft(self, site: Site) -> None:
-        if site.kind != "conv1d":
+        if site.kind != "gpt2_conv1d":
             super().start_as_peft(site)
             return
         # PEFT decomposes GPT-2's weight as it lies in memory, (in, out), and takes that part of it away from W, but

@@ -24,7 +24,7 @@ from isotune.adapters.contract import LowRank, check_tensors
 from isotune.adapters.low_rank.lora import LoRA, lora_tensors
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
-from isotune.sites import Site
+from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
 class Sizes(NamedTuple):
@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
 class PrincipalSettings(Settings):
     """The options that these methods have in common."""
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 5e-4
     formula: ClassVar[str] = "rank * (n_in + n_out)"
     exempt: ClassVar[dict[str, str]] = {
@@ -76,8 +76,8 @@ class PrincipalSettings(Settings):
         adapter.start_from(W, generator)
         return adapter
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * (n_in + n_out)
+    def parameter_count(self, site: Site) -> int:
+        return self.rank * (site.in_features + site.out_features)
 
     @classmethod
     def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:

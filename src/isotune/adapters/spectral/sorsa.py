@@ -44,8 +44,8 @@ class SORSA(PrincipalSettings):
     def shell(self, site: Site) -> SORSAAdapter:
         return SORSAAdapter(self.sizes(site), self.gamma, self.squared)
 
-    def parameter_count(self, n_in: int, n_out: int, kind: str = "linear") -> int:
-        return self.rank * (n_in + n_out + 1)
+    def parameter_count(self, site: Site) -> int:
+        return self.rank * (site.in_features + site.out_features + 1)
 
 
 class SORSAAdapter(Principal):

@@ -1,0 +1,100 @@
+"""`nn.Linear`, also where its weight is packed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from isotune.bare import bare_class
+from isotune.packed import dequantized, is_packed
+from isotune.sites.site import Site
+
+_TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may compute in its own way
+
+
+class LinearSite(Site):
+    """`nn.Linear`."""
+
+    kind = "linear"
+    rotates_input = True
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear) and not is_packed(layer)
+
+    @classmethod
+    def hollow(cls, weight: Tensor) -> nn.Module:
+        return holding(weight, nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"))
+
+    def run(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.parameter, self.bias)
+
+    @property
+    def readable(self) -> bool:
+        return bare_class(self.layer).forward is nn.Linear.forward and super().readable
+
+    @property
+    def called(self) -> bool:  # type: ignore[override]
+        return not isinstance(self.layer, NonDynamicallyQuantizableLinear)  # of nn.MultiheadAttention
+
+    @property
+    def weight(self) -> Tensor:
+        return self.parameter.detach()
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.out_features
+
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        W, b = self.parameter, self.bias
+        frozen = type(W) in _TENSORS and not W.requires_grad and (b is None or not b.requires_grad)
+        # Under autocast the layer casts its weight just so; without it, other dtypes are the layer's to refuse.
+        same = W.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        if not (frozen and same and self.readable):
+            return None
+        return self.weight.to(x.dtype), None if b is None else b.to(x.dtype)
+
+    def linear(self, x: Tensor) -> Tensor:
+        plain = self.plain(x)
+        return super().linear(x) if plain is None else F.linear(x, plain[0])
+
+    def layout(self, W: Tensor) -> Tensor:
+        return W
+
+    def forward_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(x, W.to(x.dtype), b)
+
+    def project(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A.to(x.dtype))
+
+    def expand(self, z: Tensor, B: Tensor) -> Tensor:
+        return F.linear(z, B.to(z.dtype))
+
+
+class PackedLinearSite(LinearSite):
+    """`nn.Linear` whose weight is no dense floating-point tensor; `weight` is dequantised anew each time."""
+
+    packed = True
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear) and is_packed(layer)
+
+    @property
+    def weight(self) -> Tensor:
+        return dequantized(self.layer)
+
+    def plain(self, x: Tensor) -> None:
+        return None
+
+
+def holding(weight: Tensor, layer: nn.Module) -> nn.Module:
+    """The layer with this weight."""
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
