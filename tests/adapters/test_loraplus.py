@@ -12,6 +12,7 @@ from torch import nn
 
 import isotune
 from isotune import LoRA
+from isotune.adapters.contract import Treatment
 from isotune.adapters.low_rank.loraplus import LoRAPlus
 from isotune.errors import OptionError
 from isotune.model.switch import treatments
@@ -38,8 +39,8 @@ def test_learning_rates_are_those_of_pefts_optimizer() -> None:
     layer = theirs.base_model.model[0]
     ours = isotune.adapt(nn.Sequential(nn.Linear(8, 6)), LoRAPlus(rank=2), ["0"])
     rates = ours[0].isotune["default"].parameter_groups()
-    assert rate_of[layer.lora_B["default"].weight] == pytest.approx(1e-3 * rates["B"])
-    assert rate_of[layer.lora_A["default"].weight] == pytest.approx(1e-3 * rates.get("A", 1.0))
+    assert rate_of[layer.lora_B["default"].weight] == pytest.approx(1e-3 * rates["B"].rate)
+    assert rate_of[layer.lora_A["default"].weight] == pytest.approx(1e-3 * rates.get("A", Treatment()).rate)
 
 
 def test_factors_of_an_embedding_keep_the_plain_rate() -> None:

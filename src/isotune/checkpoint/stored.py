@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,11 +192,20 @@ def _from_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
             raise CheckpointError(
                 f"{path} holds {key!r}, which is no tensor of {config['peft_type']!r} and of no module to save"
             )
-    settings = {p: method.from_peft_config(config, p) for p in state}
+    names = _own_names(state)
+    settings = {own: method.from_peft_config(config, p) for p, own in names.items()}
+    state = {own: state[p] for p, own in names.items()}
     if not settings:
         raise CheckpointError(f"{path} is incomplete: it has no tensors of its type, {config['peft_type']!r}")
     _check_shared(path, next(iter(settings.values())), shared)
     return StoredAdapter(path, config, None, settings, dict(state), dict(trained), shared, base_weights)
+
+
+def _own_names(paths: Iterable[str]) -> dict[str, str]:
+    """The paths in PEFT's file with those that isotune has for the same: PEFT adapts nn.MultiheadAttention whole."""
+    inner = ".base_layer.out_proj"
+    whole = {p.removesuffix(inner) for p in paths if p.endswith(inner)}
+    return {p: f"{p}.in_proj_weight" if p in whole else p.replace(inner, ".out_proj") for p in paths}
 
 
 def _split_shared(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

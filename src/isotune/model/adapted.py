@@ -114,11 +114,15 @@ class Trained(InPlace):
             return bare_forward(self, *args, **kwargs)
         # The copy of a half-precision module is in fp32.
         own, base = _dtype(twin.parameters()), _dtype(bare_state(self).values())
-        if own == base or torch.is_autocast_enabled(next(twin.parameters()).device.type):
+        if own == base:
             return twin(*args, **kwargs)
-        wanted = _dtype(tree_leaves((args, kwargs))) or base
+        given = _dtype(tree_leaves((args, kwargs)))
+        if given is None:  # indices into an embedding
+            return _cast(twin(*args, **kwargs), base)
+        if torch.is_autocast_enabled(next(twin.parameters()).device.type):
+            return twin(*args, **kwargs)
         args, kwargs = _cast((args, kwargs), own)
-        return _cast(twin(*args, **kwargs), wanted)
+        return _cast(twin(*args, **kwargs), given)
 
     def __getattr__(self, name: str) -> Any:
         # Who asks for a parameter or a child gets the copy's; but the table of an embedding to which a head is tied.
