@@ -1,11 +1,12 @@
 """isotune: adapt pretrained PyTorch models with orthogonal and low-rank adapters."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from isotune.adapters.contract import Adapter, Branch, LowRank, Rotation, WeightAdapter
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.adapters.mixed import Mixture
 from isotune.adapters.orthogonal.hra import HRA
+from isotune.adapters.peft.accelerate import accelerate_peft
 from isotune.adapters.registry import method
 from isotune.adapters.settings import Settings
 from isotune.checkpoint.export import export_lora
@@ -17,7 +18,6 @@ from isotune.model.attach import adapt, remove
 from isotune.model.calibrate import calibrate
 from isotune.model.catalogue import methods
 from isotune.model.fold import fold, unfold
-from isotune.model.peft import accelerate_peft
 from isotune.model.switch import after_step, describe, disabled, parameter_groups, penalty, route, use
 
 __all__ = [

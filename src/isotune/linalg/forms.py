@@ -52,9 +52,11 @@ def cheapest(
     forms: Iterable[Form], n: int, n_in: int, n_out: int, r: int, training: bool = True, input_grad: bool = True
 ) -> Form:
     """The form with the least cost, flops and priced numbers; the first of `forms` where several cost the same."""
-
-    def cost(form: Form) -> int:
+    best: tuple[int, Form] | None = None
+    for form in forms:  # not min(..., key=...), which some versions of torch.compile do not trace
         moved = FLOPS_PER_NUMBER * numbers(form, n, n_in, n_out, training)
-        return flops(form, n, n_in, n_out, r, training, input_grad) + moved
-
-    return min(forms, key=cost)
+        cost = flops(form, n, n_in, n_out, r, training, input_grad) + moved
+        if best is None or cost < best[0]:
+            best = cost, form
+    assert best is not None
+    return best[1]

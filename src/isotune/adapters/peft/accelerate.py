@@ -35,7 +35,7 @@ def accelerate_peft(model: nn.Module, undo: bool = False) -> nn.Module:
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        from isotune.model.peft_layers import FAST
+        from isotune.adapters.peft.layers import FAST
     except ImportError as error:
         raise IsotuneError(
             f"accelerate_peft needs PEFT ({error}); install it with: pip install isotune[peft]"
