@@ -44,6 +44,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor]]] = {
         lambda: stored("lstm", nn.Sequential(nn.LSTM(8, 6, batch_first=True))),
         lambda model: model(torch.linspace(-1, 1, 2 * 5 * 8).view(2, 5, 8))[0],
     ),
+    # In 0.1.0 a convolution of one dimension was a parameter of its module.
+    "conv1d": (
+        lambda: stored("conv1d", nn.Sequential(nn.Conv1d(3, 4, 3))),
+        lambda model: model(torch.linspace(-1, 1, 3 * 9).view(1, 3, 9)),
+    ),
     "conv": (
         lambda: stored("conv", nn.Sequential(nn.Conv2d(3, 4, 3))),
         lambda model: model(torch.linspace(-1, 1, 3 * 6 * 6).view(1, 3, 6, 6)),

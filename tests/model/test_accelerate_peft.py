@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import isotune
 from isotune import IsotuneError
-from isotune.model import peft_layers
+from isotune.adapters.peft import layers as peft_layers
 from support import assert_same_output, files, minilm, move, output, stories, tokens
 
 LLAMA = ["q_proj", "o_proj", "down_proj"]
