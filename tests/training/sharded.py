@@ -8,15 +8,19 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import isotune
+from isotune.checkpoint.files import TENSORS
 
 STEPS = 3
 
@@ -60,6 +64,10 @@ def main(method: str, options: str) -> None:
     losses, adapter = trained(model, batches)
     expected_losses, expected = trained(alone, batches)
     assert adapter.keys() == expected.keys()
+    with tempfile.TemporaryDirectory() as folder:
+        saved = [load_file(isotune.save(m, Path(folder, name)) / TENSORS) for name, m in (("a", model), ("b", alone))]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.allclose(t, saved[1][name], atol=1e-5) for name, t in saved[0].items())
     worst = max(float((adapter[name] - expected[name]).abs().max()) for name in expected)
     moved = float(expected_losses[0] - expected_losses[-1])
     if dist.get_rank() == 0:

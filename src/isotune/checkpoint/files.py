@@ -160,13 +160,18 @@ def write_adapter(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], header: dict[str, Any] | None = None
 ) -> None:
     """Write config and tensors of an adapter into `folder`; the digest of the tensors is added to the header."""
-    tensors = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    tensors = _apart({name: _whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()})
     # One key only: safetensors writes several in any order, and the same adapter should give the same bytes.
     metadata = {"format": "pt"}
     if header is not None:
         metadata = {"isotune": json.dumps({**header, "digest": digest(tensors)}, sort_keys=True)}
     save_file(tensors, folder / TENSORS, metadata=metadata)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _whole(tensor: Any) -> Tensor:
+    """The tensor, gathered where FSDP2 has sharded it: every process has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

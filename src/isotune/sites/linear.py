@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from isotune.bare import bare_class
+from isotune.bare import bare_class, own_forward
 from isotune.packed import dequantized, is_packed
 from isotune.sites.site import Site
 
@@ -33,7 +33,7 @@ class LinearSite(Site):
 
     @property
     def readable(self) -> bool:
-        return bare_class(self.layer).forward is nn.Linear.forward and super().readable
+        return bare_class(self.layer).forward is nn.Linear.forward and own_forward(self.layer) is None
 
     @property
     def called(self) -> bool:  # type: ignore[override]
