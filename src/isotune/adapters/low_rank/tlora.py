@@ -102,22 +102,22 @@ class TLoRAAdapter(WeightAdapter):
 
     def residual(self) -> tuple[Tensor, Tensor]:
         """Δ as a product of (out x r²) and (r² x in): the ring is cut in two places."""
-        return ring_products([*self.B]).flatten(1), ring_products([*self.C]).mT.flatten(1).mT
+        return ring_products(self.cores(self.B)).flatten(1), ring_products(self.cores(self.C)).mT.flatten(1).mT
 
     def weight(self, W: Tensor) -> Tensor:
         with without_autocast(W):
             B, C = self.residual()
-            return (ring_rows(at_least_fp32(W), self.cores(), transpose=True) + B @ C).to(W.dtype)
+            return (ring_rows(at_least_fp32(W), self.cores(self.A), transpose=True) + B @ C).to(W.dtype)
 
-    def cores(self) -> list[Tensor]:
-        """A_1, ..., A_D; by index, which every version of torch.compile traces."""
-        return [self.A[d] for d in range(len(self.A))]
+    def cores(self, found: nn.ParameterList) -> list[Tensor]:
+        """A_1, ..., A_D; by name, which every version of torch.compile traces."""
+        return [getattr(found, str(d)) for d in range(len(self.P))]
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         if not (site.rotates_input and (site.packed or self._rows_are_cheaper(x, site))):
             return super().forward(x, site)
         with without_autocast(x):
-            transformed = ring_rows(at_least_fp32(x).reshape(-1, x.shape[-1]), self.cores()).view(x.shape)
+            transformed = ring_rows(at_least_fp32(x).reshape(-1, x.shape[-1]), self.cores(self.A)).view(x.shape)
         y = site(transformed.to(x.dtype))
         B, C = self.residual()
         return thin_add(x.to(y.dtype), C.mT.to(y.dtype), B.mT.to(y.dtype), y)
@@ -126,7 +126,7 @@ class TLoRAAdapter(WeightAdapter):
         """Whether to transform the rows of x and not the rows of W, by flops and numbers as in `linalg.forms`."""
         n, n_in, n_out = site.rows(x), site.in_features, site.out_features
         training = torch.is_grad_enabled()
-        ring = ring_flops(self.cores()) + FLOPS_PER_NUMBER * len(self.A) * n_in * self.P.shape[-1] ** 2
+        ring = ring_flops(self.cores(self.A)) + FLOPS_PER_NUMBER * len(self.P) * n_in * self.P.shape[-1] ** 2
         # W' has a gradient of its own size; so have the transformed rows, which the layer passes on.
         weight = 2 * n * n_in * n_out if training else 0
         rows = weight if not x.requires_grad else 0
