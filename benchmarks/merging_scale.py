@@ -22,12 +22,11 @@ from isotune.adapters.contract import Adapter
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.adapters.orthogonal.hra import HRA
 from isotune.adapters.settings import Settings
-from isotune.checkpoint.base import stored_layer
 from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.save import write_parts
 from isotune.linalg.householder import unit_columns
 from isotune.merging.registry import rule_class, rules
-from isotune.sites import Site, require_site
+from isotune.sites import Site, require_site, stored_layer
 
 RESULTS = Path(__file__).parent / "results" / "merging_scale.json"
 PAGE = Path(__file__).parent.parent / "docs" / "merging-scale.md"

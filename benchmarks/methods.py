@@ -14,6 +14,7 @@ from benchmarks.options import Options
 from benchmarks.single import compare
 from isotune.adapters.registry import method_names
 from isotune.errors import IsotuneError
+from isotune.model.catalogue import linear_site
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def measure(case: MethodCase, options: Options) -> dict[str, Any]:
     trained = None
     try:
         settings = settings_of(case.method, case.rank)
-        trained = settings.parameter_count(case.d, case.d)
+        trained = settings.parameter_count(linear_site(case.d, case.d))
         if peft_form(settings) is not None:
             names.append(f"{PEFTS}{case.method}")
     except IsotuneError:

@@ -129,7 +129,7 @@ def test_callable_sees_path_and_module_and_exclude_takes_every_form() -> None:
         ("atention", ["'atention'", "Did you mean 'attention'?"]),
         (r"nothing\..*", ["match no layer", "all-linear"]),
         (lambda path, module: False, ["match no layer"]),
-        (["LayerNorm"], ["a LayerNorm, which cannot be adapted", "Linear, GPT-2's Conv1D, Conv2d and Embedding"]),
+        (["LayerNorm"], ["a LayerNorm, which cannot be adapted", "GPT-2's Conv1D, convolutions of one to"]),
     ],
 )
 def test_target_that_matches_nothing_usable_is_an_error_that_lists_what_is_there(
