@@ -113,7 +113,7 @@ class Trained(InPlace):
         if twin is self:
             return bare_forward(self, *args, **kwargs)
         # The copy of a half-precision module is in fp32.
-        own, base = _dtype(twin.parameters()), _dtype(bare_state(self).values())
+        own, base = _dtype(twin.parameters()), _dtype(self.parameters())  # of which the first are the base's
         if own == base:
             return twin(*args, **kwargs)
         given = _dtype(tree_leaves((args, kwargs)))
