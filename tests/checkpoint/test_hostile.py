@@ -196,21 +196,30 @@ def test_base_with_other_layers_or_shapes_is_refused(good: Path) -> None:
     assert_unchanged(wide, before)
 
 
-def test_base_with_another_config_is_refused_unless_forced(good: Path) -> None:
+def test_base_with_another_config_is_refused_with_each_field_unless_forced(good: Path) -> None:
     model = stories()
-    model.config.rms_norm_eps = 1e-3
+    saved, model.config.rms_norm_eps, model.config.vocab_size = model.config.rms_norm_eps, 1e-3, 67
     before = snapshot(model)
-    with pytest.raises(CheckpointError, match=r"configuration differs .* load it with force=True"):
+    said = rf"another base, rms_norm_eps: 0.001 here, {saved} saved; vocab_size: 67 here, 512 saved\. .*force=True"
+    with pytest.raises(CheckpointError, match=said):
         isotune.load(model, good)
     assert_unchanged(model, before)
+    model.config.vocab_size = 512
     assert torch.equal(
         output(isotune.load(model, good, force=True).eval()), output(isotune.load(stories(), good).eval())
     )
 
 
-def test_fields_that_say_nothing_about_the_architecture_do_not_make_another_base(good: Path) -> None:
+@pytest.mark.parametrize(
+    "field",
+    [("use_cache", False), ("_name_or_path", "elsewhere"), ("pad_token_id", 7), ("attention_dropout", 0.1),
+     ("output_hidden_states", True), ("max_position_embeddings", 128), ("a_field_of_a_later_transformers", None)],
+)  # fmt: skip
+def test_a_field_that_says_nothing_of_the_weights_does_not_make_another_base(
+    good: Path, field: tuple[str, object]
+) -> None:
     model = stories()
-    model.config.use_cache, model.config._name_or_path, model.config.pad_token_id = False, "elsewhere", 7
+    setattr(model.config, *field)
     assert isotune.load(model, good) is model
 
 

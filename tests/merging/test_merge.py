@@ -488,7 +488,7 @@ def given(**options: Any) -> Callable[[Path, list[Path]], dict[str, Any]]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path, list[Path]], dict[str, Any]], str]] = {
-    "different base": (other_base, r"one and \S*wide were made for different base models \(fingerprints"),
+    "different base": (other_base, r"one and \S*wide were made for different base models \(vocab_size: 40 and 50\)"),
     "another base's name": (other_base_name, r"a names the base 'some/base', \S*b names 'other/base'; merge"),
     "layer of another shape": (
         other_shape, r"the layer '\S*q_proj' is not the same in all adapters: 16 x 16 \(linear\) in one; 24 x 24"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter, check_tensors
 from isotune.adapters.shared import Shared
-from isotune.checkpoint.save import base_config_hash
+from isotune.checkpoint.base_config import base_config, differences, former_digest
 from isotune.checkpoint.stored import StoredAdapter, read_stored
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.adapted import bare_state
@@ -120,12 +121,17 @@ def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredA
             raise CheckpointError(
                 f"{other}: the weight of {p!r} was {entry['shape']} there and is {list(site.shape)} here"
             )
-    hashes = {base_config_hash(model), stored.header["base_config"]} - {""}
-    if len(hashes) > 1 and not force:
-        raise CheckpointError(
-            f"{other}: the model's configuration differs from the one that it was made for. "
-            "If you know that the two fit, load it with force=True (--force)"
-        )
+    recorded = stored.header["base_config"]
+    if isinstance(recorded, str):
+        if recorded and former_digest(model) not in ("", recorded):
+            warnings.warn(
+                f"{stored.path} was made by an isotune before 0.2 for a base whose configuration is not this model's. "
+                "It does not say in what; a field that decides nothing is enough.",
+                stacklevel=3,
+            )
+    elif (different := differences(base_config(model), recorded)) and not force:
+        fields = "; ".join(f"{key}: {here!r} here, {saved!r} saved" for key, (here, saved) in different.items())
+        raise CheckpointError(f"{other}, {fields}. If you know that the two fit, load it with force=True (--force)")
 
 
 def _check_module(module: nn.Module, found: dict[str, Tensor], p: str, path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +13,7 @@ import isotune
 from isotune.adapters.contract import Adapter
 from isotune.adapters.registry import method_class
 from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.checkpoint.base_config import Recorded, base_config
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapter
 from isotune.checkpoint.stored import FULL, MODEL, PREFIX, State, own_type
@@ -24,10 +23,6 @@ from isotune.model.attach import site_for
 from isotune.model.names import adapted_layers, trained_modules, unwrapped
 from isotune.model.switch import active_names, adapter_names
 from isotune.sites import CONVOLUTIONS, Site
-
-# Fields of a model's config that do not decide its architecture; private ones and token ids are left out too.
-_VOLATILE = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "id2label", "label2id",
-             "problem_type", "quantization_config")  # fmt: skip
 
 
 def save(model: nn.Module, path: str | Path, name: str | None = None, base_model: str | None = None) -> Path:
@@ -56,7 +51,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
         raise CheckpointError(
             f"the model has no adapter {name!r}; it has: {', '.join(adapter_names(model)) or 'none'}"
         )
-    return write_parts(path, parts, trained, base_model or base_model_name(model), base_config_hash(model))
+    return write_parts(path, parts, trained, base_model or base_model_name(model), base_config(model))
 
 
 def write_parts(
@@ -64,7 +59,7 @@ def write_parts(
     parts: Mapping[str, tuple[Site, Settings, Adapter]],
     trained: State,
     base_model: str | None,
-    base_config: str = "",
+    recorded: Recorded = "",
     sites: Mapping[str, Mapping[str, Any]] | None = None,
     refused: str | None = None,
     files: Mapping[str, str | None] | None = None,
@@ -76,7 +71,7 @@ def write_parts(
         parts: By layer path the bare site, the settings and the adapter; all of one method.
         trained: By module path the tensors of the modules trained in full.
         base_model: Name or path of the base for the config, where it is known.
-        base_config: `base_config_hash` of the base; empty where it is not known.
+        recorded: `base_config` of the base; empty where it is not known.
         sites: Where the sites were rebuilt from a stored adapter, what its header says of them. A rebuilt site has
             lost which expert it is, for one, and the groups of a convolution.
         refused: Why PEFT would not load it, where that is known beforehand.
@@ -99,7 +94,7 @@ def write_parts(
     tensors |= trained_tensors(trained)
     files = files or {}
     with replaced_folder(path, without=files) as folder:
-        write_adapter(folder, config, tensors, _header(settings, entries, list(trained), base_config))
+        write_adapter(folder, config, tensors, _header(settings, entries, list(trained), recorded))
         (folder / CARD).write_text(adapter_card(config, settings, tensors, reason))
         for file, text in files.items():
             if text is not None:
@@ -123,19 +118,6 @@ def trained_tensors(trained: State) -> dict[str, Tensor]:
 def base_model_name(model: nn.Module) -> str | None:
     """The name or path under which the base model was loaded, if its config knows."""
     return getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None) or None
-
-
-def base_config_hash(model: nn.Module) -> str:
-    """A fingerprint of the base model's architecture; empty for a model without a config."""
-    config: Any = getattr(unwrapped(model), "config", None)
-    if not hasattr(config, "to_dict"):
-        return ""
-    fields = {
-        key: value
-        for key, value in config.to_dict().items()
-        if key not in _VOLATILE and not key.startswith("_") and not key.endswith("_token_id")
-    }
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _only_adapter(model: nn.Module) -> str:
@@ -217,7 +199,7 @@ def _entry(site: Site, stored: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _header(
-    settings: dict[str, Settings], entries: Mapping[str, dict[str, Any]], trained: list[str], base_config: str
+    settings: dict[str, Settings], entries: Mapping[str, dict[str, Any]], trained: list[str], recorded: Recorded
 ) -> dict[str, Any]:
     options = {path: s.model_dump(exclude_defaults=True) for path, s in settings.items()}
     common = next(iter(options.values()), {})
@@ -231,5 +213,5 @@ def _header(
             for path, entry in entries.items()
         },
         "trained": sorted(trained),
-        "base_config": base_config,
+        "base_config": recorded,
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.base_config import Recorded, differences
 from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.parts import StoredParts
 from isotune.checkpoint.stored import StoredAdapter, read_stored
@@ -113,17 +114,25 @@ def check_models(inputs: Inputs, rule: AnyRule, force: bool) -> list[str]:
 def _bases(models: Sequence[Model]) -> Iterator[str]:
     first = models[0]
     for other in models[1:]:
-        one, two = _fingerprint(first.stored), _fingerprint(other.stored)
-        if one and two and one != two:
+        one, two = _recorded(first.stored), _recorded(other.stored)
+        known = one and two and type(one) is type(two)
+        if known and (different := _differences(one, two)):
             yield (
-                f"{first.stored.path} and {other.stored.path} were made for different base models (fingerprints "
-                f"{one} and {two}); merge adapters of one base, or say --force"
+                f"{first.stored.path} and {other.stored.path} were made for different base models "
+                f"({different}); merge adapters of one base, or say --force"
             )
-        elif not (one and two) and _base_name(first.stored) != _base_name(other.stored):
+        elif not known and _base_name(first.stored) != _base_name(other.stored):
             yield (
                 f"{first.stored.path} names the base {_base_name(first.stored)!r}, {other.stored.path} names "
                 f"{_base_name(other.stored)!r}; merge adapters of one base, or say --force"
             )
+
+
+def _differences(one: Recorded, two: Recorded) -> str:
+    """In what two bases differ; empty where in nothing."""
+    if isinstance(one, str) or isinstance(two, str):
+        return "" if one == two else f"fingerprints {one} and {two}"
+    return "; ".join(f"{key}: {a!r} and {b!r}" for key, (a, b) in differences(one, two).items())
 
 
 def _tokenizers(models: Sequence[Model]) -> Iterator[str]:
@@ -135,7 +144,7 @@ def _tokenizers(models: Sequence[Model]) -> Iterator[str]:
             yield f"the tokenizer of {name} is not that of {first}, {different}; say --force if that does not matter"
 
 
-def _fingerprint(stored: StoredAdapter) -> str:
+def _recorded(stored: StoredAdapter) -> Recorded:
     return (stored.header or {}).get("base_config", "")
 
 
