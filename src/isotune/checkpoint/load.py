@@ -125,7 +125,7 @@ def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredA
     if isinstance(recorded, str):
         if recorded and former_digest(model) not in ("", recorded):
             warnings.warn(
-                f"{stored.path} was made by an isotune before 0.2 for a base whose configuration is not this model's. "
+                f"{stored.path} was made by an isotune before 0.2 for a base with another configuration. "
                 "It does not say in what; a field that decides nothing is enough.",
                 stacklevel=3,
             )
