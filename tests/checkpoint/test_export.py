@@ -72,6 +72,18 @@ def test_exported_lora_is_plain_enough_for_any_server(tmp_path: Path) -> None:
     assert card.count("| encoder.layer.") == 6
 
 
+def test_export_of_a_causal_model_opens_with_its_base_in_peft(tmp_path: Path) -> None:
+    model = stories()
+    model.save_pretrained(tmp_path / "base")
+    base = type(model).from_pretrained(tmp_path / "base")
+    saved = isotune.save(adapted(base, HRA(rank=2), ["q_proj"]), tmp_path / "adapter")
+    for source in (base, saved):
+        isotune.export_lora(source, tmp_path / "lora")
+        assert config_of(tmp_path / "lora")["task_type"] == "CAUSAL_LM"
+        opened = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+        assert_same_output(output(opened.eval()), output(base))
+
+
 def test_stack_of_methods_with_mixed_ranks_becomes_one_lora_of_one_rank(tmp_path: Path) -> None:
     model = adapted(stories(), HRA(rank=4), ["q_proj", "v_proj"], name="one", overrides={"q_proj": {"rank": 6}})
     adapted(model, LoRA(rank=3), ["v_proj", "up_proj"], name="two", seed=1)

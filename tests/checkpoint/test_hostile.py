@@ -97,6 +97,10 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one bit flipped": (flip_a_bit, "do not match their digest: the file was damaged or altered"),
     "a pickle": (pickle_bomb, "no safetensors file"),
     "an absurd header length": (huge_header, "no safetensors file"),
+    "pickled tensors": (
+        lambda f: (f / TENSORS).rename(f / "adapter_model.bin"),
+        r"adapter_model.bin, a pickle, and pickles are not read.*Convert it once: safetensors\.torch\.save_file",
+    ),
     "no tensors": (lambda f: (f / TENSORS).unlink(), f"holds no {TENSORS}; the folder is incomplete"),
     "no config": (lambda f: (f / CONFIG).unlink(), f"is no adapter folder: it holds no {CONFIG}"),
     "config is no JSON": (lambda f: (f / CONFIG).write_text("{"), "cannot be read"),

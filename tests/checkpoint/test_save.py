@@ -199,11 +199,7 @@ def test_an_adapter_written_again_without_its_model_is_the_same_to_the_byte(tmp_
     stored = read_stored(first)
     assert stored.header is not None
     parts = {p: (site, stored.settings[p], adapters[0]) for p, site, adapters in stored_parts(stored, None)}
-    header, config = stored.header, stored.config
-    write_parts(
-        tmp_path / "second", parts, stored.trained, config["base_model_name_or_path"], header["base_config"],
-        sites=header["sites"],
-    )  # fmt: skip
+    write_parts(tmp_path / "second", parts, stored.trained, stored.base, sites=stored.header["sites"])
     assert files(tmp_path / "second") == files(first)
 
 
@@ -211,6 +207,6 @@ def test_what_is_known_to_keep_peft_from_loading_it_is_kept(tmp_path: Path) -> N
     first = isotune.save(adapted(stories(), HRA(rank=2), ["q_proj"]), tmp_path / "first")
     stored = read_stored(first)
     parts = {p: (site, stored.settings[p], adapters[0]) for p, site, adapters in stored_parts(stored, None)}
-    again = read_stored(write_parts(tmp_path / "second", parts, {}, None, refused="strides went missing"))
+    again = read_stored(write_parts(tmp_path / "second", parts, {}, stored.base, refused="strides went missing"))
     assert again.config["peft_type"] == "ISOTUNE_HRA"
     assert "strides went missing" in (tmp_path / "second" / CARD).read_text()

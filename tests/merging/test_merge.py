@@ -360,7 +360,7 @@ def test_modules_are_averaged_dropped_or_kept_by_name(heads: list[Path], tmp_pat
 
 def test_an_adapter_that_only_trained_modules_merges_with_others(tmp_path: Path, heads: list[Path]) -> None:
     stored = read_stored(heads[0])
-    only = write_parts(tmp_path / "only", {}, stored.trained, "some/base", (stored.header or {})["base_config"])
+    only = write_parts(tmp_path / "only", {}, stored.trained, stored.base)
     found = merge([only, heads[2]], output=tmp_path / "out", progress=False)
     assert found.modules == ["lm_head"]
     assert set(found.ranks) == set(stored.settings)

@@ -439,7 +439,7 @@ def folder_of(name: str, folders: Sequence[Path], path: Path, weights: Sequence[
         parts[p] = (bare, *found.merge(bare, own, weights))
     header = stored[0].header
     assert header is not None
-    return write_parts(path, parts, {}, None, header["base_config"], sites=header["sites"])
+    return write_parts(path, parts, {}, stored[0].base, sites=header["sites"])
 
 
 FILES: dict[str, Settings] = {

@@ -83,6 +83,21 @@ def test_presets_leave_out_head_and_embeddings_and_split_all_linear(name: str) -
     assert not any("classifier" in path or "lm_head" in path or "embed" in path or "pooler" in path for path in every)
 
 
+def test_query_value_of_a_packed_projection_names_the_matrix_to_take() -> None:
+    gpt2 = model("gpt2")
+    with pytest.raises(TargetError, match=r"are one matrix here: name it, targets=\['c_attn'\], or .* 'attention'"):
+        find_targets(gpt2, "query-value")
+    assert len(find_targets(gpt2, ["c_attn"])) == 2
+    with pytest.raises(TargetError, match=r"targets=\['in_proj_weight'\]"):
+        find_targets(nn.TransformerEncoderLayer(8, 2), "query-value")
+
+
+def test_what_was_asked_for_is_no_hint() -> None:
+    with pytest.raises(TargetError) as error:
+        find_targets(nn.Sequential(nn.Conv2d(1, 1, 1)), "all-linear")
+    assert "Did you mean" not in str(error.value)
+
+
 def plain() -> nn.Module:
     """A model with no structure to go by."""
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Conv2d(2, 2, 1), nn.Linear(6, 3))

@@ -84,6 +84,11 @@ class StoredBase:
             return None
         return self._tensor(key) if key in self.file_of else None
 
+    def config(self) -> dict[str, Any]:
+        """The model's configuration; empty where the folder has none."""
+        file = self.folder / "config.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
     def _tensor(self, key: str) -> Tensor:
         return read_tensor(self.folder / self.file_of[key], key)
 

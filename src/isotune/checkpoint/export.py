@@ -15,10 +15,11 @@ from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Adapter, Rotation
 from isotune.adapters.low_rank.lora import lora_tensors
 from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.base_record import BaseRecord, task_type
 from isotune.checkpoint.card import export_card
 from isotune.checkpoint.files import CARD, TENSORS, check_writable, replaced_folder, write_adapter
 from isotune.checkpoint.parts import Part, stored_parts
-from isotune.checkpoint.save import base_model_name, peft_fields, refused_by_peft, trained_tensors
+from isotune.checkpoint.save import peft_fields, refused_by_peft, trained_tensors
 from isotune.checkpoint.stored import PREFIX, StoredAdapter, read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError, TargetError
 from isotune.model.adapted import current
@@ -56,7 +57,7 @@ class _Source:
     refused: dict[str, str]
     trained: dict[str, Tensor]
     trained_paths: list[str]
-    base_model: str | None
+    base: BaseRecord
 
 
 def export_lora(
@@ -99,7 +100,7 @@ def export_lora(
     rank = math.ceil(max(found.ranks.values()) / rank_multiple) * rank_multiple
     tensors = {name: _padded(name, tensor, rank) for name, tensor in found.tensors.items()} | source.trained
     config = {
-        "peft_type": "LORA", **peft_fields(found.kinds, source.trained_paths, source.base_model),
+        "peft_type": "LORA", **peft_fields(found.kinds, source.trained_paths, source.base),
         "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False,
         "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True,
     }  # fmt: skip
@@ -126,11 +127,11 @@ def _from_model(model: nn.Module) -> _Source:
     check_one_weight(model, "export")
     trained = {p: dict(current(m).state_dict()) for p, m in trained_modules(model) if m.isotune.running()}
     refused = {p: why for p, site, _ in parts if (why := refused_by_peft(site))}
-    return _Source(lambda: parts, refused, trained_tensors(trained), sorted(trained), base_model_name(model))
+    return _Source(lambda: parts, refused, trained_tensors(trained), sorted(trained), BaseRecord.of(model))
 
 
 def _from_folder(stored: StoredAdapter, base: str | Path | None) -> _Source:
-    name = base or stored.config.get("base_model_name_or_path")
+    name = base or stored.base.name
     if not stored.settings:
         raise CheckpointError(f"there is nothing to export: {stored.path} holds no adapted layer")
     if not name:
@@ -141,7 +142,10 @@ def _from_folder(stored: StoredAdapter, base: str | Path | None) -> _Source:
     entries = stored.header["sites"] if stored.header else {}
     refused = {p: entry["refused"] for p, entry in entries.items() if "refused" in entry}
     trained = trained_tensors(stored.trained)
-    return _Source(lambda: stored_parts(stored, weights), refused, trained, sorted(stored.trained), str(name))
+    record = BaseRecord(
+        str(name), task_type=stored.base.task_type or task_type(weights.config().get("architectures") or ())
+    )
+    return _Source(lambda: stored_parts(stored, weights), refused, trained, sorted(stored.trained), record)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from isotune.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 CARD = "README.md"
 FORMAT = 1
 OURS = {CONFIG, TENSORS, CARD}
@@ -193,6 +194,11 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], d
     path = Path(path)
     config = _read_config(path)
     file = path / TENSORS
+    if (path / PICKLED).is_file() and not file.is_file():
+        raise CheckpointError(
+            f"{path} holds {PICKLED}, a pickle, and pickles are not read: they can run any code. Convert it once: "
+            f'safetensors.torch.save_file(torch.load("{PICKLED}", weights_only=True), "{TENSORS}")'
+        )
     if not file.is_file():
         raise CheckpointError(f"{path} holds no {TENSORS}; the folder is incomplete")
     try:

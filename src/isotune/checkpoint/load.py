@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter, check_tensors
 from isotune.adapters.shared import Shared
-from isotune.checkpoint.base_config import base_config, differences, former_digest
+from isotune.checkpoint.base_record import base_config, differences, former_digest
 from isotune.checkpoint.stored import StoredAdapter, read_stored
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.adapted import bare_state

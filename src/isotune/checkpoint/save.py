@@ -13,14 +13,14 @@ import isotune
 from isotune.adapters.contract import Adapter
 from isotune.adapters.registry import method_class
 from isotune.adapters.settings import NotInPEFTError, Settings
-from isotune.checkpoint.base_config import Recorded, base_config
+from isotune.checkpoint.base_record import BaseRecord, Recorded
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapter
 from isotune.checkpoint.stored import FULL, MODEL, PREFIX, State, own_type
 from isotune.errors import CheckpointError
 from isotune.matrix import Matrix
 from isotune.model.attach import site_for
-from isotune.model.names import adapted_layers, trained_modules, unwrapped
+from isotune.model.names import adapted_layers, trained_modules
 from isotune.model.switch import active_names, adapter_names
 from isotune.sites import CONVOLUTIONS, Site
 
@@ -51,15 +51,14 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
         raise CheckpointError(
             f"the model has no adapter {name!r}; it has: {', '.join(adapter_names(model)) or 'none'}"
         )
-    return write_parts(path, parts, trained, base_model or base_model_name(model), base_config(model))
+    return write_parts(path, parts, trained, BaseRecord.of(model, base_model))
 
 
 def write_parts(
     path: str | Path,
     parts: Mapping[str, tuple[Site, Settings, Adapter]],
     trained: State,
-    base_model: str | None,
-    recorded: Recorded = "",
+    base: BaseRecord,
     sites: Mapping[str, Mapping[str, Any]] | None = None,
     refused: str | None = None,
     files: Mapping[str, str | None] | None = None,
@@ -70,8 +69,7 @@ def write_parts(
         path: The folder; it may be absent, empty, or hold an older adapter, which is then replaced.
         parts: By layer path the bare site, the settings and the adapter; all of one method.
         trained: By module path the tensors of the modules trained in full.
-        base_model: Name or path of the base for the config, where it is known.
-        recorded: `base_config` of the base; empty where it is not known.
+        base: What is known of the base.
         sites: Where the sites were rebuilt from a stored adapter, what its header says of them. A rebuilt site has
             lost which expert it is, for one, and the groups of a convolution.
         refused: Why PEFT would not load it, where that is known beforehand.
@@ -82,7 +80,7 @@ def write_parts(
     """
     settings = {p: own for p, (_, own, _) in parts.items()}
     entries = {p: _entry(site, (sites or {}).get(p)) for p, (site, _, _) in parts.items()}
-    config, reason = _config(parts, entries, list(trained), base_model, refused)
+    config, reason = _config(parts, entries, list(trained), base, refused)
     tensors = {
         f"{PREFIX}{p}.{key}": tensor
         for p, (site, _, adapter) in parts.items()
@@ -94,7 +92,7 @@ def write_parts(
     tensors |= trained_tensors(trained)
     files = files or {}
     with replaced_folder(path, without=files) as folder:
-        write_adapter(folder, config, tensors, _header(settings, entries, list(trained), recorded))
+        write_adapter(folder, config, tensors, _header(settings, entries, list(trained), base.config))
         (folder / CARD).write_text(adapter_card(config, settings, tensors, reason))
         for file, text in files.items():
             if text is not None:
@@ -115,11 +113,6 @@ def trained_tensors(trained: State) -> dict[str, Tensor]:
     return {f"{PREFIX}{p}.{key}": tensor for p, found in trained.items() for key, tensor in found.items()}
 
 
-def base_model_name(model: nn.Module) -> str | None:
-    """The name or path under which the base model was loaded, if its config knows."""
-    return getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None) or None
-
-
 def _only_adapter(model: nn.Module) -> str:
     names, active = adapter_names(model), active_names(model)
     if len(names) == 1 or len(active) == 1:
@@ -131,14 +124,14 @@ def _only_adapter(model: nn.Module) -> str:
     )
 
 
-def peft_fields(kinds: dict[str, str], trained: list[str], base_model: str | None) -> dict[str, Any]:
+def peft_fields(kinds: dict[str, str], trained: list[str], base: BaseRecord) -> dict[str, Any]:
     """The fields of PEFT's config that every method has."""
     fields: dict[str, Any] = {
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": base.name,
         "inference_mode": True,
         "target_modules": sorted(kinds),
         "modules_to_save": sorted(trained) or None,
-        "task_type": None,
+        "task_type": base.task_type,
     }
     if "gpt2_conv1d" in kinds.values():
         fields["fan_in_fan_out"] = True
@@ -149,13 +142,13 @@ def _config(
     parts: Mapping[str, tuple[Site, Settings, Adapter]],
     entries: Mapping[str, dict[str, Any]],
     trained: list[str],
-    base_model: str | None,
+    base: BaseRecord,
     reason: str | None,
 ) -> tuple[dict[str, Any], str | None]:
     """The adapter's config and, where PEFT cannot load it, why; `reason` where that is known beforehand."""
     settings = {p: own for p, (_, own, _) in parts.items()}
     method = method_class(next(iter(settings.values())).name) if settings else None
-    common = peft_fields({p: entry["kind"] for p, entry in entries.items()}, trained, base_model)
+    common = peft_fields({p: entry["kind"] for p, entry in entries.items()}, trained, base)
     if method is not None and reason is None:
         try:
             for p, (site, own, _) in parts.items():

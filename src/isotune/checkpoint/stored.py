@@ -14,6 +14,7 @@ from torch import Tensor
 
 from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import Settings
+from isotune.checkpoint.base_record import BaseRecord
 from isotune.checkpoint.files import TENSORS, read_adapter
 from isotune.errors import CheckpointError, OptionError
 from isotune.sites import current_entry
@@ -48,6 +49,12 @@ class StoredAdapter:
     def method(self) -> str:
         """The name of the method, or "full"."""
         return next(iter(self.settings.values())).name if self.settings else FULL
+
+    @property
+    def base(self) -> BaseRecord:
+        """What is said of its base."""
+        name, task = (self.config.get(key) for key in ("base_model_name_or_path", "task_type"))
+        return BaseRecord(name, (self.header or {}).get("base_config", ""), task)
 
 
 class OnDisk(Mapping[str, dict[str, Tensor]]):

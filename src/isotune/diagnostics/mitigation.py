@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -115,8 +115,7 @@ def mitigate(
         output,
         parts,
         opened.stored.trained,
-        opened.base_model or str(opened.base.folder if opened.base else base),
-        header.get("base_config", ""),
+        replace(opened.stored.base, name=opened.base_model or str(opened.base.folder if opened.base else base)),
         header.get("sites"),
         files={
             REPORT: json.dumps({**asdict(done), "path": None, "source": str(source)}, indent=1),

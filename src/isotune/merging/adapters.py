@@ -127,14 +127,14 @@ def merge(
         notes=notes,
         seconds=time.perf_counter() - started,
     )
+    bases = [model.stored.base for model in inputs.models]
     headers = [model.stored.header for model in inputs.models if model.stored.header]
     report = json.dumps({**asdict(merged), "path": None}, indent=1, allow_nan=False)
     write_parts(
         output,
         parts,
         trained,
-        inputs.models[0].stored.config.get("base_model_name_or_path"),
-        next((header["base_config"] for header in headers if header["base_config"]), ""),
+        next((base for base in bases if base.config), bases[0]),
         {path: entry for header in headers for path, entry in header["sites"].items()},
         files={REPORT: report, TASK: task_file(inputs.models, modules)},
     )

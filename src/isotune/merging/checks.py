@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from isotune.checkpoint.base import StoredBase
-from isotune.checkpoint.base_config import Recorded, differences
+from isotune.checkpoint.base_record import Recorded, differences
 from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.parts import StoredParts
-from isotune.checkpoint.stored import StoredAdapter, read_stored
+from isotune.checkpoint.stored import read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.inputs import Inputs, Model
@@ -114,17 +114,17 @@ def check_models(inputs: Inputs, rule: AnyRule, force: bool) -> list[str]:
 def _bases(models: Sequence[Model]) -> Iterator[str]:
     first = models[0]
     for other in models[1:]:
-        one, two = _recorded(first.stored), _recorded(other.stored)
+        one, two = first.stored.base.config, other.stored.base.config
         known = one and two and type(one) is type(two)
         if known and (different := _differences(one, two)):
             yield (
                 f"{first.stored.path} and {other.stored.path} were made for different base models "
                 f"({different}); merge adapters of one base, or say --force"
             )
-        elif not known and _base_name(first.stored) != _base_name(other.stored):
+        elif not known and first.stored.base.name != other.stored.base.name:
             yield (
-                f"{first.stored.path} names the base {_base_name(first.stored)!r}, {other.stored.path} names "
-                f"{_base_name(other.stored)!r}; merge adapters of one base, or say --force"
+                f"{first.stored.path} names the base {first.stored.base.name!r}, {other.stored.path} names "
+                f"{other.stored.base.name!r}; merge adapters of one base, or say --force"
             )
 
 
@@ -142,14 +142,6 @@ def _tokenizers(models: Sequence[Model]) -> Iterator[str]:
         first = next(iter(found))
         if different := difference(found[first], tokens):
             yield f"the tokenizer of {name} is not that of {first}, {different}; say --force if that does not matter"
-
-
-def _recorded(stored: StoredAdapter) -> Recorded:
-    return (stored.header or {}).get("base_config", "")
-
-
-def _base_name(stored: StoredAdapter) -> str | None:
-    return stored.config.get("base_model_name_or_path")
 
 
 def _shapes(inputs: Inputs) -> Iterator[str]:
@@ -193,7 +185,7 @@ def _layers(inputs: Inputs, rule: AnyRule) -> Iterator[str]:
         if inputs.base is None and model.paths and model.needs_base(model.paths[0]):
             yield (
                 f"{model.stored.path}: the change that {model.stored.method} makes depends on the base's weights, "
-                f"and the base {_base_name(model.stored)!r} is not at hand; name its folder with --base"
+                f"and the base {model.stored.base.name!r} is not at hand; name its folder with --base"
             )
         if rule.statistic is not None:
             try:

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.base_record import BaseRecord
 from isotune.checkpoint.files import check_writable, replaced_folder
 from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import StoredAdapter
@@ -132,7 +133,8 @@ def recover_adapter(folder: str | Path, name: str, output: str | Path) -> Path:
     }
     of = adapters[name]
     entries = {path: current_entry(sites[path]) for path in parts}
-    return write_parts(output, parts, trained, of["base_model"], of["base_config"], entries, files={TASK: of["task"]})
+    base = BaseRecord(of["base_model"], of["base_config"], of.get("task_type"))
+    return write_parts(output, parts, trained, base, entries, files={TASK: of["task"]})
 
 
 def _entries(model: Model, base: StoredBase | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -189,8 +191,9 @@ def _entry(stored: StoredAdapter) -> dict[str, Any]:
     task = stored.path / TASK
     return {
         "task": task.read_text() if task.is_file() else None,
-        "base_model": stored.config.get("base_model_name_or_path"),
-        "base_config": (stored.header or {}).get("base_config", ""),
+        "base_model": stored.base.name,
+        "base_config": stored.base.config,
+        "task_type": stored.base.task_type,
         "trained": {path: {key: list(t.shape) for key, t in state.items()} for path, state in stored.trained.items()},
     }
 

@@ -22,6 +22,8 @@ PRESETS = ("attention", "query-value", "mlp", "all-linear", "blocks")
 
 _QUERY_OR_VALUE = re.compile(r"(to_|w|attn_)?(q|v|query|value)(_?(proj|lin|layer)\w*)?", re.IGNORECASE)
 
+_PACKED = re.compile(r"w?qkv\w*|c_attn|query_key_value|in_proj\w*", re.IGNORECASE)
+
 
 def find_targets(
     model: nn.Module,
@@ -180,8 +182,14 @@ def _what_is_there(layers: dict[str, nn.Module], targets: Targets) -> str:
     parameters = list(dict.fromkeys(matrix.name for matrix in matrices if isinstance(matrix, Matrix)))
     if not names and not parameters:
         return f"It has no layer that can be adapted ({WHAT_CAN_BE_ADAPTED})."
+    packed = [name for name in (*names, *parameters) if _PACKED.fullmatch(name)]
+    if targets == "query-value" and packed:
+        return (
+            f"Query, key and value are one matrix here: name it, targets={packed[:1]!r}, or take the preset "
+            f"'attention'. Adaptable layers end in: {_listed(names)}."
+        )
     asked = [targets] if isinstance(targets, str) else [] if callable(targets) else list(targets)
-    known = [*PRESETS, *names, *parameters]
+    known = [name for name in (*PRESETS, *names, *parameters) if name not in asked]
     hint = next((found for word in asked if (found := nearest(word, known))), "")
     held = f" Parameters that can be adapted: {_listed(parameters)}." if parameters else ""
     return f"Adaptable layers end in: {_listed(names)}.{held}{hint} Presets: {', '.join(PRESETS)}."

@@ -1,15 +1,17 @@
-"""What an adapter stores of its base's configuration, and how another base differs from it, field by field."""
+"""What an adapter stores of its base: name, task, and the configuration, compared field by field."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
 from torch import nn
 
+from isotune.bare import bare_class
 from isotune.model.names import unwrapped
 
 Recorded = Mapping[str, Any] | str
@@ -29,12 +31,46 @@ _FORMER_FIELDS = ("transformers_version", "dtype", "torch_dtype", "architectures
                   "label2id", "problem_type", "quantization_config")  # fmt: skip
 
 
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """What an adapter says of the model that it was made for, as far as that is known."""
+
+    name: str | None = None
+    """The name or path under which it was loaded."""
+    config: Recorded = ""
+    """See `base_config`."""
+    task_type: str | None = None
+    """What PEFT calls its task, by which it finds the class that opens the base."""
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str | None = None) -> BaseRecord:
+        """The record of a model, adapted or not."""
+        config: Any = getattr(unwrapped(model), "config", None)
+        own = name or getattr(config, "_name_or_path", None) or None
+        return cls(own, base_config(model), task_type([bare_class(unwrapped(model)).__name__]))
+
+
 def base_config(model: nn.Module) -> dict[str, Any]:
     """The fields of the model's configuration that say what its weights mean; of a model without one, none.
 
     Nested configurations are written out, with dots in the names of their fields.
     """
     return dict(_fields(_config(model)))
+
+
+def task_type(architectures: Iterable[str]) -> str | None:
+    """What PEFT calls the task of models of these classes; None where it has no word for it."""
+    return next((task for name in architectures for end, task in _TASK_TYPES.items() if name.endswith(end)), None)
 
 
 def differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
