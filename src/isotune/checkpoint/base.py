@@ -6,6 +6,7 @@ import importlib.resources
 import importlib.util
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from isotune.checkpoint.as_loaded import AsLoaded
 from isotune.errors import CheckpointError
 from isotune.matrix import as_matrix
 from isotune.packed import DENSE
@@ -52,8 +54,9 @@ class StoredBase:
     def weight(self, path: str, matrix: Mapping[str, Any] | None = None) -> Tensor:
         """The weight of the layer at `path`; with `matrix`, an entry of the header, the matrix (out, in) there.
 
-        A module around the stored model (or a prefix in the stored names) may make the two paths differ at the
-        front; the longest common ending decides: a name that is just that, or else the only one with it. Raises
+        The names are those of the files or, where transformers loads them under others, the model's own. A module
+        around the stored model (or a prefix in the stored names) may make the two paths differ at the front; the
+        longest common ending decides then: a name that is just that, or else the only one with it. Raises
         CheckpointError where none fits.
         """
         key = self._key(_name(path, matrix))
@@ -66,14 +69,20 @@ class StoredBase:
         return tensor if matrix is None else as_matrix(tensor, **matrix)
 
     def name_of(self, path: str, matrix: Mapping[str, Any] | None = None) -> str:
-        """The stored tensor that `weight` reads, by its name in the files. Raises CheckpointError where none fits."""
+        """The stored tensor that `weight` reads, by its name in the files or, where that differs, in the model.
+
+        Raises CheckpointError where none fits.
+        """
         return self._key(_name(path, matrix))
 
     def shape(self, path: str, matrix: Mapping[str, Any] | None = None) -> list[int]:
         """The shape of that weight, which is not read. Raises CheckpointError where `weight` finds none."""
         key = self._key(_name(path, matrix))
-        with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
-            found = torch.empty(opened.get_slice(key).get_shape(), device="meta")
+        if key in self.file_of:
+            with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
+                found = torch.empty(opened.get_slice(key).get_shape(), device="meta")
+        else:
+            found = self._tensor(key).to("meta")
         return list((found if matrix is None else as_matrix(found, **matrix)).shape)
 
     def bias(self, path: str) -> Tensor | None:
@@ -82,17 +91,26 @@ class StoredBase:
             key = f"{self._key(f'{path}.weight').removesuffix('weight')}bias"
         except CheckpointError:
             return None
-        return self._tensor(key) if key in self.file_of else None
+        return self._tensor(key) if key in self.file_of or key in self._loaded else None
 
     def config(self) -> dict[str, Any]:
         """The model's configuration; empty where the folder has none."""
         file = self.folder / "config.json"
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
+    @cached_property
+    def _loaded(self) -> AsLoaded:
+        return AsLoaded(self.folder, self.file_of)
+
     def _tensor(self, key: str) -> Tensor:
-        return read_tensor(self.folder / self.file_of[key], key)
+        def read(key: str) -> Tensor:
+            return read_tensor(self.folder / self.file_of[key], key)
+
+        return read(key) if key in self.file_of else self._loaded.tensor(key, read)
 
     def _key(self, wanted: str) -> str:
+        if wanted in self.file_of or wanted in self._loaded:
+            return wanted
         parts = wanted.split(".")
         for start in range(len(parts) - 1):
             ending = ".".join(parts[start:])
