@@ -1,4 +1,4 @@
-"""Bases whose files name, split or tie tensors otherwise than their modules do: adapters on them are read all the same."""
+"""Adapters on bases whose files name, split or tie tensors otherwise than their modules do."""
 
 from __future__ import annotations
 
@@ -86,5 +86,5 @@ def test_a_folder_that_transformers_cannot_lay_out_has_its_own_names_only(tmp_pa
     llama(True).save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "llama"}')
     assert AsLoaded(tmp_path / "base", ["a"]).sources == {}
-    with pytest.raises(CheckpointError, match="has no tensor 'lm_head.weight'"):
+    with pytest.raises(CheckpointError, match=r"has no tensor 'lm_head\.weight'"):
         StoredBase(tmp_path / "base").weight("lm_head")
