@@ -93,6 +93,20 @@ class StoredBase:
             return None
         return self._tensor(key) if key in self.file_of or key in self._loaded else None
 
+    def state(self, path: str) -> dict[str, Tensor]:
+        """Weight and bias of the module at `path`, as far as they are stored."""
+        try:
+            found = {"weight": self.weight(path), "bias": self.bias(path)}
+        except CheckpointError:
+            return {}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    def tied(self, path: str) -> list[str]:
+        """The other modules that have the weight of the module at `path`."""
+        sources = self._loaded.sources
+        key = self._key(f"{path}.weight")
+        return [name.removesuffix(".weight") for name in sources if name != key and sources[name] == sources.get(key)]
+
     def config(self) -> dict[str, Any]:
         """The model's configuration; empty where the folder has none."""
         file = self.folder / "config.json"

@@ -139,6 +139,7 @@ def _from_folder(stored: StoredAdapter, base: str | Path | None) -> _Source:
             f"{stored.path} does not say which base it was made for; name it with base=... (--base)"
         )
     weights = StoredBase(name)
+    stored = stored.completed(weights)
     entries = stored.header["sites"] if stored.header else {}
     refused = {p: entry["refused"] for p, entry in entries.items() if "refused" in entry}
     trained = trained_tensors(stored.trained)

@@ -19,7 +19,7 @@ def export_peft(adapter: str | Path, path: str | Path) -> Path:
         CheckpointError: PEFT has no such method or cannot express these options (the message says which), or a
             folder cannot be read or written.
     """
-    stored = read_stored(adapter)
+    stored = read_stored(adapter).completed(None)
     if stored.config["peft_type"].startswith(own_type("")):
         raise CheckpointError(
             f"{adapter} has no form that PEFT loads ({_why_not(stored)}); try isotune export --to lora"
@@ -30,9 +30,12 @@ def export_peft(adapter: str | Path, path: str | Path) -> Path:
         f"{PREFIX}{p}.{key}": tensor for p, state in states.items() for key, tensor in state.items() if key not in own
     }
     tensors |= {f"{MODEL}{key}": tensor for key, tensor in stored.shared.items()}
+    config = {**stored.config, "modules_to_save": sorted(stored.trained) or None}
+    if config.get("trainable_token_indices"):
+        config["trainable_token_indices"] = None  # the rows are in the modules to save
     with replaced_folder(path) as folder:
-        write_adapter(folder, stored.config, tensors)
-        (folder / CARD).write_text(adapter_card(stored.config, stored.settings, tensors, None))
+        write_adapter(folder, config, tensors)
+        (folder / CARD).write_text(adapter_card(config, stored.settings, tensors, None))
     return Path(path)
 
 

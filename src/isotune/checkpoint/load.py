@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Adapter, check_tensors
 from isotune.adapters.shared import Shared
 from isotune.checkpoint.base_record import base_config, differences, former_digest
-from isotune.checkpoint.stored import StoredAdapter, read_stored
+from isotune.checkpoint.stored import StoredAdapter, is_equal, read_stored
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.adapted import bare_state
 from isotune.model.attach import attach, build_adapters, site_for
@@ -19,6 +19,8 @@ from isotune.model.names import base_modules, changed_modules
 from isotune.model.parametrized import with_matrices
 from isotune.model.switch import use
 from isotune.sites import require_site
+
+_RESIZE = "where tokens were added, add them to the model as well: model.resize_token_embeddings({})"
 
 
 def load(
@@ -44,6 +46,7 @@ def load(
     stored = read_stored(path)
     modules = with_matrices(dict(base_modules(model)), stored.settings)
     _check_base(model, modules, stored, force)
+    stored = stored.completed(_Modules(modules))
     try:
         layers = {p: modules[p] for p in stored.settings}
         adapters = build_adapters(layers, stored.settings, shared=stored.shared or None)
@@ -57,6 +60,20 @@ def load(
     for p, found in stored.trained.items():
         _home(modules[p])[name].load_state_dict(found)
     return use(model, name, train=trainable)
+
+
+class _Modules:
+    """The base's modules as where a stored adapter gets what it does not hold."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.modules = modules
+
+    def state(self, path: str) -> dict[str, Tensor]:
+        return bare_state(self.modules[path])
+
+    def tied(self, path: str) -> list[str]:
+        weight = self.modules[path]._parameters["weight"]
+        return [p for p, module in self.modules.items() if p != path and module._parameters.get("weight") is weight]
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -106,13 +123,22 @@ def _home(module: Any) -> Any:
 
 def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredAdapter, force: bool) -> None:
     other = f"{stored.path} was made for another base"
-    for p in (*stored.settings, *stored.trained, *stored.base_weights):
+    for p in (*stored.settings, *stored.trained, *stored.base_weights, *stored.rows):
         if p not in modules:
             raise CheckpointError(f"{other}: this model has no layer {p!r}")
-    for p, tensor in stored.base_weights.items():
+    for p in stored.base_weights.keys() & stored.settings.keys():
         weight: Any = require_site(modules[p], p).parameter
-        if tensor.shape != weight.shape or not tensor.to(weight.dtype).equal(weight.detach().cpu()):
-            raise CheckpointError(f"{other}: it comes with its own weight for {p!r}, which differs from this model's")
+        if not is_equal(stored.base_weights[p], weight.detach()):
+            raise CheckpointError(
+                f"{other}: it comes with its own weight for {p!r}, which differs from this model's. Where tokens "
+                "were added, give the model that weight first: base weights are never changed by an adapter"
+            )
+    for p, (indices, _) in stored.rows.items():
+        last, here = max(indices), len(bare_state(modules[p])["weight"])
+        if last >= here:
+            raise CheckpointError(
+                f"{stored.path} holds row {last} of {p!r}, which has {here} rows here; {_RESIZE.format(last + 1)}"
+            )
     if stored.header is None:
         return
     for p, entry in stored.header["sites"].items():
@@ -138,4 +164,9 @@ def _check_module(module: nn.Module, found: dict[str, Tensor], p: str, path: Pat
     try:
         check_tensors(found, {key: tuple(t.shape) for key, t in bare_state(module).items()})
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}, at {p!r} (trained in full): {error.args[0]}") from None
+        there, here = found.get("weight"), bare_state(module).get("weight")
+        added = (
+            there is not None and here is not None and there.shape[1:] == here.shape[1:] and len(there) > len(here)
+        )
+        hint = f"; {_RESIZE.format(len(found['weight']))}" if added else ""
+        raise CheckpointError(f"{path}, at {p!r} (trained in full): {error.args[0]}{hint}") from None

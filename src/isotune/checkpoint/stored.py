@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,9 +22,20 @@ from isotune.sites import current_entry
 
 MODEL = "base_model."  # before what a model's adapters share
 PREFIX = "base_model.model."  # before the path of a module
+_ROWS = ".token_adapter.trainable_tokens_delta"
 FULL = "full"  # the method of an adapter that only trains modules in full
 
 State = dict[str, dict[str, Tensor]]  # by module path, then by the tensor's name there
+
+
+class BaseTensors(Protocol):
+    """A base that can be asked for the tensors of its modules."""
+
+    def state(self, path: str) -> Mapping[str, Tensor]:
+        """Weight and bias of the module at `path`, as far as there are any."""
+
+    def tied(self, path: str) -> Iterable[str]:
+        """The other modules that have the weight of the module at `path`."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +54,10 @@ class StoredAdapter:
     """The tensors of the modules trained in full."""
     shared: dict[str, Tensor]
     """What the adapters of all layers have in common."""
-    base_weights: dict[str, Tensor]
-    """Copies of base weights that PEFT stores beside an adapted embedding."""
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
+    """Embeddings and heads as PEFT stores them beside an adapter: adapted ones, and those with added tokens."""
+    rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+    """The rows of an embedding or head that PEFT trained (`trainable_token_indices`), and their values, by path."""
 
     @property
     def method(self) -> str:
@@ -55,6 +69,37 @@ class StoredAdapter:
         """What is said of its base."""
         name, task = (self.config.get(key) for key in ("base_model_name_or_path", "task_type"))
         return BaseRecord(name, (self.header or {}).get("base_config", ""), task)
+
+    @property
+    def in_full(self) -> list[str]:
+        """The paths of the modules of which it has other values than the base, or may have."""
+        return sorted({*self.trained, *self.rows, *(self.base_weights.keys() - self.settings.keys())})
+
+    def completed(self, base: BaseTensors | None) -> StoredAdapter:
+        """The same with what PEFT stored of embeddings and heads as modules trained in full.
+
+        Weights that the base has as they are stored are left out; without a base none is. Raises CheckpointError
+        where only the base has what is beside the rows.
+        """
+        trained = dict(self.trained)
+        for path, (indices, values) in self.rows.items():
+            if base is None:
+                raise CheckpointError(
+                    f"{self.path} holds {len(indices)} trained rows of {path!r}, and the rest of it is in the base: "
+                    "name that with base=... (--base)"
+                )
+            # PEFT trains the rows of all modules that share a weight, and stores them once.
+            for p in (path, *(tied for tied in base.tied(path) if tied not in self.rows)):
+                state = base.state(p)
+                trained[p] = {**state, "weight": _with_rows(state["weight"], indices, values)}
+        kept = {}
+        for path, weight in self.base_weights.items():
+            state = {} if base is None else base.state(path)
+            if path in self.settings:
+                kept[path] = weight
+            elif "weight" not in state or not is_equal(weight, state["weight"]):
+                trained[path] = {**state, "weight": weight}
+        return replace(self, trained=trained, base_weights=kept, rows={})
 
 
 class OnDisk(Mapping[str, dict[str, Tensor]]):
@@ -109,7 +154,7 @@ def read_stored(path: str | Path, in_memory: bool = True) -> StoredAdapter:
             found = _from_peft(path, config, tensors)
     except OptionError as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, StopIteration, IndexError, RuntimeError) as error:
         raise CheckpointError(f"the config or header of {path} is damaged: {error!r}") from None
     return found if in_memory else _on_disk(found, tensors)
 
@@ -127,6 +172,7 @@ def _on_disk(stored: StoredAdapter, tensors: Mapping[str, Tensor]) -> StoredAdap
         trained={p: _copies(own) for p, own in stored.trained.items()},
         shared=_copies(stored.shared),
         base_weights=_copies(stored.base_weights),
+        rows={p: (indices, values.clone()) for p, (indices, values) in stored.rows.items()},
     )
 
 
@@ -150,7 +196,7 @@ def _from_isotune(
     if missing := sorted(sites.keys() - state.keys()):
         raise CheckpointError(f"{path} is incomplete: it has no tensors for {missing[0]!r}")
     if not sites:
-        return StoredAdapter(path, config, header, {}, {}, trained, {}, {})
+        return StoredAdapter(path, config, header, {}, {}, trained, {})
     method = method_class(header["method"])
     if config["peft_type"] not in (method.peft_type, own_type(method.name)):
         raise CheckpointError(
@@ -161,7 +207,7 @@ def _from_isotune(
     header = {**header, "sites": sites}
     settings = {p: method(**site.get("settings", header["settings"])) for p, site in sites.items()}
     _check_shared(path, next(iter(settings.values())), shared)
-    return StoredAdapter(path, config, header, settings, dict(state), trained, shared, {})
+    return StoredAdapter(path, config, header, settings, dict(state), trained, shared)
 
 
 def _owner(name: str, paths: Any) -> str | None:
@@ -179,6 +225,7 @@ def _from_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     state: State = defaultdict(dict)
     trained: State = defaultdict(dict)
     base_weights: dict[str, Tensor] = {}
+    rows: dict[str, tuple[list[int], Tensor]] = {}
     in_full = config.get("modules_to_save") or []
     shared, tensors = _split_shared(tensors)
     for key, tensor in tensors.items():
@@ -191,21 +238,57 @@ def _from_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
                 raise CheckpointError(f"{path} holds {key!r}, which differs from what all layers share")
         elif mark:
             state[layer][f"{prefix}{tensor_name}"] = tensor
+        elif name.endswith(_ROWS):
+            p = name.removesuffix(_ROWS)
+            rows[p] = _indices(config, p), tensor
         elif name.endswith(".base_layer.weight"):
-            base_weights[name.removesuffix(".base_layer.weight")] = tensor
+            base_weights[name.removesuffix(".base_layer.weight").removesuffix(".token_adapter")] = tensor
         elif module is not None:
-            trained[module.group()][name.removeprefix(f"{module.group()}.")] = tensor
+            # Of an embedding PEFT stores its wrapper as well: the values of before, and the trained ones twice.
+            tensor_name = name.removeprefix(f"{module.group()}.").removeprefix("modules_to_save.")
+            if not tensor_name.startswith("original_module."):
+                trained[module.group()][tensor_name] = tensor
+        elif tensor.dim() == 2 and name.endswith(".weight") and not _of_an_adapter(name):
+            base_weights[name.removesuffix(".weight")] = tensor  # an embedding, where tokens were added
         else:
             raise CheckpointError(
                 f"{path} holds {key!r}, which is no tensor of {config['peft_type']!r} and of no module to save"
             )
     names = _own_names(state)
-    settings = {own: method.from_peft_config(config, p) for p, own in names.items()}
+    others = {key: value for key, value in config.items() if key != "trainable_token_indices"}
+    settings = {own: method.from_peft_config(others, p) for p, own in names.items()}
     state = {own: state[p] for p, own in names.items()}
     if not settings:
         raise CheckpointError(f"{path} is incomplete: it has no tensors of its type, {config['peft_type']!r}")
     _check_shared(path, next(iter(settings.values())), shared)
-    return StoredAdapter(path, config, None, settings, dict(state), dict(trained), shared, base_weights)
+    # Where the embeddings were resized, the weight around the rows is in the file as well.
+    for p in rows.keys() & base_weights.keys():
+        trained[p]["weight"] = _with_rows(base_weights.pop(p), *rows.pop(p))
+    return StoredAdapter(path, config, None, settings, dict(state), dict(trained), shared, base_weights, rows)
+
+
+def _of_an_adapter(name: str) -> bool:
+    """Whether the tensor of this name would be one of some method that PEFT has."""
+    prefixes = tuple(method_class(method).peft_prefix or f"{method}_" for method in method_names())
+    return any(part.startswith(prefixes) for part in name.split("."))
+
+
+def _indices(config: dict[str, Any], p: str) -> list[int]:
+    """Which rows of the embedding at p PEFT trained: one list for all, or one for each name."""
+    indices = config["trainable_token_indices"]
+    if isinstance(indices, dict):
+        indices = next(found for name, found in indices.items() if p == name or p.endswith(f".{name}"))
+    return list(indices)
+
+
+def is_equal(stored: Tensor, own: Tensor) -> bool:
+    """Whether a base has this weight, in the dtype that it is in there."""
+    return stored.shape == own.shape and stored.to(own.dtype).equal(own.cpu())
+
+
+def _with_rows(weight: Tensor, indices: list[int], values: Tensor) -> Tensor:
+    """A copy of the weight with other values in the rows of these indices."""
+    return weight.index_copy(0, torch.tensor(indices, device=weight.device), values.to(weight))
 
 
 def _own_names(paths: Iterable[str]) -> dict[str, str]:

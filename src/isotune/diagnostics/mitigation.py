@@ -114,7 +114,7 @@ def mitigate(
     write_parts(
         output,
         parts,
-        opened.stored.trained,
+        opened.stored.completed(opened.base).trained,
         replace(opened.stored.base, name=opened.base_model or str(opened.base.folder if opened.base else base)),
         header.get("sites"),
         files={

@@ -91,7 +91,7 @@ class AdapterSource(Source):
         self.base_model = self.stored.config.get("base_model_name_or_path")
         self.base = _base(base, self.base_model)
         self.parts = StoredParts(self.stored, self.base)
-        self.trained_modules, self.left_out = sorted(self.stored.trained), {}
+        self.trained_modules, self.left_out = self.stored.in_full, {}
         self.names = {}
         for p in self.stored.settings:
             name = self._name(p)

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,9 @@ def open_inputs(
     """The adapters, checked against each other and the rule, and notes on how they differ."""
     models = read_models(adapters, names, weights, None)
     stored_base = _base(models, base)
+    models = [replace(m, stored=m.stored.completed(stored_base)) for m in models]
     if stored_base is not None:
-        models = [Model(m.name, m.weight, m.stored, type(m.parts)(m.stored, stored_base)) for m in models]
+        models = [replace(m, parts=type(m.parts)(m.stored, stored_base)) for m in models]
     inputs = Inputs(models, stored_base, seed, rule.statistic if isinstance(rule, Rule) else None)
     return inputs, check_models(inputs, rule, force)
 
@@ -193,7 +194,7 @@ def _base(models: Sequence[Model], base: str | Path | None) -> StoredBase | None
     if base is not None:
         return StoredBase(base)
     named = models[0].stored.config.get("base_model_name_or_path")
-    needed = any(model.needs_base(model.paths[0]) for model in models if model.paths)
+    needed = any(model.stored.rows or model.needs_base(model.paths[0]) for model in models if model.paths)
     return StoredBase(named) if needed and named and local_folder(named) else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def compress_adapters(
     check_writable(output, INDEX)
     weights = None if base is None else StoredBase(base)
     stored = read_models(adapters, names, [1.0] * len(names), weights)
+    stored = [replace(model, stored=model.stored.completed(weights)) for model in stored]
     sites: dict[str, dict[str, dict[str, Any]]] = {}
     for model in stored:
         for path, entry in _entries(model, weights):
