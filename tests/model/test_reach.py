@@ -143,7 +143,7 @@ def test_gradient_checkpointing_with_a_frozen_base_gives_the_same_gradients(
         got = gradients(model)
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert_same_output(got[name], gradient, 1e-5)
+        assert_same_output(got[name], gradient, 1e-4)
 
 
 def test_reentrant_checkpointing_of_pixels_without_input_gradients_is_warned_about() -> None:

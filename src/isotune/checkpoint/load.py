@@ -164,9 +164,8 @@ def _check_module(module: nn.Module, found: dict[str, Tensor], p: str, path: Pat
     try:
         check_tensors(found, {key: tuple(t.shape) for key, t in bare_state(module).items()})
     except (KeyError, ValueError) as error:
-        there, here = found.get("weight"), bare_state(module).get("weight")
-        added = (
-            there is not None and here is not None and there.shape[1:] == here.shape[1:] and len(there) > len(here)
+        there, here = (
+            list(state["weight"].shape) if "weight" in state else [0] for state in (found, bare_state(module))
         )
-        hint = f"; {_RESIZE.format(len(found['weight']))}" if added else ""
+        hint = f"; {_RESIZE.format(there[0])}" if there[0] > here[0] and there[1:] == here[1:] else ""
         raise CheckpointError(f"{path}, at {p!r} (trained in full): {error.args[0]}{hint}") from None
