@@ -164,8 +164,7 @@ def _check_module(module: nn.Module, found: dict[str, Tensor], p: str, path: Pat
     try:
         check_tensors(found, {key: tuple(t.shape) for key, t in bare_state(module).items()})
     except (KeyError, ValueError) as error:
-        there, here = (
-            list(state["weight"].shape) if "weight" in state else [0] for state in (found, bare_state(module))
-        )
+        states = found, bare_state(module)
+        there, here = (list(state["weight"].shape) if "weight" in state else [0] for state in states)
         hint = f"; {_RESIZE.format(there[0])}" if there[0] > here[0] and there[1:] == here[1:] else ""
         raise CheckpointError(f"{path}, at {p!r} (trained in full): {error.args[0]}{hint}") from None
