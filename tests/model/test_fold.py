@@ -73,6 +73,52 @@ def test_tied_embedding_adapted_and_folded_leaves_the_output_head_alone() -> Non
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def tied_llama() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("targets", "options"),
+    [(["lm_head"], {}), (["q_proj"], {"train_also": ["lm_head"]}), (["q_proj"], {"train_also": ["embed_tokens"]})],
+    ids=["adapted head", "trained head", "trained embeddings"],
+)
+def test_a_head_that_folding_parted_from_its_embeddings_is_saved_as_untied(
+    targets: list[str], options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    model = adapted(tied_llama(), LoRA(rank=2), targets, **options)
+    expected = output(model)
+    isotune.fold(model)
+    assert model.config.tie_word_embeddings is False
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.tie_word_embeddings is False
+    assert again.lm_head.weight is not again.model.embed_tokens.weight
+    assert_same_output(output(again), expected)
+    isotune.unfold(model)
+    assert model.config.tie_word_embeddings is True
+
+
+def test_a_head_that_folding_left_tied_stays_so_in_the_config() -> None:
+    model = isotune.fold(adapted(tied_llama(), LoRA(rank=2), ["q_proj"]))
+    assert model.config.tie_word_embeddings is True
+
+
+def test_a_model_that_computes_with_its_tie_keeps_its_config_and_warns() -> None:
+    config = transformers.UMT5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    model = transformers.UMT5ForConditionalGeneration(config)
+    if model.lm_head.weight is not model.shared.weight:
+        pytest.skip("this transformers does not tie the head of UMT5")
+    adapted(model, LoRA(rank=2), ["lm_head"])
+    with pytest.warns(UserWarning, match="head of this umt5 and its embeddings are no longer one tensor"):
+        isotune.fold(model)
+    assert model.config.tie_word_embeddings is True
+
+
 def test_while_folded_every_other_change_is_refused_and_nothing_happens() -> None:
     model = adapted(stories(), HRA(rank=4))
     with pytest.raises(IsotuneError, match="nothing to unfold"):

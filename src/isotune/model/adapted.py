@@ -36,8 +36,8 @@ class Adapters(nn.ModuleDict):
         self.enabled = True
         self.folded = False
         self.settings: dict[str, Settings] = {}
-        # What folding replaced: modules of the base, names of tensors in them, and the tensors.
-        self.kept: list[tuple[nn.Module, str, Any]] = []
+        # What folding replaced: modules of the base (or its config), names in them, and what stood there.
+        self.kept: list[tuple[Any, str, Any]] = []
         # A forward that was put on the layer itself, as accelerate does; it is the layer's own then.
         self.own_forward = own_forward
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -19,20 +20,25 @@ from isotune.model.adapted import (
     bare_modules,
     current,
 )
-from isotune.model.names import changed_modules, check_one_weight
+from isotune.model.names import changed_modules, check_one_weight, unwrapped
 from isotune.model.parametrized import home_of, take_off
 from isotune.sites import require_site
+
+_COMPUTE_WITH_THE_TIE = ("switch_transformers", "t5gemma", "udop", "umt5")
+"""Models of transformers whose forward asks whether the head is tied."""
 
 
 def fold(model: nn.Module, keep_base: bool = True) -> nn.Module:
     """Put the adapted weights in the place of the base's, so that the forward pass costs what the base costs.
 
     The modules trained in full take their places as well, in the dtype of the base. The state of the model is then
-    that of a plain one under the base's names, with the adapters' own tensors beside it. With `keep_base` the base's
-    tensors are kept, and `unfold` restores them bit for bit. Without it the adapters, and any inactive ones with
-    them, are gone afterwards: the result is a plain model of the base's classes. Raises IsotuneError where nothing
-    is active, the model is folded already, a weight is packed or computed, or rows of a batch use different adapters;
-    nothing is folded then.
+    that of a plain one under the base's names, with the adapters' own tensors beside it. Where a head and its
+    embeddings are no longer one tensor, the config of the model says so from then on.
+
+    With `keep_base` the base's tensors are kept, and `unfold` restores them bit for bit. Without it the adapters, and
+    any inactive ones with them, are gone afterwards: the result is a plain model of the base's classes. Raises
+    IsotuneError where nothing is active, the model is folded already, a weight is packed or computed, or rows of a
+    batch use different adapters; nothing is folded then.
     """
     modules = list(changed_modules(model))
     if any(module.isotune.folded for _, module in modules):
@@ -58,6 +64,7 @@ def fold(model: nn.Module, keep_base: bool = True) -> nn.Module:
     for module in running.values():
         _fold_copy(module) if isinstance(module, Trained) else _fold_layer(module)
         module.isotune.folded = True
+    _untie(model, next(iter(running.values())).isotune)
     if not keep_base:
         for _, module in modules:
             module.isotune.kept.clear()
@@ -79,6 +86,30 @@ def unfold(model: nn.Module) -> nn.Module:
         _restore(module.isotune)
         module.isotune.folded = False
     return model
+
+
+def _untie(model: nn.Module, home: Adapters) -> None:
+    """Say in the config of a transformers model that a head that differs from its embeddings is not tied to them."""
+    own: Any = unwrapped(model)
+    config: Any = getattr(own, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(own, "get_output_embeddings"):
+        return
+    head, embeddings = own.get_output_embeddings(), own.get_input_embeddings()
+    if head is None or head._parameters.get("weight") is embeddings._parameters.get("weight"):
+        return
+    if config.model_type in _COMPUTE_WITH_THE_TIE:
+        warnings.warn(
+            f"the head of this {config.model_type} and its embeddings are no longer one tensor, and its config "
+            "cannot say so: with tie_word_embeddings=false it would compute something else. Saved and loaded again, "
+            "the two may be tied anew",
+            stacklevel=3,
+        )
+        return
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for part in {id(config): config, id(text): text}.values():
+        if getattr(part, "tie_word_embeddings", False):
+            home.kept.append((part, "tie_word_embeddings", True))
+            part.tie_word_embeddings = False
 
 
 @torch.no_grad()
@@ -127,6 +158,9 @@ def _replace(home: Adapters, module: nn.Module, name: str, value: Tensor | None)
 
 def _restore(home: Adapters) -> None:
     for module, name, kept in home.kept:
+        if not isinstance(module, nn.Module):
+            setattr(module, name, kept)
+            continue
         there = _tensors(module, name)
         if kept is not None and there[name] is not None and kept.device != there[name].device:
             kept.data = kept.data.to(there[name].device)
