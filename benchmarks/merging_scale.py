@@ -22,6 +22,7 @@ from isotune.adapters.contract import Adapter
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.adapters.orthogonal.hra import HRA
 from isotune.adapters.settings import Settings
+from isotune.checkpoint.base_record import BaseRecord
 from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.save import write_parts
 from isotune.linalg.householder import unit_columns
@@ -124,7 +125,7 @@ def write_random(folder: Path, settings: Settings, given: argparse.Namespace, se
                 site = require_site(bare, path)
                 adapter = random_adapter(settings, site, generator)
                 parts[path] = (site, settings, adapter.to(getattr(torch, given.dtype)))
-        write_parts(folder, parts, {}, None)
+        write_parts(folder, parts, {}, BaseRecord())
     return folder
 
 

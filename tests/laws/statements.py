@@ -93,6 +93,21 @@ def dtype_is_kept(case: Case) -> None:
             assert model(x).dtype == base(x).dtype
 
 
+def default_dtype_changes_nothing(case: Case) -> None:
+    """Torch's default dtype, which a program may set to train in half precision, decides nothing here."""
+    expected, x = case.fresh(torch.float32), case.input(torch.float32)
+    y = expected(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = isotune.adapt(case.base(torch.float32), case.method, ["layer"], seed=case.seed).eval()
+        for (name, value), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+            assert value.dtype == other.dtype, name
+            assert value.equal(other), name
+        assert model(x).equal(y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def _loss(y: Tensor) -> Tensor:
     """The mean square of y in units of its largest entry: its gradients are far from the ends of fp16's range."""
     y = y.float()
@@ -207,6 +222,7 @@ LAWS = (
     forward_equals_reference,
     gradients_are_derivatives,
     dtype_is_kept,
+    default_dtype_changes_nothing,
     factors_reproduce_the_change,
     compiles_without_a_break,
     parameter_count_is_as_declared,

@@ -76,6 +76,8 @@ class BrokenAdapter(LowRank):
             y = y.detach() + 2 * (y - y.detach())
         if self.breaks == "dtype_is_kept":
             y = y.to(torch.promote_types(y.dtype, torch.float32))
+        if self.breaks == "default_dtype_changes_nothing":
+            y = y + torch.finfo(torch.get_default_dtype()).eps
         if self.breaks == "compiles_without_a_break":
             torch._dynamo.graph_break()
         if self.breaks == "stack_is_the_product_of_its_parts":

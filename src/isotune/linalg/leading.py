@@ -17,7 +17,7 @@ from torch import Tensor
 from isotune.linalg.low_rank import SVD, Factored, dense_svd
 
 _MORE = 4  # random columns, by which a direction that the start lacks is found
-_EPS = 16  # residual at which a triplet has converged, in units of the dtype's rounding and of the largest value
+_EPS = 16  # the least residual at which a triplet has converged, in units of the dtype's rounding and largest value
 
 
 def leading_svd(W: Tensor, change: Factored | None, k: int, start: Tensor | None = None) -> SVD:
@@ -45,6 +45,8 @@ def _krylov(W: Tensor, change: Factored | None, k: int, block: Tensor) -> SVD | 
     """The same, from a first block (m, l); None where it has not converged by half of all directions."""
     Q, _ = torch.linalg.qr(block)
     new, rows = Q, W.new_zeros(W.shape[1], 0)
+    # A product with W rounds by about the square root of the numbers added, in whatever order they are.
+    converged = max(_EPS, max(W.shape) ** 0.5) * torch.finfo(W.dtype).eps
     while True:
         image = _times(new.mT, W, change).mT
         rows = torch.cat([rows, image], dim=1)  # (Qᵀ op)ᵀ
@@ -52,7 +54,7 @@ def _krylov(W: Tensor, change: Factored | None, k: int, block: Tensor) -> SVD | 
         V, S, U = V[:, :k], S[:k], Q @ Uh.mT[:, :k]
         through = _through(W, change, V)
         residual = torch.linalg.vector_norm(through - U * S, dim=0).max()
-        if residual <= _EPS * torch.finfo(W.dtype).eps * S[0]:
+        if residual <= converged * S[0]:
             return SVD(U, S, V)
         if 2 * (Q.shape[1] + block.shape[1]) > min(W.shape):
             return None

@@ -197,7 +197,7 @@ def from_dense(W: Tensor, rank: int, generator: torch.Generator | None = None) -
         found = dense_svd(W)
         return found.first(rank).factored(), tail(found.S, rank)
     generator = generator or torch.Generator().manual_seed(0)
-    Q, _ = torch.linalg.qr(W @ torch.randn(n, width, generator=generator).to(W))
+    Q, _ = torch.linalg.qr(W @ torch.randn(n, width, generator=generator, dtype=torch.float32).to(W))
     for _ in range(2):
         Q, _ = torch.linalg.qr(W.mT @ Q)
         Q, _ = torch.linalg.qr(W @ Q)

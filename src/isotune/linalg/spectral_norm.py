@@ -16,7 +16,7 @@ def spectral_norm(W: Tensor, width: int = 8, steps: int = 20) -> float:
         return 0.0
     if min(W.shape) <= 8 * width:
         return float(torch.linalg.svdvals(W)[0])
-    start = torch.randn(W.shape[1], width, generator=torch.Generator().manual_seed(0)).to(W)
+    start = torch.randn(W.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(W)
     Q, _ = torch.linalg.qr(W @ start)
     for _ in range(steps):
         Q, _ = torch.linalg.qr(W.mT @ Q)

@@ -121,7 +121,7 @@ def drawn(x: Tensor, keep: float | Tensor, generator: torch.Generator, unbiased:
 
     Drawn on the CPU, in fp32, whatever the device and the dtype of x.
     """
-    mask = (torch.rand(x.shape, generator=generator).to(x.device) < keep).to(x.dtype)
+    mask = (torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x.device) < keep).to(x.dtype)
     return mask.mul_(x).div_(keep) if unbiased else mask.mul_(x)
 
 

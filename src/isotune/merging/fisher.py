@@ -258,7 +258,7 @@ def _check_apart(watched: list[_Watched], logits: Tensor) -> None:
     """Raise IsotuneError unless what the first example computes depends on its own rows alone, in every layer."""
     n = len(logits)
     first = torch.zeros_like(logits)
-    first[0] = torch.randn(first[0].shape, generator=torch.Generator().manual_seed(0)).to(first)
+    first[0] = torch.randn(first[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(first)
     gradients = iter(_gradients(watched, logits, first, retain=True))
     for one in watched:
         for (x, _), gradient in [(call, next(gradients)) for call in one.calls]:

@@ -98,7 +98,7 @@ def _next_tokens(
 def _drawn(p: Tensor, draw: torch.Generator) -> Tensor:
     """A class for each row of p (n, classes), the same on every device."""
     sums = p.cumsum(dim=-1)
-    u = torch.rand(len(p), 1, generator=draw).to(p) * sums[:, -1:]
+    u = torch.rand(len(p), 1, generator=draw, dtype=torch.float32).to(p) * sums[:, -1:]
     return torch.searchsorted(sums, u, right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
 
 

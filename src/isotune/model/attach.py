@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -198,11 +199,21 @@ def _build(settings: Settings, layer: nn.Module, path: str, seed: int | None) ->
     # Hashed to 32 bits, because torch's CPU generator ignores all but the low 32 bits of its seed.
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {path}".encode()))
     try:
-        with torch.device("cpu"):  # whatever the default device: what is drawn is the same everywhere
+        with torch.device("cpu"), _default_dtype(torch.float32):  # what is drawn is the same, whatever the defaults
             adapter = settings.shell(site) if seed is None else settings.build(site, generator)
     except OptionError as error:
         raise OptionError(f"{settings.name} at {path!r}: {error}") from None
     return adapter.to(device_of(layer), _dtype_of(layer))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _share(adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module], shared: dict[str, Tensor]) -> None:

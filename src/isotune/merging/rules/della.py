@@ -58,7 +58,9 @@ class DELLA(Elected):
     def _sparse(self, x: Tensor, generator: torch.Generator) -> Tensor:
         columns = x.shape[1]
         reach = self.epsilon if columns > 1 else 0.0
-        ramp = torch.linspace(self.density - reach, self.density + reach, columns, device=x.device)
+        ramp = torch.linspace(
+            self.density - reach, self.density + reach, columns, dtype=torch.float32, device=x.device
+        )
         keep = torch.empty_like(x, dtype=torch.float32).scatter_(1, ascending(x), ramp.expand_as(x))
         return drawn(x, keep, generator, self.unbiased)
 
