@@ -30,7 +30,10 @@ def unit_columns(U: Tensor) -> Tensor:
 
 def _column_norms(U: Tensor) -> Tensor:
     """The length of every column (r); for a zero column a positive number."""
-    return torch.linalg.vector_norm(U, dim=0).clamp_min(torch.finfo(U.dtype).tiny)
+    # In fp32 the squares of what is below 1e-22 or above 1e19 would be 0 or infinite. Apple's GPUs have no fp64.
+    wide = U.dtype if U.device.type == "mps" else torch.float64
+    norms = torch.linalg.vector_norm(U, dim=0, dtype=wide)
+    return norms.to(U.dtype).clamp_min(torch.finfo(U.dtype).tiny)
 
 
 def compact_wy(U: Tensor) -> tuple[Tensor, Tensor]:
