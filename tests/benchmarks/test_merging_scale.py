@@ -13,7 +13,7 @@ from benchmarks import merging_scale
 from benchmarks.one_merge import one_merge
 from isotune.adapters.low_rank.lora import LoRA
 from isotune.adapters.orthogonal.hra import HRA
-from isotune.checkpoint.stored import read_stored
+from isotune.checkpoint.read import read_stored
 from isotune.merging.registry import rule_class
 
 SMALL = ["--layers", "1", "--models", "3", "--rank", "2", "--width", "24", "--threads", "1"]

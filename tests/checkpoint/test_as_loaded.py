@@ -14,7 +14,7 @@ from isotune import HRA, LoRA
 from isotune.checkpoint.as_loaded import AsLoaded
 from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.parts import stored_parts
-from isotune.checkpoint.stored import read_stored
+from isotune.checkpoint.read import read_stored
 from isotune.errors import CheckpointError
 from isotune.model.names import adapted_layers
 from isotune.sites import require_site

@@ -13,7 +13,8 @@ from torch import nn
 import isotune
 from isotune import LoRA
 from isotune.checkpoint.files import TENSORS
-from isotune.checkpoint.stored import OnDisk, read_stored
+from isotune.checkpoint.read import read_stored
+from isotune.checkpoint.stored import OnDisk
 from isotune.errors import CheckpointError
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import isotune
-from isotune.checkpoint.stored import read_stored
+from isotune.checkpoint.read import read_stored
 from isotune.diagnostics.sources import open_source
 from isotune.errors import CheckpointError
 from support import assert_same_output, move, output

@@ -20,8 +20,8 @@ from isotune.checkpoint import export, save
 from isotune.checkpoint import files as adapter_files
 from isotune.checkpoint.files import CARD, CONFIG, OURS, TENSORS
 from isotune.checkpoint.parts import stored_parts
+from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.save import write_parts
-from isotune.checkpoint.stored import read_stored
 from isotune.errors import CheckpointError
 from support import adapted, files, minilm, output, stories
 

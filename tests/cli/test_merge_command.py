@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 import isotune
 from isotune import HRA, LoRA
-from isotune.checkpoint.stored import read_stored
+from isotune.checkpoint.read import read_stored
 from isotune.merging.registry import rule_names
 from isotune.training import build_recipe, train
 from support import adapted

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import isotune
 from isotune import LoRA
-from isotune.checkpoint.stored import read_stored
+from isotune.checkpoint.read import read_stored
 from isotune.errors import OptionError
 from isotune.linalg.low_rank import Factored
 from isotune.merging import explain as module

@@ -24,8 +24,8 @@ from isotune.adapters.low_rank.ia3 import IA3
 from isotune.adapters.orthogonal.ether import ETHER
 from isotune.adapters.orthogonal.oft import OFT
 from isotune.checkpoint.files import CONFIG, TENSORS
+from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.save import write_parts
-from isotune.checkpoint.stored import read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.merging.adapters import REPORT, Merged, merge
 from isotune.merging.modules import TASK

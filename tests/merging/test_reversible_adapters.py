@@ -15,7 +15,7 @@ from torch import nn
 import isotune
 from isotune import HRA, LoRA
 from isotune.checkpoint.files import CONFIG
-from isotune.checkpoint.stored import read_stored
+from isotune.checkpoint.read import read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
 from isotune.merging.reversible import Reversible
 from isotune.merging.reversible_adapters import compress_adapters, recover_adapter

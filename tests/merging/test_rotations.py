@@ -24,8 +24,8 @@ from isotune.adapters.orthogonal.oft import OFT, OFTAdapter
 from isotune.adapters.orthogonal.shoft import SHOFT
 from isotune.adapters.orthogonal.two_sided import TwoSided
 from isotune.checkpoint.parts import stored_parts
+from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.save import write_parts
-from isotune.checkpoint.stored import read_stored
 from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, upper_of
 from isotune.linalg.householder import dense_reflections

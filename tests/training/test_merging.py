@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import make_llama, sentences, tensors, write_jsonl, write_recipe
 from transformers import LlamaForCausalLM
 
-from isotune.checkpoint.stored import read_stored
+from isotune.checkpoint.read import read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.merging.adapters import Merged
 from isotune.merging.checkpoints import MergedCheckpoint

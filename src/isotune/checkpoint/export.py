@@ -19,8 +19,9 @@ from isotune.checkpoint.base_record import BaseRecord, task_type
 from isotune.checkpoint.card import export_card
 from isotune.checkpoint.files import CARD, TENSORS, check_writable, replaced_folder, write_adapter
 from isotune.checkpoint.parts import Part, stored_parts
+from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.save import peft_fields, refused_by_peft, trained_tensors
-from isotune.checkpoint.stored import PREFIX, StoredAdapter, read_stored
+from isotune.checkpoint.stored import PREFIX, StoredAdapter
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError, TargetError
 from isotune.model.adapted import current
 from isotune.model.names import adapted_layers, check_one_weight, trained_modules

@@ -8,7 +8,8 @@ from isotune.adapters.registry import method_class
 from isotune.adapters.settings import NotInPEFTError
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, replaced_folder, write_adapter
-from isotune.checkpoint.stored import FULL, MODEL, PREFIX, StoredAdapter, own_type, read_stored
+from isotune.checkpoint.read import read_stored
+from isotune.checkpoint.stored import FULL, MODEL, PREFIX, StoredAdapter, own_type
 from isotune.errors import CheckpointError
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Adapter, check_tensors
 from isotune.adapters.shared import Shared
 from isotune.checkpoint.base_record import base_config, differences, former_digest
-from isotune.checkpoint.stored import StoredAdapter, is_equal, read_stored
+from isotune.checkpoint.read import read_stored
+from isotune.checkpoint.stored import StoredAdapter, is_equal
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.adapted import bare_state
 from isotune.model.attach import attach, build_adapters, site_for

@@ -13,7 +13,7 @@ import torch
 from isotune.checkpoint.base import StoredBase, local_folder
 from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.parts import StoredParts
-from isotune.checkpoint.stored import read_stored
+from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.stored_models import read_model
 from isotune.checkpoint.tensor_kinds import is_vocabulary, tensor_kinds
 from isotune.diagnostics.weights import Weight, exact_change, require_finite

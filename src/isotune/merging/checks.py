@@ -12,7 +12,7 @@ from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.base_record import Recorded, differences
 from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.parts import StoredParts
-from isotune.checkpoint.stored import read_stored
+from isotune.checkpoint.read import read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.inputs import Inputs, Model

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from isotune.checkpoint.load import load
-from isotune.checkpoint.stored import State, read_stored
+from isotune.checkpoint.read import read_stored
+from isotune.checkpoint.stored import State
 from isotune.errors import IsotuneError, OptionError
 from isotune.merging.adapters import merge
 from isotune.merging.names import model_names
