@@ -88,3 +88,13 @@ def test_a_folder_that_transformers_cannot_lay_out_has_its_own_names_only(tmp_pa
     assert AsLoaded(tmp_path / "base", ["a"]).sources == {}
     with pytest.raises(CheckpointError, match=r"has no tensor 'lm_head\.weight'"):
         StoredBase(tmp_path / "base").weight("lm_head")
+
+
+def test_a_damaged_config_is_told_when_an_adapter_is_exported(tmp_path: Path) -> None:
+    llama(False).save_pretrained(tmp_path / "base")
+    isotune.save(adapted(llama(False), LoRA(rank=2), ["q_proj"]), tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"CAUSAL_LM"', "null"))
+    (tmp_path / "base" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        isotune.export_lora(tmp_path / "adapter", tmp_path / "lora", base=tmp_path / "base")

@@ -95,11 +95,11 @@ def dtype_is_kept(case: Case) -> None:
 
 def default_dtype_changes_nothing(case: Case) -> None:
     """Torch's default dtype, which a program may set to train in half precision, decides nothing here."""
-    expected, x = case.fresh(torch.float32), case.input(torch.float32)
+    expected, x = case.moved(torch.float32), case.input(torch.float32)
     y = expected(x)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = isotune.adapt(case.base(torch.float32), case.method, ["layer"], seed=case.seed).eval()
+        model = case.moved(torch.float32)
         for (name, value), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
             assert value.dtype == other.dtype, name
             assert value.equal(other), name

@@ -92,6 +92,17 @@ def test_query_value_of_a_packed_projection_names_the_matrix_to_take() -> None:
         find_targets(nn.TransformerEncoderLayer(8, 2), "query-value")
 
 
+def test_a_projection_that_is_none_of_an_attention_is_not_taken_for_a_packed_one() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_proj = nn.Linear(4, 8)
+
+    with pytest.raises(TargetError) as error:
+        find_targets(nn.Sequential(Mixer()), "query-value")
+    assert "one matrix" not in str(error.value)
+
+
 def test_what_was_asked_for_is_no_hint() -> None:
     with pytest.raises(TargetError) as error:
         find_targets(nn.Sequential(nn.Conv2d(1, 1, 1)), "all-linear")

@@ -1,4 +1,4 @@
-"""Run by the launcher in several processes: train a sharded (FSDP2) and a whole copy of one adapted model alike.
+"""Run by the launcher in several processes: train one adapted model sharded (FSDP2), replicated (DDP) and as it is.
 
 The first process prints the largest difference of their losses, and of their adapters after a few steps, as JSON.
 """
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import isotune
@@ -44,16 +45,16 @@ def trained(model: Any, batches: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
 
 
 def main(method: str, options: str) -> None:
-    """Compare the two copies."""
+    """Compare the copies."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
     )
-    model = isotune.adapt(
-        LlamaForCausalLM(config), isotune.method(method, **json.loads(options)), "all-linear", seed=0
-    )
+    base = LlamaForCausalLM(config)
+    model = isotune.adapt(copy.deepcopy(base), isotune.method(method, **json.loads(options)), "all-linear", seed=0)
     alone: Any = copy.deepcopy(model)
+    replicated = DistributedDataParallel(copy.deepcopy(model))
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -63,15 +64,21 @@ def main(method: str, options: str) -> None:
     batches = batch.expand(STEPS, -1, -1)
     losses, adapter = trained(model, batches)
     expected_losses, expected = trained(alone, batches)
+    replicated_losses, _ = trained(replicated, batches)
     assert adapter.keys() == expected.keys()
     with tempfile.TemporaryDirectory() as folder:
-        saved = [load_file(isotune.save(m, Path(folder, name)) / TENSORS) for name, m in (("a", model), ("b", alone))]
-    assert saved[0].keys() == saved[1].keys()
-    assert all(torch.allclose(t, saved[1][name], atol=1e-5) for name, t in saved[0].items())
+        folders = [isotune.save(m, Path(folder, str(i))) for i, m in enumerate((alone, model, replicated))]
+        saved, *others = (load_file(path / TENSORS) for path in folders)
+        loaded = isotune.load(DistributedDataParallel(base), folders[2]).module
+    for other in others:
+        assert other.keys() == saved.keys()
+        assert all(torch.allclose(t, saved[name], atol=1e-5) for name, t in other.items())
+    with torch.no_grad():
+        assert torch.equal(loaded(batch).logits, replicated.module.eval()(batch).logits)
     worst = max(float((adapter[name] - expected[name]).abs().max()) for name in expected)
     moved = float(expected_losses[0] - expected_losses[-1])
     if dist.get_rank() == 0:
-        difference = float((losses - expected_losses).abs().max())
+        difference = max(float((one - expected_losses).abs().max()) for one in (losses, replicated_losses))
         print(json.dumps({"losses": difference, "adapter": worst, "moved": moved}))
     dist.destroy_process_group()
 

@@ -59,7 +59,9 @@ def test_two_processes_train_and_only_the_first_writes_and_prints(
 
 
 @pytest.mark.parametrize(("method", "options"), [("hra", {"rank": 4, "penalty": 0.1}), ("lora", {"rank": 4})])
-def test_a_model_sharded_by_fsdp2_trains_as_a_whole_one(method: str, options: dict[str, float]) -> None:
+def test_a_model_sharded_by_fsdp2_or_replicated_by_ddp_trains_and_is_saved_as_a_whole_one(
+    method: str, options: dict[str, float]
+) -> None:
     script = Path(__file__).with_name("sharded.py")
     command = [sys.executable, "-m", *LAUNCHERS["torchrun"][:-1], str(script), method, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)

@@ -88,10 +88,11 @@ class StoredBase:
     def bias(self, path: str) -> Tensor | None:
         """The bias of the layer at `path`, found beside its weight; None where it has none."""
         try:
-            key = f"{self._key(f'{path}.weight').removesuffix('weight')}bias"
+            weight = self._key(f"{path}.weight")
         except CheckpointError:
             return None
-        return self._tensor(key) if key in self.file_of or key in self._loaded else None
+        key = f"{weight.removesuffix('weight')}bias"
+        return self._tensor(key) if key in (self.file_of if weight in self.file_of else self._loaded) else None
 
     def state(self, path: str) -> dict[str, Tensor]:
         """Weight and bias of the module at `path`, as far as they are stored."""
@@ -108,9 +109,12 @@ class StoredBase:
         return [name.removesuffix(".weight") for name in sources if name != key and sources[name] == sources.get(key)]
 
     def config(self) -> dict[str, Any]:
-        """The model's configuration; empty where the folder has none."""
+        """The model's configuration; empty where the folder has none. Raises CheckpointError where it is damaged."""
         file = self.folder / "config.json"
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        except ValueError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
 
     @cached_property
     def _loaded(self) -> AsLoaded:

@@ -29,8 +29,6 @@ _OTHER_FIELDS = (
 )  # fmt: skip
 _FORMER_FIELDS = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "id2label",
                   "label2id", "problem_type", "quantization_config")  # fmt: skip
-
-
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -38,7 +36,7 @@ _TASK_TYPES = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

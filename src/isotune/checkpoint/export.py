@@ -144,9 +144,8 @@ def _from_folder(stored: StoredAdapter, base: str | Path | None) -> _Source:
     entries = stored.header["sites"] if stored.header else {}
     refused = {p: entry["refused"] for p, entry in entries.items() if "refused" in entry}
     trained = trained_tensors(stored.trained)
-    record = BaseRecord(
-        str(name), task_type=stored.base.task_type or task_type(weights.config().get("architectures") or ())
-    )
+    task = stored.base.task_type or task_type(weights.config().get("architectures") or ())
+    record = BaseRecord(str(name), task_type=task)
     return _Source(lambda: stored_parts(stored, weights), refused, trained, sorted(stored.trained), record)
 
 

@@ -88,7 +88,7 @@ class AdapterSource(Source):
     def __init__(self, path: Path, base: str | Path | None) -> None:
         self.path, self.stored = path, read_stored(path)
         self.method = self.stored.method
-        self.base_model = self.stored.config.get("base_model_name_or_path")
+        self.base_model = self.stored.base.name
         self.base = _base(base, self.base_model)
         self.parts = StoredParts(self.stored, self.base)
         self.trained_modules, self.left_out = self.stored.in_full, {}

@@ -31,9 +31,7 @@ def ternary_bases(
     Each sign has the probability 1 / (2 sparsity). A vector of a basis that came out as zero, as happens in tiny
     layers, gets one entry of 1.
     """
-    A, B = (
-        torch.rand(shape, generator=generator, dtype=torch.float32) for shape in ((r, 1, n_in), (n_out, count, r))
-    )
+    A, B = (torch.rand(shape, generator=generator) for shape in ((r, 1, n_in), (n_out, count, r)))
     edge = 1 / (2 * sparsity)
     A, B = ((u > 1 - edge).to(u.dtype) - (u < edge).to(u.dtype) for u in (A, B))
     A[..., 0][(A == 0).all(-1)] = 1

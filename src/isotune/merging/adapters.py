@@ -193,7 +193,7 @@ def _base(models: Sequence[Model], base: str | Path | None) -> StoredBase | None
     """The base: as asked for, or where a method needs it and the first adapter's config names a folder at hand."""
     if base is not None:
         return StoredBase(base)
-    named = models[0].stored.config.get("base_model_name_or_path")
+    named = models[0].stored.base.name
     needed = any(model.stored.rows or model.needs_base(model.paths[0]) for model in models if model.paths)
     return StoredBase(named) if needed and named and local_folder(named) else None
 

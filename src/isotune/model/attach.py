@@ -99,7 +99,8 @@ def draw_shared(settings: Mapping[str, Settings], sites: Iterable[Site]) -> dict
     if not settings:
         return {}
     first = next(iter(settings.values()))
-    shared = first.shared(sites)
+    with _usual_defaults():
+        shared = first.shared(sites)
     if shared and any(other != first for other in settings.values()):
         raise OptionError(
             f"{first.name} shares {', '.join(shared)} among all layers, so that overrides cannot give some of them "
@@ -199,7 +200,7 @@ def _build(settings: Settings, layer: nn.Module, path: str, seed: int | None) ->
     # Hashed to 32 bits, because torch's CPU generator ignores all but the low 32 bits of its seed.
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {path}".encode()))
     try:
-        with torch.device("cpu"), _default_dtype(torch.float32):  # what is drawn is the same, whatever the defaults
+        with _usual_defaults():
             adapter = settings.shell(site) if seed is None else settings.build(site, generator)
     except OptionError as error:
         raise OptionError(f"{settings.name} at {path!r}: {error}") from None
@@ -207,13 +208,15 @@ def _build(settings: Settings, layer: nn.Module, path: str, seed: int | None) ->
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def _usual_defaults() -> Iterator[None]:
+    """Torch's default device and dtype as they are at first: what is drawn is the same, whatever they were set to."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.device("cpu"):
+            yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(dtype)
 
 
 def _share(adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module], shared: dict[str, Tensor]) -> None:

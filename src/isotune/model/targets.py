@@ -21,7 +21,6 @@ Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 PRESETS = ("attention", "query-value", "mlp", "all-linear", "blocks")
 
 _QUERY_OR_VALUE = re.compile(r"(to_|w|attn_)?(q|v|query|value)(_?(proj|lin|layer)\w*)?", re.IGNORECASE)
-
 _PACKED = re.compile(r"w?qkv\w*|c_attn|query_key_value|in_proj\w*", re.IGNORECASE)
 
 
@@ -182,7 +181,8 @@ def _what_is_there(layers: dict[str, nn.Module], targets: Targets) -> str:
     parameters = list(dict.fromkeys(matrix.name for matrix in matrices if isinstance(matrix, Matrix)))
     if not names and not parameters:
         return f"It has no layer that can be adapted ({WHAT_CAN_BE_ADAPTED})."
-    packed = [name for name in (*names, *parameters) if _PACKED.fullmatch(name)]
+    in_attention = [path.rpartition(".")[2] for path in adaptable if _in_attention(path, layers)]
+    packed = [name for name in (*in_attention, *parameters) if _PACKED.fullmatch(name)]
     if targets == "query-value" and packed:
         return (
             f"Query, key and value are one matrix here: name it, targets={packed[:1]!r}, or take the preset "
