@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from test_compare import exact, recipe
 
 from isotune.comparison import compare
@@ -15,10 +16,10 @@ ray = pytest.importorskip("ray", reason="Ray is not installed")
 
 @pytest.fixture
 def _quiet_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No usage reports, and one thread in each worker as in the tests."""
+    """No usage reports, and in each worker as many threads as here: another number adds in another order."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 # Ray leaves files and sockets to the end of the process.
