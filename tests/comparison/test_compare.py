@@ -60,6 +60,14 @@ def exact(output: str | Path) -> dict[str, Any]:
     }
 
 
+def alike(output: str | Path) -> dict[str, Any]:
+    """The same for a comparison with what other processes made.
+
+    Their tensors are at other addresses, where vectorised sums may add in another order.
+    """
+    return {name: pytest.approx(metrics, rel=1e-4) for name, metrics in exact(output).items()}
+
+
 def test_every_row_is_sized_searched_measured_and_summarised(whole: ComparisonRecipe) -> None:
     found = json.loads(Store(whole.output).summary_file.read_text())
     rows = {row["method"]: row for row in found["rows"]}
@@ -120,7 +128,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_results(
     done = set(Store(tmp_path / "c").lines())
     assert 3 <= len(done) < 17
     compare(made, progress=False)
-    assert exact(tmp_path / "c") == exact(whole.output)
+    assert exact(tmp_path / "c") == alike(whole.output)
 
 
 def test_more_methods_and_seeds_are_added_to_what_is_there(whole: ComparisonRecipe, bert: Path, rows: Path) -> None:
