@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """All figures of the page."""
     about = {"date": now(), "machine": machine("cpu"), "versions": versions()}
-    model = load_classifier(MINILM, labels=3)
+    model = load_classifier(MINILM, ["0", "1", "2"], "mean")
     sites = [require_site(layer, path) for path, layer in find_targets(model, "query-value").items()]
     chosen, left_out = {}, {}
     for name in dict.fromkeys([BASELINE, *(given.methods or method_names())]):
@@ -137,7 +137,7 @@ def step_ratio(method: dict[str, Any], baseline: dict[str, Any], seconds: float)
 
     A step is forward, backward, AdamW and `after_step`, on 16 sequences of 64 tokens. `seconds` are spent on each.
     """
-    model = load_classifier(MINILM, labels=3)
+    model = load_classifier(MINILM, ["0", "1", "2"], "mean")
     generator = torch.Generator().manual_seed(0)
     batch = {
         "input_ids": torch.randint(1000, 30000, (16, 64), generator=generator),

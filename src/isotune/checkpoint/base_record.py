@@ -90,7 +90,8 @@ def former_digest(model: nn.Module) -> str:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(unwrapped(model), "config", None)
+    own: Any = unwrapped(model)
+    config: Any = getattr(own, "base_config", None) or getattr(own, "config", None)
     return config.to_dict() if hasattr(config, "to_dict") else {}
 
 

@@ -57,13 +57,15 @@ def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
     Raises IsotuneError where a method cannot adapt the target layers, or the data or the model cannot be used.
     """
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
-    model = Session(TaskSpec.of(recipe, splits.labels)).model
-    found = find_targets(model, recipe.targets, recipe.exclude, trained=["head", *recipe.train_also])
+    session = Session(TaskSpec.of(recipe, splits.labels))
+    model = session.model
+    found = find_targets(model, recipe.targets, recipe.exclude, trained=[*session.head, *recipe.train_also])
     sites = {path: require_site(layer, path) for path, layer in found.items()}
     budgets = recipe.compare.budgets or [total_parameters(method("hra", rank=8), list(sites.values()))]
     cells = [_sized(options, budget, sites) for budget in budgets for options in recipe.methods]
     if recipe.compare.full:
-        trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
+        head = tuple(f"{path}." for path in session.head)
+        trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(head))
         cells.append(Cell(FULL, {"name": FULL}, None, trained, LEARNING_RATE))
     if recipe.compare.frozen:
         cells.append(Cell(FROZEN, {"name": FROZEN}, None, 0, None))

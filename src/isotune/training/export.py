@@ -44,8 +44,8 @@ def local_base(adapter: str | Path, base: str | None = None) -> str | None:
 def export_merged(adapter: str | Path, output: str | Path, base: str | None = None, force: bool = False) -> Path:
     """Write the base model with the adapter folded into its weights, as a transformers model folder.
 
-    Where `isotune train` made the adapter, `isotune evaluate` reads the folder: a classifier's head is written beside
-    the weights (`head.safetensors`), and what it was trained for (`task.json`).
+    Where `isotune train` made the adapter, `isotune evaluate` reads the folder, too: what it was trained for is
+    written beside the weights (`task.json`).
 
     Args:
         adapter: The adapter's folder.

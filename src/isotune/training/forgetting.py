@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from isotune.errors import DataError, DivergedError, IsotuneError, OptionError
 from isotune.model.passes import evaluating
+from isotune.training.classifiers import is_classifier
 from isotune.training.data import Row, load_rows, load_splits, sample_rows
-from isotune.training.models import Classifier
 from isotune.training.probe import extract_features, fit_probe
 from isotune.training.progress import quiet_libraries
 from isotune.training.recipe import DataSettings
@@ -81,7 +81,7 @@ class Forgetting:
             DivergedError: It answers with values that are not finite.
         """
         classification = self.task == "classification"
-        if isinstance(model, Classifier) != classification:
+        if is_classifier(model) != classification:
             wanted = "a classifier" if classification else "a causal language model"
             raise IsotuneError(
                 f"forgetting of a {self.task} run is measured on {wanted}, which {type(model).__name__} is not"

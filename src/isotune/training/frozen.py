@@ -9,11 +9,11 @@ import transformers
 
 from isotune.training.arguments import resolve_training, training_arguments
 from isotune.training.data import load_splits
-from isotune.training.probe import Probe, fit_probe
+from isotune.training.probe import Probe
 from isotune.training.progress import Screen
 from isotune.training.recipe import Recipe
 from isotune.training.session import Session, TaskSpec, task_metrics
-from isotune.training.start import split_features
+from isotune.training.start import session_probe, split_features
 from isotune.training.tasks import Example
 
 
@@ -32,7 +32,7 @@ def frozen_probe(recipe: Recipe, screen: Screen | None = None) -> Frozen:
     """Fit a linear probe to a classification's training rows, its strength chosen on the validation rows."""
     session, examples = _prepared(recipe)
     features = split_features(session, examples, screen or Screen(False))
-    probe = fit_probe(*features["train"], len(session.spec.labels), features.get("validation"))
+    probe = session_probe(session, features)
     found = {name: probe.metrics(*features[name]) for name in features if name != "train"}
     metrics = {f"{split}_{name}": value for split, of in found.items() for name, value in of.items()}
     return Frozen(probe, metrics, session, examples)

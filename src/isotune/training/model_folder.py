@@ -1,7 +1,8 @@
 """A whole trained model as a folder that transformers loads by itself, with what isotune needs to use it again.
 
-Beside the weights, the configuration and the tokenizer lie `task.json` and, of a classifier, `head.safetensors`.
-Full fine-tuning leaves such a folder, and `isotune export --to merged` writes one.
+Beside the weights, the configuration and the tokenizer lies `task.json`; version 0.1.0 wrote the backbone of a
+classifier alone, and its head to `head.safetensors`. Full fine-tuning leaves such a folder, and
+`isotune export --to merged` writes one.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.load import load
 from isotune.errors import CheckpointError, IsotuneError
-from isotune.training.models import Classifier
 from isotune.training.session import TASK_FILE, Session, TaskSpec
 
 MODEL_CONFIG = "config.json"
@@ -29,19 +29,16 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, spec: TaskSpec | None) -> None:
-    """Write a model without adapters into an empty folder: a classifier as its backbone, with the head beside it.
+    """Write a model without adapters into an empty folder.
 
     Args:
         folder: An existing folder, of `replaced_folder`.
-        model: A `Classifier`, or any transformers model.
+        model: Any transformers model.
         tokenizer: Its tokenizer.
         spec: What it was trained for; None where that is not known.
     """
-    classifier = isinstance(model, Classifier)
-    (model.backbone if classifier else model).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if classifier:
-        save_file({key: t.contiguous() for key, t in model.head.state_dict().items()}, folder / HEAD_FILE)
     if spec is not None:
         (folder / TASK_FILE).write_text(spec.to_json(), encoding="utf-8")
 
@@ -65,12 +62,12 @@ def open_trained(folder: Path, model: str | None = None, force: bool = False) ->
     if model:
         raise IsotuneError(f"{folder} holds a whole model and needs no pretrained one; leave out --model {model}")
     session = Session(replace(spec, model=str(folder)))
-    if spec.task == "classification":
+    if spec.task == "classification" and spec.backbone is not None:
         _load_head(session.model, folder / HEAD_FILE)
     return session
 
 
-def _load_head(model: Classifier, file: Path) -> None:
+def _load_head(model: Any, file: Path) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file.parent} holds no {HEAD_FILE}; the folder is incomplete")
     try:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from isotune.training.models import Classifier
+from isotune.training.classifiers import features_as_logits, logits_layer
 from isotune.training.tasks import Collator, Example, classification_metrics
 
 STRENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -37,13 +37,13 @@ class Probe:
 
 
 def extract_features(
-    model: Classifier,
+    model: nn.Module,
     examples: Sequence[Example],
     collator: Collator,
     batch_size: int = 64,
     advance: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features in float64, shape (n, hidden), and the labels, in the order of `examples`.
+    """What the head reads, in float64, shape (n, hidden), and the labels, in the order of `examples`.
 
     Args:
         model: The classifier; its adapters should be disabled, its mode is left as it was.
@@ -54,15 +54,15 @@ def extract_features(
     """
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
-    features = torch.empty(len(examples), model.head.in_features, dtype=torch.float64)
+    features = torch.empty(len(examples), logits_layer(model).in_features, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), features_as_logits(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collator([examples[index] for index in chosen])
-            pooled = model.features(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-            features[chosen] = pooled.double().cpu()
+            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+            features[chosen] = model(**inputs).logits.double().cpu()
             if advance is not None:
                 advance(len(chosen))
     model.train(was_training)
@@ -75,6 +75,7 @@ def fit_probe(
     classes: int,
     validation: tuple[Tensor, Tensor] | None = None,
     strengths: Sequence[float] | None = None,
+    bias: bool = True,
 ) -> Probe:
     """Logistic regressions from the strongest L2 to the weakest; the validation rows choose one.
 
@@ -84,10 +85,12 @@ def fit_probe(
         classes: Number of classes.
         validation: Features and labels to choose by (accuracy, then loss).
         strengths: The L2 strengths to try, strongest first; by default `STRENGTHS`, or without validation rows 1e-3.
+        bias: Whether the scores have one; without, that of the probe is zero.
     """
     if strengths is None:
         strengths = STRENGTHS if validation is not None else (1e-3,)
-    mean, spread = features.mean(0), features.std(0)
+    spread = features.std(0)
+    mean = features.mean(0) if bias else torch.zeros_like(spread)
     # Next to constant features stay out: their weights, in the hundred thousands, would break a head that goes on
     # to be trained with the backbone. MiniLM has three.
     scale = torch.where(spread > NEXT_TO_CONSTANT * spread.max(), spread, math.inf)
@@ -95,7 +98,7 @@ def fit_probe(
     parameters = torch.zeros(classes, features.shape[1] + 1, dtype=torch.float64)
     fitted = []
     for strength in strengths:
-        parameters = _logistic_regression(standard, labels, strength, parameters)
+        parameters = _logistic_regression(standard, labels, strength, parameters, bias)
         weight = parameters[:, :-1] / scale
         probe = Probe(weight, parameters[:, -1] - weight @ mean, strength, {})
         metrics = probe.metrics(*validation) if validation is not None else {}
@@ -103,8 +106,8 @@ def fit_probe(
     return max(fitted, key=lambda probe: (probe.validation.get("accuracy", 0), -probe.validation.get("loss", 0)))
 
 
-def _logistic_regression(features: Tensor, labels: Tensor, l2: float, start: Tensor) -> Tensor:
-    """Minimises mean cross entropy + l2/2 |weight|² by LBFGS; the last column is the bias, unpenalised."""
+def _logistic_regression(features: Tensor, labels: Tensor, l2: float, start: Tensor, bias: bool) -> Tensor:
+    """Minimises mean cross entropy + l2/2 |weight|² by LBFGS; the last column is the bias, unpenalised, or zero."""
     parameters = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [parameters], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
@@ -112,8 +115,9 @@ def _logistic_regression(features: Tensor, labels: Tensor, l2: float, start: Ten
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        weight, bias = parameters[:, :-1], parameters[:, -1]
-        loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, labels)
+        weight = parameters[:, :-1]
+        scores = features @ weight.T + parameters[:, -1] if bias else features @ weight.T
+        loss = torch.nn.functional.cross_entropy(scores, labels)
         loss = loss + 0.5 * l2 * weight.square().sum()
         loss.backward()
         return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,16 +16,16 @@ from isotune.training.trainer import AdapterTrainer
 PACKAGES = ("isotune", "torch", "transformers")
 
 
-def run_metrics(recipe: Recipe, trainer: AdapterTrainer, default_rate: float) -> dict[str, Any]:
+def run_metrics(recipe: Recipe, trainer: AdapterTrainer, default_rate: float, head: Sequence[str]) -> dict[str, Any]:
     """Training loss, settings and costs, by flat keys; `default_rate` is the method's own learning rate."""
-    encoder, head = trainable(trainer.model)
+    encoder, above = trainable(trainer.model, head)
     state, rate = trainer.state, recipe.training["learning_rate"]
     return {
         "train_loss": _mean_loss(state.log_history),
         "method": recipe.method["name"],
         "learning_rate": rate,
         "learning_rate_is_the_methods_default": rate == default_rate,
-        "trainable_parameters": encoder + head,
+        "trainable_parameters": encoder + above,
         "trainable_parameters_encoder": encoder,
         "seconds_per_step": trainer.timer.median(),
         "tokens_per_second": _tokens_per_second(trainer),
@@ -42,12 +43,12 @@ def history_of(trainer: AdapterTrainer) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
 
-def trainable(model: torch.nn.Module) -> tuple[int, int]:
-    """Trainable parameters in the backbone, and in the classification head."""
-    counts = [0, 0]
+def trainable(model: torch.nn.Module, head: Sequence[str]) -> tuple[int, int]:
+    """Trainable parameters beside the head, and in it, the modules at these paths."""
+    counts, inside = [0, 0], tuple(f"{path}." for path in head)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts[name.startswith("head.")] += parameter.numel()
+            counts[name.startswith(inside)] += parameter.numel()
     return counts[0], counts[1]
 
 

@@ -184,20 +184,21 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
     if recipe.save_second_moments:
         check_informative(session.model)
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in examples.items() if rows)
-    screen.say(f"{recipe.method['name']} on {recipe.model}: {sum(trainable(session.model)):,} trainable parameters")
+    screen.say(
+        f"{recipe.method['name']} on {recipe.model}: {sum(trainable(session.model, [])):,} trainable parameters"
+    )
     screen.say(f"examples: {counts}" + (f"; labels: {', '.join(splits.labels)}" if splits.labels else ""))
     return _Run(recipe, folder, screen, session, examples)
 
 
 def _adapt(session: Session, recipe: Recipe) -> None:
-    head = ["head"] if recipe.task == "classification" else []
     isotune.adapt(
         session.model,
         _settings(recipe),
         recipe.targets,
         exclude=recipe.exclude,
         overrides=recipe.overrides,
-        train_also=[*head, *recipe.train_also],
+        train_also=[*session.head, *recipe.train_also],
         seed=recipe.seed,
     )
 
@@ -243,7 +244,7 @@ def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
     for name in ("validation", "test"):
         if run.examples[name]:
             metrics |= _measured(run, trainer, name)
-    metrics |= run_metrics(run.recipe, trainer, _default_rate(run.recipe))
+    metrics |= run_metrics(run.recipe, trainer, _default_rate(run.recipe), run.session.head)
     if is_first_process():
         write_atomically(run.folder.history_file, json.dumps(history_of(trainer)) + "\n")
         write_atomically(run.folder.metrics_file, json.dumps(metrics, indent=2) + "\n")

@@ -23,6 +23,7 @@ from isotune.merging.search import search_weights
 from isotune.model.adapted import bare_copy
 from isotune.model.attach import remove
 from isotune.model.fold import fold, unfold
+from isotune.training.classifiers import is_classifier, logits_layer
 from isotune.training.data import load_splits
 from isotune.training.evaluation import measured
 from isotune.training.folder import RunFolder, adapter_folder
@@ -143,22 +144,29 @@ def _task(
 
 
 @contextmanager
-def _modules(model: nn.Module, trained: State) -> Iterator[None]:
+def _modules(model: Any, trained: State) -> Iterator[None]:
     """Give the model these modules for a while; a classifier's head may have another number of labels."""
-    before = {path: model.get_submodule(path) for path in trained}
+    before, labels = {path: model.get_submodule(path) for path in trained}, getattr(model, "num_labels", None)
     for path, tensors in trained.items():
         model.set_submodule(path, _filled(before[path], tensors))
+    if is_classifier(model):
+        model.num_labels = model.config.num_labels = logits_layer(model).out_features
     try:
         yield
     finally:
         for path, module in before.items():
             model.set_submodule(path, module)
+        if is_classifier(model):
+            model.num_labels = model.config.num_labels = labels
 
 
 def _filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    own = bare_copy(module)
-    if isinstance(own, nn.Linear) and own.weight.shape != tensors["weight"].shape:
-        labels, hidden = tensors["weight"].shape
-        own = nn.Linear(hidden, labels, dtype=own.weight.dtype, device=own.weight.device)
-    own.load_state_dict(tensors)
-    return own
+    whole = nn.ModuleDict({"own": bare_copy(module)})
+    for path, layer in list(whole.named_modules()):
+        found = tensors.get(f"{path}.weight".removeprefix("own."))
+        if isinstance(layer, nn.Linear) and found is not None and found.shape != layer.weight.shape:
+            labels, hidden = found.shape
+            own = nn.Linear(hidden, labels, layer.bias is not None, layer.weight.device, layer.weight.dtype)
+            whole.set_submodule(path, own)
+    whole["own"].load_state_dict(tensors)
+    return whole["own"]

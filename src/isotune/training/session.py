@@ -12,8 +12,9 @@ import numpy as np
 import transformers
 
 from isotune.errors import IsotuneError
+from isotune.training.classifiers import head_paths, load_classifier, pooling_of
 from isotune.training.data import Row
-from isotune.training.models import load_causal, load_classifier, load_tokenizer
+from isotune.training.models import load_causal, load_tokenizer
 from isotune.training.recipe import Recipe
 from isotune.training.tasks import (
     Collator,
@@ -40,12 +41,16 @@ class TaskSpec:
     max_length: int | None
     separator: str
     dtype: str
+    backbone: str | None = "backbone"
+    """What the classifiers of version 0.1.0 call their backbone; None since."""
 
     @classmethod
     def of(cls, recipe: Recipe, labels: list[str]) -> TaskSpec:
         """The part of a recipe that outlives the training."""
         data = recipe.data
-        return cls(recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype)
+        return cls(
+            recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype, None
+        )
 
     @classmethod
     def read(cls, adapter: Path) -> TaskSpec:
@@ -69,14 +74,16 @@ class Session:
     """A pretrained model for a task, with its tokenizer; its `spec` says what "auto" and the defaults came to."""
 
     def __init__(self, spec: TaskSpec) -> None:
+        self.tokenizer = load_tokenizer(spec.model)
         if spec.task == "classification":
-            self.model: Any = load_classifier(spec.model, len(spec.labels), spec.pooling, spec.dtype)
-            spec = replace(spec, pooling=self.model.pooling)
+            self.model: Any = load_classifier(spec.model, spec.labels, spec.pooling, spec.dtype, spec.backbone)
+            self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+            self.head = head_paths(self.model)
+            spec = replace(spec, pooling=pooling_of(self.model))
         else:
-            self.model = load_causal(spec.model, spec.dtype)
+            self.model, self.head = load_causal(spec.model, spec.dtype), []
         self.max_length = _max_length(spec, self.model.config)
         self.spec = replace(spec, max_length=self.max_length)
-        self.tokenizer = load_tokenizer(spec.model)
         self.collator = Collator(self.tokenizer.pad_token_id)
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:

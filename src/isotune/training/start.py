@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import isotune
+from isotune.training.classifiers import logits_layer
 from isotune.training.probe import Probe, extract_features, fit_probe
 from isotune.training.progress import Screen
 from isotune.training.recipe import Recipe
@@ -21,7 +22,13 @@ def probe_of(session: Session, examples: dict[str, list[Example]], screen: Scree
     names = [name for name in ("train", "validation") if examples[name]]
     with isotune.disabled(session.model):
         features = split_features(session, {name: examples[name] for name in names}, screen)
-    return fit_probe(*features["train"], len(session.spec.labels), features.get("validation"))
+    return session_probe(session, features)
+
+
+def session_probe(session: Session, features: dict[str, tuple[Tensor, Tensor]]) -> Probe:
+    """A probe that the head of the session's model can hold, from features of `split_features`."""
+    bias = logits_layer(session.model).bias is not None
+    return fit_probe(*features["train"], len(session.spec.labels), features.get("validation"), bias=bias)
 
 
 def split_features(
@@ -38,8 +45,10 @@ def split_features(
 def start_from(session: Session, probe: Probe, screen: Screen) -> None:
     """Let the head start from a probe."""
     with torch.no_grad():
-        session.model.head.weight.copy_(probe.weight)
-        session.model.head.bias.copy_(probe.bias)
+        head = logits_layer(session.model)
+        head.weight.copy_(probe.weight)
+        if head.bias is not None:
+            head.bias.copy_(probe.bias)
     shown = f": validation accuracy {probe.validation['accuracy']:.4f}" if probe.validation else ""
     screen.say(f"the head starts from a linear probe{shown}")
 

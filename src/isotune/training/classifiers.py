@@ -1,0 +1,178 @@
+"""Pretrained models with a head that classifies: the architecture's own class wherever it has one.
+
+So a trained classifier is what transformers, PEFT and servers expect, with the base's own names. Only a pooling that
+this class does not have takes one of ours, `PooledForSequenceClassification`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto import modeling_auto
+
+from isotune.errors import IsotuneError
+from isotune.training.modeling_pooled import PooledConfig, PooledForSequenceClassification
+from isotune.training.models import locate, open_pretrained, read_config
+
+
+class Head(NamedTuple):
+    """Where a classifier's head is."""
+
+    logits: str
+    """The path of the layer that makes the logits, the last above the backbone."""
+    trained: list[str]
+    """Those of the modules that are trained in full: this layer, and what the weights did not have."""
+
+
+OWN = "own"
+"""The pooling of the architecture's own class, whatever it is."""
+
+
+def load_classifier(
+    name: str, labels: Sequence[str], pooling: str = "auto", dtype: str = "float32", backbone: str | None = None
+) -> Any:
+    """A pretrained model that classifies; its head is drawn where the model has none for as many labels.
+
+    Args:
+        name: What `locate` finds; the folder of a model that already classifies, too.
+        labels: Their names, in the order of their numbers.
+        pooling: "auto", `OWN`, or "mean", "cls", "last", for which the architecture's own class is taken where it
+            pools like that, and else `PooledForSequenceClassification`.
+        dtype: Of the backbone.
+        backbone: The backbone's name within a class of ours; by default what the architecture's own class has.
+
+    Returns:
+        The model; `head_paths` says what of it is to be trained in full.
+
+    Raises:
+        IsotuneError: There is no such model, it has no weights, or it is an encoder-decoder.
+    """
+    path = locate(name)
+    config = read_config(name, path)
+    names = dict(enumerate(labels))
+    said = {"id2label": names, "label2id": {label: number for number, label in names.items()}}
+    if config.model_type == PooledConfig.model_type:
+        model, _ = open_pretrained(PooledForSequenceClassification, name, path, dtype)
+        return _marked(model, [])
+    if config.is_encoder_decoder:
+        raise IsotuneError(f"{name}: classification needs an encoder or a decoder, not an encoder-decoder")
+    own = _own_options(config, pooling) if backbone is None else None
+    if own is not None:
+        options = {**own, **said, "problem_type": "single_label_classification", "ignore_mismatched_sizes": True}
+        model, drawn = open_pretrained(AutoModelForSequenceClassification, name, path, dtype, **options)
+        _check_drawn(model, drawn, name)
+        model.accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever the Trainer passes
+        return _marked(model, drawn)
+    kind = modeling_auto.MODEL_MAPPING.get(type(config), None)
+    takes_pooler = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    base, drawn = open_pretrained(
+        AutoModel, name, path, dtype, **({"add_pooling_layer": False} if takes_pooler else {})
+    )
+    _check_drawn(base, drawn, name)
+    chosen = _pooling_of(Path(path), config.model_type) if pooling in ("auto", OWN) else pooling
+    prefix = backbone or base.base_model_prefix or "backbone"
+    return _marked(PooledForSequenceClassification(PooledConfig(base.config, chosen, prefix, **said), base), [])
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether the model is one of `load_classifier`."""
+    return hasattr(model, "isotune_head")
+
+
+def pooling_of(model: Any) -> str:
+    """What `load_classifier` is given to open the same model again."""
+    return str(model.config.pooling) if isinstance(model, PooledForSequenceClassification) else OWN
+
+
+def head_paths(model: Any) -> list[str]:
+    """The paths of the modules that are trained in full."""
+    return list(model.isotune_head.trained)
+
+
+def logits_layer(model: Any) -> nn.Linear:
+    """The linear layer that makes the logits; of one that is trained in full the copy in use."""
+    found: nn.Linear = attrgetter(model.isotune_head.logits)(model)
+    return found
+
+
+@contextmanager
+def features_as_logits(model: nn.Module) -> Iterator[None]:
+    """Let the model answer with what its last linear layer reads, shape (batch, width), in place of its logits."""
+    handle = logits_layer(model).register_forward_hook(lambda layer, given, logits: given[0])
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _own_options(config: Any, pooling: str) -> dict[str, str] | None:
+    """What makes the architecture's own class pool like that; None where it cannot."""
+    kind = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if kind is None:
+        return None
+    if hasattr(config, "classifier_pooling") and pooling in ("mean", "cls"):
+        return {"classifier_pooling": pooling}
+    last = pooling == "last" and issubclass(kind, GenericForSequenceClassification)
+    return {} if pooling in ("auto", OWN) or last else None
+
+
+def _check_drawn(model: Any, drawn: Sequence[str], name: str) -> None:
+    """Raise IsotuneError where more than a head, or a pooling layer, is missing."""
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    missing = [key for key in drawn if key.startswith(prefix) and "pooler." not in key]
+    if missing:
+        raise IsotuneError(
+            f"{name}: the weights lack {len(missing)} of the model's tensors (such as {missing[0]}); "
+            "they belong to another kind of model"
+        )
+
+
+def _marked(model: Any, drawn: Sequence[str]) -> Any:
+    """The model, with the paths of its head: as high up as everything below is new."""
+    names = [name for name, _ in model.named_parameters()]
+    path = _logits_path(model)
+    new = {name for name in names if name in drawn or name.startswith(f"{path}.")}
+    model.isotune_head = Head(path, sorted({_highest(name, names, new) for name in new}))
+    return model
+
+
+def _highest(name: str, names: Sequence[str], new: set[str]) -> str:
+    path = name.rpartition(".")[0]
+    while (above := path.rpartition(".")[0]) and all(n in new for n in names if n.startswith(f"{above}.")):
+        path = above
+    return path
+
+
+def _logits_path(model: Any) -> str:
+    inside = f"{model.base_model_prefix}." if not isinstance(model, PooledForSequenceClassification) else "."
+    return [
+        path
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and layer.out_features == model.config.num_labels
+        and not path.startswith(inside)
+    ][-1]
+
+
+def _pooling_of(path: Path, model_type: str) -> str:
+    """What the model was trained with where it says so; else mean for encoders and last for decoders."""
+    file = path / "1_Pooling" / "config.json"
+    if file.is_file():
+        said = json.loads(file.read_text(encoding="utf-8"))
+        modes = {"pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+        named = {"cls": "cls", "lasttoken": "last"}.get(said.get("pooling_mode", ""), "mean")
+        return next((mode for key, mode in modes.items() if said.get(key)), named)
+    decoder_only = (
+        model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+    return "last" if decoder_only else "mean"

@@ -1,0 +1,89 @@
+"""A classifier that pools token vectors as it is told to: for where an architecture's own head cannot.
+
+The file is copied beside the weights that are saved of it, so that transformers alone opens the folder:
+`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class PooledConfig(PreTrainedConfig):
+    """The configuration of the backbone (`text_config`), and how its token vectors become one."""
+
+    model_type = "pooled-classifier"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+
+    def __init__(
+        self, text_config: Any = None, pooling: str = "mean", backbone: str = "backbone", **kwargs: Any
+    ) -> None:
+        """`pooling` is "mean", "cls" (the first token) or "last"; `backbone` names the backbone within the model."""
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.pooling = pooling
+        self.backbone = backbone
+        super().__init__(**kwargs)
+
+
+class PooledForSequenceClassification(PreTrainedModel):
+    """A backbone, a pooling over its token vectors, and a linear `head`."""
+
+    config_class = PooledConfig
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
+
+    def __init__(self, config: PooledConfig, backbone: Any = None) -> None:
+        """`backbone` is one that has its weights; without, they are drawn, or loaded by `from_pretrained`."""
+        super().__init__(config)
+        backbone = AutoModel.from_config(config.text_config) if backbone is None else backbone
+        setattr(self, config.backbone, backbone)
+        self.head = nn.Linear(config.text_config.get_text_config().hidden_size, config.num_labels)
+        for module in backbone.modules():
+            module._is_hf_initialized = True
+        self.post_init()
+
+    @property
+    def base_config(self) -> Any:
+        """The backbone's configuration."""
+        return self.config.text_config
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the backbone."""
+        embeddings: nn.Module = getattr(self, self.config.backbone).get_input_embeddings()
+        return embeddings
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> SequenceClassifierOutput:
+        """Logits of shape (batch, labels), and the mean cross entropy where `labels` are given."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        backbone = getattr(self, self.config.backbone)
+        tokens = backbone(input_ids=input_ids, attention_mask=mask, **kwargs).last_hidden_state
+        logits = self.head(pool(tokens, mask, self.config.pooling).to(self.head.weight.dtype))
+        loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def pool(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """One fp32 vector a row from token vectors of shape (batch, length, hidden), padding on either side."""
+    tokens = tokens.float()
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    rows = torch.arange(mask.shape[0], device=mask.device)
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).to(tokens.dtype)
+        return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+    if pooling == "cls":
+        return tokens[rows, mask.argmax(1)]
+    return tokens[rows, (positions * mask).argmax(1)]
+
+
+PooledConfig.register_for_auto_class()
+PooledForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
