@@ -32,7 +32,8 @@ from isotune.model.calibrate import wants_calibration
 from isotune.model.targets import find_targets
 from isotune.sites import Site, require_site
 from isotune.training.demo import compare
-from isotune.training.models import MINILM, load_classifier
+from isotune.training.classifiers import load_classifier
+from isotune.training.models import MINILM
 
 BUDGET = 36_864
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)

@@ -69,7 +69,7 @@ def test_every_method_trains_from_a_recipe_at_its_own_learning_rate(
     assert 0 < metrics["train_loss"] < 10
     assert metrics["trainable_parameters_encoder"] > 0
     saved = tensors(result.adapter)
-    assert sum("backbone." in key for key in saved) >= 4
+    assert sum("encoder.layer." in key for key in saved) >= 4
     assert all(tensor.isfinite().all() for tensor in saved.values() if tensor.is_floating_point())
 
 

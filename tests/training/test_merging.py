@@ -207,7 +207,7 @@ def test_rule_rmm_keeps_every_run(runs: list[Path], tmp_path: Path) -> None:
     assert found.values > 0
     out = recover_adapter(tmp_path / "all", "three", tmp_path / "again")
     before, after = tensors(runs[1] / "adapter"), load_file(out / "adapter_model.safetensors")
-    assert torch.equal(after["base_model.model.head.weight"], before["base_model.model.head.weight"])
+    assert torch.equal(after["base_model.model.classifier.weight"], before["base_model.model.classifier.weight"])
     weighted = build_merge_recipe(
         None, {"models": [{"path": str(runs[0])}, {"path": str(runs[1]), "weight": 0.5}], "rule.name": "rmm",
                "output": str(tmp_path / "no")},

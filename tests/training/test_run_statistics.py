@@ -18,7 +18,7 @@ from isotune.training import build_recipe, collect_fisher, train
 from isotune.training.session import Session, TaskSpec
 
 LORA = ["save_second_moments=true", "method.name=lora", "method.rank=2"]
-QUERY = "backbone.encoder.layer.0.attention.self.query"
+QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def test_run_leaves_the_second_moments_of_all_it_trained(run: Path) -> None:
     found = StoredStatistic(run / "adapter", "second_moment")
     assert found.made == {"steps": 10}
     assert found.shapes[QUERY] == (32, 32)
-    assert found.shapes["head"] == (2, 32)
-    assert found.shapes["head.bias"] == (2,)
+    assert found.shapes["classifier"] == (2, 32)
+    assert found.shapes["classifier.bias"] == (2,)
     assert len(found.shapes) == 6
     assert all(found.of(path).any() for path in found.shapes)
     isotune.load(Session(TaskSpec.read(run / "adapter")).model, run / "adapter")

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from isotune.training.models import load_causal, load_classifier, load_tokenizer, pool
+from isotune.training.classifiers import load_classifier
+from isotune.training.modeling_pooled import pool
+from isotune.training.models import load_causal, load_tokenizer
 from isotune.training.probe import extract_features, fit_probe
 from isotune.training.tasks import (
     Collator,
@@ -75,13 +77,8 @@ def test_pooling_sees_no_padding_on_either_side(side: str) -> None:
     assert torch.equal(pool(padded, mask, "last"), tokens[:, -1])
 
 
-def test_pooling_is_what_suits_the_model(bert: Path, llama: Path) -> None:
-    assert load_classifier(str(bert), 2).pooling == "mean"
-    assert load_classifier(str(llama), 2).pooling == "last"
-
-
 def test_features_keep_the_order_of_the_rows(bert: Path) -> None:
-    tokenizer, model = load_tokenizer(str(bert)), load_classifier(str(bert), 2)
+    tokenizer, model = load_tokenizer(str(bert)), load_classifier(str(bert), ["x", "y"])
     rows = [{"text": text, "label": "x"} for text in ("the old small green cat", "cat", "a dog")]
     examples, collator = classification_examples(rows, tokenizer, ["x"], 16), Collator(0)
     together, _ = extract_features(model, examples, collator, batch_size=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
@@ -37,6 +37,11 @@ _TASK_TYPES = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+LABELLED = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+"""The tasks that have labels, with the class of transformers that opens their models."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,17 @@ class BaseRecord:
     """See `base_config`."""
     task_type: str | None = None
     """What PEFT calls its task, by which it finds the class that opens the base."""
+    labels: list[str] = field(default_factory=list)
+    """Of a classifier, the names of its labels in the order of their numbers."""
 
     @classmethod
     def of(cls, model: nn.Module, name: str | None = None) -> BaseRecord:
         """The record of a model, adapted or not."""
         config: Any = getattr(unwrapped(model), "config", None)
         own = name or getattr(config, "_name_or_path", None) or None
-        return cls(own, base_config(model), task_type([bare_class(unwrapped(model)).__name__]))
+        task = task_type([bare_class(unwrapped(model)).__name__])
+        labels = list(config.id2label.values()) if task in LABELLED and getattr(config, "id2label", None) else []
+        return cls(own, base_config(model), task, labels)
 
 
 def base_config(model: nn.Module) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 import isotune
 from isotune.adapters.settings import Settings
+from isotune.checkpoint.base_record import LABELLED
 
 
 def adapter_card(
@@ -17,6 +18,7 @@ def adapter_card(
     settings: Mapping[str, Settings],
     tensors: Mapping[str, Tensor],
     reason: str | None,
+    labels: Sequence[str],
 ) -> str:
     """The card of a saved adapter; `reason` says why PEFT cannot load it, None where it can."""
     first = next(iter(settings.values()), None)
@@ -26,6 +28,7 @@ def adapter_card(
         if reason
         else "PEFT loads it too: `PeftModel.from_pretrained(model, PATH)`."
     )
+    opened = _opening(config, labels) or "\n# model: the base model, as it was before training"
     return f"""{_front_matter(config)}
 # Adapter
 
@@ -40,8 +43,8 @@ def adapter_card(
 
 ```python
 import isotune
-
-isotune.load(model, PATH)   # model: the base model, as it was before training
+{opened}
+isotune.load(model, PATH)
 ```
 
 {peft}
@@ -56,6 +59,7 @@ def export_card(
     ranks: Mapping[str, int],
     dtype: str,
     trained: list[str],
+    labels: Sequence[str],
 ) -> str:
     """The card of an exported LoRA."""
     rows = "\n".join(f"| {path} | {ranks[path]} | {residual:.1e} |" for path, residual in residuals.items())
@@ -65,6 +69,9 @@ def export_card(
         if trained
         else "It holds nothing but LoRA tensors."
     )
+    if opened := _opening(config, labels):
+        lines = f"from peft import PeftModel\n{opened}\nmodel = PeftModel.from_pretrained(model, PATH)"
+        heads += f"\n\n```python\n{lines}\n```"
     return f"""{_front_matter(config)}
 # LoRA
 
@@ -79,6 +86,16 @@ The residual is `|W + B A - W'| / |W|` in the Frobenius norm for B and A as stor
 
 Written by isotune {isotune.__version__}.
 """
+
+
+def _opening(config: Mapping[str, Any], labels: Sequence[str]) -> str:
+    """The lines that open a classifier's base with as many labels as the adapter has; none for other models."""
+    kind = LABELLED.get(config.get("task_type") or "")
+    if not kind or not labels:
+        return ""
+    base = json.dumps(config["base_model_name_or_path"] or "BASE")
+    names = dict(enumerate(labels))
+    return f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({base}, id2label={names!r})"
 
 
 def _front_matter(config: dict[str, Any]) -> str:

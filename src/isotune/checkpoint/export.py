@@ -107,7 +107,7 @@ def export_lora(
     }  # fmt: skip
     with replaced_folder(path) as folder:
         write_adapter(folder, config, tensors)
-        card = export_card(config, found.residuals, found.ranks, dtype_name, source.trained_paths)
+        card = export_card(config, found.residuals, found.ranks, dtype_name, source.trained_paths, source.base.labels)
         (folder / CARD).write_text(card)
         _read_back(folder / TENSORS, tensors)
     return Export(Path(path), rank, found.ranks, found.residuals, dtype_name)
@@ -145,7 +145,7 @@ def _from_folder(stored: StoredAdapter, base: str | Path | None) -> _Source:
     refused = {p: entry["refused"] for p, entry in entries.items() if "refused" in entry}
     trained = trained_tensors(stored.trained)
     task = stored.base.task_type or task_type(weights.config().get("architectures") or ())
-    record = BaseRecord(str(name), task_type=task)
+    record = BaseRecord(str(name), task_type=task, labels=stored.base.labels)
     return _Source(lambda: stored_parts(stored, weights), refused, trained, sorted(stored.trained), record)
 
 

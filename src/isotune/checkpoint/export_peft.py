@@ -36,7 +36,7 @@ def export_peft(adapter: str | Path, path: str | Path) -> Path:
         config["trainable_token_indices"] = None  # the rows are in the modules to save
     with replaced_folder(path) as folder:
         write_adapter(folder, config, tensors)
-        (folder / CARD).write_text(adapter_card(config, stored.settings, tensors, None))
+        (folder / CARD).write_text(adapter_card(config, stored.settings, tensors, None, stored.base.labels))
     return Path(path)
 
 

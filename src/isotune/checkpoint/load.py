@@ -16,7 +16,7 @@ from isotune.checkpoint.stored import StoredAdapter, is_equal
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.model.adapted import bare_state
 from isotune.model.attach import attach, build_adapters, site_for
-from isotune.model.names import base_modules, changed_modules
+from isotune.model.names import base_modules, changed_modules, unwrapped
 from isotune.model.parametrized import with_matrices
 from isotune.model.switch import use
 from isotune.sites import require_site
@@ -56,11 +56,20 @@ def load(
     for p, adapter in adapters.items():
         fill(adapter, stored, p, layers[p])
     for p, found in stored.trained.items():
-        _check_module(modules[p], found, p, stored.path)
+        _check_module(modules[p], found, p, stored)
     attach(model, adapters, stored.settings, {p: modules[p] for p in stored.trained}, name)
     for p, found in stored.trained.items():
         _home(modules[p])[name].load_state_dict(found)
+    _name_labels(model, stored.base.labels)
     return use(model, name, train=trainable)
+
+
+def _name_labels(model: nn.Module, labels: list[str]) -> None:
+    """Give a classifier the names of the labels that it was trained for, where it has none but numbers."""
+    config: Any = getattr(unwrapped(model), "config", None)
+    if labels and getattr(config, "id2label", None) == {n: f"LABEL_{n}" for n in range(len(labels))}:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
 
 
 class _Modules:
@@ -89,7 +98,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "default") -> N
     if settings != stored.settings or homes.keys() != settings.keys() | stored.trained.keys():
         raise CheckpointError(f"{path} was not saved from the adapter {name!r} as it is on this model")
     for p, found in stored.trained.items():
-        _check_module(modules[p], found, p, stored.path)
+        _check_module(modules[p], found, p, stored)
     if stored.shared:
         _fill_shared({cast(Adapter, homes[p][name]).shared for p in settings}, stored)
     for p in stored.settings:
@@ -161,11 +170,16 @@ def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredA
         raise CheckpointError(f"{other}, {fields}. If you know that the two fit, load it with force=True (--force)")
 
 
-def _check_module(module: nn.Module, found: dict[str, Tensor], p: str, path: Path) -> None:
+def _check_module(module: nn.Module, found: dict[str, Tensor], p: str, stored: StoredAdapter) -> None:
+    own = bare_state(module)
     try:
-        check_tensors(found, {key: tuple(t.shape) for key, t in bare_state(module).items()})
+        check_tensors(found, {key: tuple(t.shape) for key, t in own.items()})
     except (KeyError, ValueError) as error:
-        states = found, bare_state(module)
-        there, here = (list(state["weight"].shape) if "weight" in state else [0] for state in states)
-        hint = f"; {_RESIZE.format(there[0])}" if there[0] > here[0] and there[1:] == here[1:] else ""
-        raise CheckpointError(f"{path}, at {p!r} (trained in full): {error.args[0]}{hint}") from None
+        pairs = ((found[key].shape, own[key].shape) for key in found.keys() & own.keys() if found[key].ndim == 2)
+        there, here = next(((one, two) for one, two in pairs if one != two), ((0,), (0,)))
+        hint = ""
+        if there[0] == len(stored.base.labels) != here[0]:
+            hint = f"; open the base with its {there[0]} labels: from_pretrained(..., num_labels={there[0]})"
+        elif there[0] > here[0] and there[1:] == here[1:]:
+            hint = f"; {_RESIZE.format(there[0])}"
+        raise CheckpointError(f"{stored.path}, at {p!r} (trained in full): {error.args[0]}{hint}") from None

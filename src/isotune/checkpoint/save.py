@@ -13,7 +13,7 @@ import isotune
 from isotune.adapters.contract import Adapter
 from isotune.adapters.registry import method_class
 from isotune.adapters.settings import NotInPEFTError, Settings
-from isotune.checkpoint.base_record import BaseRecord, Recorded
+from isotune.checkpoint.base_record import BaseRecord
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapter
 from isotune.checkpoint.stored import FULL, MODEL, PREFIX, State, own_type
@@ -92,8 +92,8 @@ def write_parts(
     tensors |= trained_tensors(trained)
     files = files or {}
     with replaced_folder(path, without=files) as folder:
-        write_adapter(folder, config, tensors, _header(settings, entries, list(trained), base.config))
-        (folder / CARD).write_text(adapter_card(config, settings, tensors, reason))
+        write_adapter(folder, config, tensors, _header(settings, entries, list(trained), base))
+        (folder / CARD).write_text(adapter_card(config, settings, tensors, reason, base.labels))
         for file, text in files.items():
             if text is not None:
                 (folder / file).write_text(text, encoding="utf-8")
@@ -192,7 +192,7 @@ def _entry(site: Site, stored: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _header(
-    settings: dict[str, Settings], entries: Mapping[str, dict[str, Any]], trained: list[str], recorded: Recorded
+    settings: dict[str, Settings], entries: Mapping[str, dict[str, Any]], trained: list[str], base: BaseRecord
 ) -> dict[str, Any]:
     options = {path: s.model_dump(exclude_defaults=True) for path, s in settings.items()}
     common = next(iter(options.values()), {})
@@ -206,5 +206,6 @@ def _header(
             for path, entry in entries.items()
         },
         "trained": sorted(trained),
-        "base_config": recorded,
+        "base_config": base.config,
+        "labels": base.labels,
     }

@@ -62,7 +62,8 @@ class StoredAdapter:
     def base(self) -> BaseRecord:
         """What is said of its base."""
         name, task = (self.config.get(key) for key in ("base_model_name_or_path", "task_type"))
-        return BaseRecord(name, (self.header or {}).get("base_config", ""), task)
+        header = self.header or {}
+        return BaseRecord(name, header.get("base_config", ""), task, header.get("labels", []))
 
     @property
     def in_full(self) -> list[str]:

@@ -134,7 +134,7 @@ def recover_adapter(folder: str | Path, name: str, output: str | Path) -> Path:
     }
     of = adapters[name]
     entries = {path: current_entry(sites[path]) for path in parts}
-    base = BaseRecord(of["base_model"], of["base_config"], of.get("task_type"))
+    base = BaseRecord(of["base_model"], of["base_config"], of.get("task_type"), of.get("labels", []))
     return write_parts(output, parts, trained, base, entries, files={TASK: of["task"]})
 
 
@@ -195,6 +195,7 @@ def _entry(stored: StoredAdapter) -> dict[str, Any]:
         "base_model": stored.base.name,
         "base_config": stored.base.config,
         "task_type": stored.base.task_type,
+        "labels": stored.base.labels,
         "trained": {path: {key: list(t.shape) for key, t in state.items()} for path, state in stored.trained.items()},
     }
 

@@ -147,7 +147,7 @@ def transfer_adapter(
             moved = symmetry.apply_change(path, Factored(*(tensors[name] for name in names)))
             tensors |= dict(zip(names, moved, strict=True))
     config["base_model_name_or_path"] = str(target)
-    card = export_card(config, exported.residuals, exported.ranks, exported.dtype, [])
+    card = export_card(config, exported.residuals, exported.ranks, exported.dtype, [], [])
     with replaced_folder(output) as written:
         write_adapter(written, config, tensors)
         (written / CARD).write_text(

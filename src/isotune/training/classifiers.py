@@ -6,7 +6,6 @@ this class does not have takes one of ours, `PooledForSequenceClassification`.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto import modeling_auto
 
 from isotune.errors import IsotuneError
-from isotune.training.modeling_pooled import PooledConfig, PooledForSequenceClassification
+from isotune.training.modeling_pooled import PooledConfig, PooledForSequenceClassification, backbone_options
 from isotune.training.models import locate, open_pretrained, read_config
+
+AutoConfig.register(PooledConfig.model_type, PooledConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(PooledConfig, PooledForSequenceClassification, exist_ok=True)
 
 
 class Head(NamedTuple):
@@ -72,11 +74,7 @@ def load_classifier(
         _check_drawn(model, drawn, name)
         model.accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever the Trainer passes
         return _marked(model, drawn)
-    kind = modeling_auto.MODEL_MAPPING.get(type(config), None)
-    takes_pooler = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
-    base, drawn = open_pretrained(
-        AutoModel, name, path, dtype, **({"add_pooling_layer": False} if takes_pooler else {})
-    )
+    base, drawn = open_pretrained(AutoModel, name, path, dtype, **backbone_options(config))
     _check_drawn(base, drawn, name)
     chosen = _pooling_of(Path(path), config.model_type) if pooling in ("auto", OWN) else pooling
     prefix = backbone or base.base_model_prefix or "backbone"

@@ -40,7 +40,7 @@ def write_model(folder: Path, model: Any, tokenizer: Any, spec: TaskSpec | None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if spec is not None:
-        (folder / TASK_FILE).write_text(spec.to_json(), encoding="utf-8")
+        (folder / TASK_FILE).write_text(replace(spec, backbone=None).to_json(), encoding="utf-8")
 
 
 def open_trained(folder: Path, model: str | None = None, force: bool = False) -> Session:

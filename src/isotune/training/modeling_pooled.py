@@ -6,11 +6,12 @@ The file is copied beside the weights that are saved of it, so that transformers
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
@@ -29,6 +30,8 @@ class PooledConfig(PreTrainedConfig):
         self.text_config = text_config
         self.pooling = pooling
         self.backbone = backbone
+        # Otherwise that of the whole, which is not chosen yet, would replace the backbone's.
+        kwargs.setdefault("attn_implementation", getattr(text_config, "_attn_implementation", None))
         super().__init__(**kwargs)
 
 
@@ -43,11 +46,12 @@ class PooledForSequenceClassification(PreTrainedModel):
     def __init__(self, config: PooledConfig, backbone: Any = None) -> None:
         """`backbone` is one that has its weights; without, they are drawn, or loaded by `from_pretrained`."""
         super().__init__(config)
-        backbone = AutoModel.from_config(config.text_config) if backbone is None else backbone
+        for module in [] if backbone is None else backbone.modules():
+            module._is_hf_initialized = True  # nothing of it is drawn anew
+        if backbone is None:
+            backbone = AutoModel.from_config(config.text_config, **backbone_options(config.text_config))
         setattr(self, config.backbone, backbone)
         self.head = nn.Linear(config.text_config.get_text_config().hidden_size, config.num_labels)
-        for module in backbone.modules():
-            module._is_hf_initialized = True
         self.post_init()
 
     @property
@@ -70,6 +74,13 @@ class PooledForSequenceClassification(PreTrainedModel):
         logits = self.head(pool(tokens, mask, self.config.pooling).to(self.head.weight.dtype))
         loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def backbone_options(config: Any) -> dict[str, bool]:
+    """What leaves out the pooling layer that an architecture may have, for `AutoModel`."""
+    kind = MODEL_MAPPING.get(type(config), None)
+    takes = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    return {"add_pooling_layer": False} if takes else {}
 
 
 def pool(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:

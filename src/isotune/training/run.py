@@ -19,6 +19,7 @@ from isotune.errors import IsotuneError
 from isotune.merging.second_moment import check_informative
 from isotune.model.calibrate import wants_calibration
 from isotune.training.arguments import resolve_training, training_arguments
+from isotune.training.classifiers import OWN
 from isotune.training.data import Splits, load_splits
 from isotune.training.folder import RunFolder, adapter_folder, checkpoint_step
 from isotune.training.full import LEARNING_RATE, check_full, is_full, unfreeze
@@ -183,6 +184,11 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
         _adapt(session, recipe)
     if recipe.save_second_moments:
         check_informative(session.model)
+    if (pooling := session.spec.pooling) != OWN and recipe.task == "classification":
+        screen.say(
+            f"pooling {pooling}: the model's own class for classification pools otherwise, so that a class of ours "
+            "is taken; transformers opens what is exported of it with trust_remote_code=True"
+        )
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in examples.items() if rows)
     screen.say(
         f"{recipe.method['name']} on {recipe.model}: {sum(trainable(session.model, [])):,} trainable parameters"

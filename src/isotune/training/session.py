@@ -74,14 +74,14 @@ class Session:
     """A pretrained model for a task, with its tokenizer; its `spec` says what "auto" and the defaults came to."""
 
     def __init__(self, spec: TaskSpec) -> None:
-        self.tokenizer = load_tokenizer(spec.model)
         if spec.task == "classification":
             self.model: Any = load_classifier(spec.model, spec.labels, spec.pooling, spec.dtype, spec.backbone)
-            self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
             self.head = head_paths(self.model)
             spec = replace(spec, pooling=pooling_of(self.model))
         else:
             self.model, self.head = load_causal(spec.model, spec.dtype), []
+        self.tokenizer = load_tokenizer(spec.model)
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.max_length = _max_length(spec, self.model.config)
         self.spec = replace(spec, max_length=self.max_length)
         self.collator = Collator(self.tokenizer.pad_token_id)
