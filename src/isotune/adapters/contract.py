@@ -6,8 +6,10 @@ so that the same adapter serves a bare layer and a layer that has adapters alrea
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -42,11 +44,21 @@ class Treatment(NamedTuple):
     """The optimizer that suits it, where the usual one does not."""
 
 
+def crowding(count: int) -> float:
+    """How much further a step turns a model with so many rotations than one with the twelve of reference.
+
+    Their angles add up as a random walk does. Fewer than twelve get no larger steps.
+    """
+    return math.sqrt(max(count, 12) / 12)
+
+
 class Adapter(nn.Module, ABC):
     """One method's trainable change to one site."""
 
     method: ClassVar[str]
     """Name of the method; the prefix of its tensors on disk."""
+    stride: Mapping[str, float] = MappingProxyType({})
+    """`strides` as they were when the adapter was put on its layer."""
     shared: Shared
     """What it has in common with the adapters on other layers, once `share` was called."""
 
@@ -94,6 +106,19 @@ class Adapter(nn.Module, ABC):
     def wants_covariance(self) -> bool:
         """Whether `isotune.calibrate` has to measure the inputs of the site for it."""
         return False
+
+    def strides(self, site: Site) -> dict[str, float]:
+        """How far a step turns the weight, for a method that rotates: by the names of the parameters that do.
+
+        Of a step of the same size in every number, as Adam takes it, `|R' - R|_F` to first order, as a multiple of
+        what it is with the method's default options on 384 dimensions, where the default learning rates were chosen.
+        """
+        return {}
+
+    @property
+    def lengthless(self) -> frozenset[str]:
+        """Those of `strides` of which only the directions matter: their length may be chosen for the step's sake."""
+        return frozenset()
 
     def parameter_groups(self) -> dict[str, Treatment]:
         """How an optimizer should treat its parameters, by name; those not named in the usual way."""

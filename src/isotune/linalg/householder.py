@@ -36,6 +36,14 @@ def _column_norms(U: Tensor) -> Tensor:
     return norms.to(U.dtype).clamp_min(torch.finfo(U.dtype).tiny)
 
 
+def mean_length(U: Tensor) -> float:
+    """The root mean square of the lengths of the columns that are not zero; 1 where there are none, or no values."""
+    if U.is_meta:
+        return 1.0
+    norms = torch.linalg.vector_norm(U.detach().double(), dim=0)
+    return float(norms[norms > 0].square().mean().sqrt()) if norms.any() else 1.0
+
+
 def compact_wy(U: Tensor) -> tuple[Tensor, Tensor]:
     """Return (Û, M) with `H_1 ... H_r = I - Û M` for columns U (d x r) of any length; M = S⁻¹ Ûᵀ is (r x d).
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter
+from isotune.adapters.contract import Adapter, crowding
 from isotune.adapters.settings import Settings
 from isotune.adapters.shared import Shared
 from isotune.bare import bare_class
@@ -83,12 +83,22 @@ def build_adapters(
         shared = draw_shared(settings, (site_for(layer, path, settings[path]) for path, layer in layers.items()))
     if shared:
         _share(adapters, layers, shared)
-    for path, adapter in adapters.items():
-        layer = layers[path]
-        site = site_for(layer, path, settings[path])
-        if seed is not None and not site.called:
-            check_uncalled(adapter, site, path)
+    if seed is not None:
+        sites = {path: site_for(layer, path, settings[path]) for path, layer in layers.items()}
+        for path, adapter in adapters.items():
+            if not sites[path].called:
+                check_uncalled(adapter, sites[path], path)
+        _choose_lengths(adapters, sites)
     return adapters
+
+
+def _choose_lengths(adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> None:
+    """Let what has no meaning but its direction start so long that a step of one size turns it as far everywhere."""
+    strides = {path: adapter.strides(sites[path]) for path, adapter in adapters.items()}
+    share = crowding(sum(map(bool, strides.values())))
+    for path, adapter in adapters.items():
+        for name in adapter.lengthless:
+            adapter.get_parameter(name).detach().mul_(strides[path][name] * share)
 
 
 def draw_shared(settings: Mapping[str, Settings], sites: Iterable[Site]) -> dict[str, Tensor]:
@@ -126,6 +136,7 @@ def attach(
     model.requires_grad_(False)
     for path, adapter in adapters.items():
         layer = modules[path]
+        adapter.stride = adapter.strides(site_for(layer, path, settings[path]))
         add_adapter(put_on(layer) if isinstance(layer, Matrix) else layer, name, adapter, settings[path])
     for path in trained:
         add_copy(modules[path], name)

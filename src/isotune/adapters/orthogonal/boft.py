@@ -13,6 +13,7 @@ Parameters: m in (b - 1) / 2 + out. Cost for n rows: 2 n in b m + O(m in b²) fl
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -119,6 +120,9 @@ class BOFTAdapter(BlockRotation):
         super().__init__(side, s, dropout)
         self.Q = nn.Parameter(Q)
         self.b = b
+
+    def strides(self, site: Site) -> dict[str, float]:
+        return {"Q": math.sqrt(2 * self.Q.numel() / (2 * 384 * 7))}
 
     def blocks(self) -> Tensor:
         return rotation(self.Q, self.b)

@@ -24,7 +24,7 @@ from isotune.adapters.contract import Side, uniform
 from isotune.adapters.settings import Settings
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.errors import OptionError
-from isotune.linalg.householder import at_least_fp32, block_columns, unit_columns
+from isotune.linalg.householder import at_least_fp32, block_columns, mean_length, unit_columns
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
@@ -77,6 +77,13 @@ class ETHERAdapter(ThinRotation):
         super().__init__()
         self.u = nn.Parameter(u)
         self.side = side
+
+    def strides(self, site: Site) -> dict[str, float]:
+        return {"u": math.sqrt(self.u.numel() / 384) / mean_length(self.u.mT)}
+
+    @property
+    def lengthless(self) -> frozenset[str]:
+        return frozenset({"u"})
 
     def thin(self) -> tuple[Tensor, Tensor]:
         U = unit_columns(block_columns(at_least_fp32(self.u)))

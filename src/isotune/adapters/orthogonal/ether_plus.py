@@ -11,6 +11,7 @@ Parameters: 2 (in + out), for any k. Cost for n rows: 8 n k (in + out) flops; W'
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from isotune.adapters.orthogonal.ether import block_vectors
 from isotune.adapters.orthogonal.two_sided import TwoSided
 from isotune.adapters.settings import Settings
 from isotune.adapters.thin_rotation import ThinRotation
-from isotune.linalg.householder import at_least_fp32, block_columns, unit_columns
+from isotune.linalg.householder import at_least_fp32, block_columns, mean_length, unit_columns
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 
@@ -54,6 +55,14 @@ class Exchange(ThinRotation):
         super().__init__()
         self.u, self.v = nn.Parameter(u), nn.Parameter(u.clone())
         self.side = side
+
+    def strides(self, site: Site) -> dict[str, float]:
+        turned = math.sqrt(self.u.numel() / 384)
+        return {"u": turned / mean_length(self.u.mT), "v": turned / mean_length(self.v.mT)}
+
+    @property
+    def lengthless(self) -> frozenset[str]:
+        return frozenset({"v", "u"})
 
     def thin(self) -> tuple[Tensor, Tensor]:
         U, V = (unit_columns(block_columns(at_least_fp32(t))) for t in (self.u, self.v))

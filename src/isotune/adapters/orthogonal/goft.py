@@ -16,6 +16,7 @@ after the first are not rotations, and uses π tanh g for the angle; neither is 
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -75,6 +76,10 @@ class GOFTAdapter(Rotation):
         super().__init__()
         self.planes = nn.Parameter(planes)
         self.side, self.weight_of_penalty = side, penalty
+
+    def strides(self, site: Site) -> dict[str, float]:
+        # Of the relaxed ones all four numbers move, and those on the diagonal alike at every stage.
+        return {"planes": math.sqrt(len(self.planes) / 383) * (2 if self.planes.dim() == 3 else 1)}
 
     def rotate(self, v: Tensor, transpose: bool = False) -> Tensor:
         with without_autocast(v):

@@ -15,6 +15,7 @@ Cost for n rows: 4 n r (in + out) + 2 r² (in + out) flops.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -25,7 +26,7 @@ from isotune.adapters.contract import Side
 from isotune.adapters.orthogonal.two_sided import TwoSided
 from isotune.adapters.settings import Settings, check_rank
 from isotune.adapters.thin_rotation import ThinRotation
-from isotune.linalg.householder import compact_wy, neumann_wy
+from isotune.linalg.householder import compact_wy, mean_length, neumann_wy
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 Inverse = Literal["exact", "neumann2"]
@@ -76,6 +77,14 @@ class Reflections(ThinRotation):
         super().__init__()
         self.U = nn.Parameter(U)
         self.side, self.inverse = side, inverse
+
+    def strides(self, site: Site) -> dict[str, float]:
+        d, r = self.U.shape
+        return {"U": math.sqrt(d * r / 8) / mean_length(self.U)}  # the columns start as long as they are numerous
+
+    @property
+    def lengthless(self) -> frozenset[str]:
+        return frozenset({"U"})
 
     def thin(self) -> tuple[Tensor, Tensor]:
         U, M = compact_wy(self.U) if self.inverse == "exact" else neumann_wy(self.U)

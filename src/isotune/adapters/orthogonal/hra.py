@@ -11,6 +11,7 @@ NeurIPS 2024, arXiv 2405.17484. Parameters: r in. Cost for n rows: 4 n in r + 2 
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,6 +25,7 @@ from isotune.adapters.thin_rotation import ThinRotation
 from isotune.errors import OptionError
 from isotune.linalg.householder import (
     compact_wy,
+    mean_length,
     orthogonality_penalty,
     orthonormal_basis,
     unit_columns,
@@ -146,6 +148,15 @@ class HRAAdapter(ThinRotation):
         self.register_buffer("anchor", anchor)
         self.side = side
         self.strict, self.weight_of_penalty, self.squared = strict, penalty, squared
+
+    def strides(self, site: Site) -> dict[str, float]:
+        d, r = self.U.shape
+        # Of a pair both columns move, in opposite directions.
+        return {"U": math.sqrt(d * r / (384 * 8) / (1 if self.anchor is None else 2)) / mean_length(self.U)}
+
+    @property
+    def lengthless(self) -> frozenset[str]:
+        return frozenset({"U"})
 
     def columns(self) -> Tensor:
         """The reflections that make up H, in order (d x r, or d x 2r when anchored), of any length."""

@@ -154,6 +154,10 @@ class OFTAdapter(BlockRotation):
         self.Q = nn.Parameter(Q)
         self.b, self.terms, self.radius = b, terms, radius
 
+    def strides(self, site: Site) -> dict[str, float]:
+        d = site.in_features if self.side == "in" else site.out_features
+        return {"Q": math.sqrt(d * (self.b - 1) / (384 * 15))}
+
     def blocks(self) -> Tensor:
         return rotation(self.Q, self.b, self.terms)
 

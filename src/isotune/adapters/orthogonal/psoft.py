@@ -12,6 +12,7 @@ Parameters: r (r - 1) / 2 + 2 r. Cost for n rows: 2 n r (in + out) flops; the st
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -150,6 +151,10 @@ class PSOFTAdapter(LowRank):
         self.beta = nn.Parameter(torch.ones(r)) if settings.scale_out else None
         self.alpha = nn.Parameter(torch.ones(r)) if settings.scale_in else None
         self.settings = settings
+
+    def strides(self, site: Site) -> dict[str, float]:
+        r = len(self.A)
+        return {"R": math.sqrt(r * (r - 1) / (16 * 15))} if self.settings.orthogonal and r > 1 else {}
 
     def rotation(self) -> Tensor:
         """R (r, r), in fp32 or better, without its scales."""

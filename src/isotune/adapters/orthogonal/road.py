@@ -12,6 +12,7 @@ arXiv 2409.00119. Parameters: out, 2 out or 4 out. Cost for n rows: 3 n out flop
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -91,6 +92,10 @@ class RoAdAdapter(WeightAdapter):
         super().__init__()
         self.theta, self.alpha = nn.Parameter(theta), nn.Parameter(alpha)
         self.variant, self.group_size = variant, group_size
+
+    def strides(self, site: Site) -> dict[str, float]:
+        far = math.sqrt(site.out_features / 384)
+        return {"theta": far, "alpha": far}
 
     def _columns(self) -> tuple[Tensor, Tensor]:
         """c and s (out), with the sign that the first of each pair has in ŷ moved to s."""

@@ -93,6 +93,9 @@ class SODAAdapter(WeightAdapter):
         self.delta = nn.Parameter(delta)
         self.K = nn.Parameter(torch.zeros(sum(map(above_diagonal, sizes))))
 
+    def strides(self, site: Site) -> dict[str, float]:
+        return {"K": math.sqrt(math.prod(self.sizes) * sum(c - 1 for c in self.sizes) / (384 * 19))}
+
     def rotations(self) -> list[Tensor]:
         """Q_1, Q_2, ... (c_i, c_i), in fp32 or better."""
         parts = self.K.split([above_diagonal(c) for c in self.sizes])

@@ -48,6 +48,15 @@ class TwoSided(WeightAdapter):
         super().__init__()
         self.inner, self.scale, self.outer = inner, scale, outer
 
+    def strides(self, site: Site) -> dict[str, float]:
+        sides = {"inner": self.inner, "outer": self.outer}
+        return {f"{side}.{name}": far for side, part in sides.items() for name, far in part.strides(site).items()}
+
+    @property
+    def lengthless(self) -> frozenset[str]:
+        sides = {"inner": self.inner, "outer": self.outer}
+        return frozenset(f"{side}.{name}" for side, part in sides.items() for name in part.lengthless)
+
     def forward(self, x: Tensor, site: Site) -> Tensor:
         site = AdaptedSite(site, self.inner)
         if self.scale is not None:

@@ -1,0 +1,101 @@
+"""A rate that suits one model suits another: a step turns all its rotations together as far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import isotune
+from isotune.model.switch import treatments
+
+# By method options, and two others of which the rank or the size of what turns differs.
+ROTATIONS: dict[str, list[dict[str, Any]]] = {
+    "hra": [{}, {"rank": 2}, {"rank": 4, "start": "anchored"}, {"strict": True}],
+    "hoft": [{}, {"rank": 2}],
+    "shoft": [{}, {"rank": 2}],
+    "ether": [{}, {"blocks": 4}],
+    "ether_plus": [{}, {"blocks": 4}],
+    "oft": [{}, {"block": 4}, {"share": True}],
+    "boft": [{}, {"block": 4}, {"factors": 1}],
+    "psoft": [{}, {"rank": 6}],
+    "goft": [{}, {"relaxed": True}],
+    "road": [{}, {"variant": 2}],
+    "soda": [{}],
+}
+
+
+def layers(count: int, width: int) -> nn.Sequential:
+    """Square layers, of which each is adapted and trained by itself."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
+
+
+def turned(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> float:
+    """How far one step turns the weights, `sqrt(Σ |W' - W|² / |W|² in)`, towards targets that want any change."""
+    layers: list[Any] = list(model)
+    before = [layer.weight.detach().clone() for layer in layers]
+    torch.manual_seed(1)
+    wanted = [(torch.randn_like(W), torch.randn_like(W)) for W in before]
+    losses = [((layer.weight @ X) * Y).sum() for layer, (X, Y) in zip(layers, wanted, strict=True)]
+    torch.stack(losses).sum().backward()
+    optimizer.step()
+    pairs = zip(layers, before, strict=True)
+    far = torch.stack([((layer.weight - W).norm() / W.norm()).square() * W.shape[1] for layer, W in pairs])
+    return float(far.detach().sum().sqrt())
+
+
+def adapted(count: int, width: int, name: str, **options: Any) -> Any:
+    """The layers with an adapter on each, in double precision."""
+    targets = [str(number) for number in range(count)]
+    return isotune.adapt(layers(count, width), isotune.method(name, **options), targets, seed=0).double()
+
+
+CASES = [(name, options) for name, found in ROTATIONS.items() for options in found]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{o}" for n, o in CASES])
+def test_a_step_turns_every_model_as_far(name: str, options: dict[str, Any]) -> None:
+    rate = 1e-5  # first order
+    found = []
+    for count, width, own in ((12, 384, {}), (12, 64, options), (48, 32, options)):
+        model = adapted(count, width, name, **own)
+        for layer in model:
+            for key, parameter in layer.isotune["default"].named_parameters():
+                parameter.requires_grad_(key in layer.isotune["default"].stride)
+        optimizer = torch.optim.Adam(isotune.parameter_groups(model, lr=rate), eps=1e-30)
+        found.append(turned(model, optimizer) / rate)
+    # What psoft turns is a part of the weight that differs from one width to another.
+    near = 0.6 if name == "psoft" else 0.25
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=near)
+
+
+@pytest.mark.parametrize("name", ["hra", "hoft", "shoft", "ether", "ether_plus"])
+def test_a_plain_optimizer_gets_the_same_from_methods_whose_lengths_are_free(name: str) -> None:
+    found = []
+    for count, width in ((12, 384), (48, 64)):
+        model = adapted(count, width, name)
+        rotating = [p for key, p in model.named_parameters() if p.requires_grad and not key.endswith(".m")]
+        found.append(turned(model, torch.optim.Adam(rotating, lr=1e-5, eps=1e-30)))
+        assert {round(how.rate, 3) for how in treatments(model).values()} <= {1.0}
+    assert found[1] == pytest.approx(found[0], rel=0.25)
+
+
+def test_reflections_of_any_length_get_the_rate_that_suits_them(tmp_path: Path) -> None:
+    model = adapted(12, 64, "hra")
+    with torch.no_grad():
+        for layer in model:
+            layer.isotune["default"].U *= 5
+    isotune.save(model, tmp_path / "longer")
+    again = isotune.load(layers(12, 64).double(), tmp_path / "longer", trainable=True)
+    assert [how.rate for how in treatments(again).values()] == pytest.approx([5] * 12, rel=1e-3)
+
+
+def test_large_matrices_trained_in_full_take_small_steps() -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 3))
+    isotune.adapt(model, isotune.method("lora"), ["0"], train_also=["1", "2"], seed=0)
+    found = {tuple(parameter.shape): how.rate for parameter, how in treatments(model).items()}
+    assert found == {(256, 256): 32 / 256}
