@@ -93,12 +93,15 @@ def build_adapters(
 
 
 def _choose_lengths(adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> None:
-    """Let what has no meaning but its direction start so long that a step of one size turns it as far everywhere."""
+    """Let what has no meaning but its direction start so long that no optimizer's step turns it further than is good.
+
+    Nothing is shortened: the steps of SGD grow with the square of what Adam's grow with.
+    """
     strides = {path: adapter.strides(sites[path]) for path, adapter in adapters.items()}
     share = crowding(sum(map(bool, strides.values())))
     for path, adapter in adapters.items():
         for name in adapter.lengthless:
-            adapter.get_parameter(name).detach().mul_(strides[path][name] * share)
+            adapter.get_parameter(name).detach().mul_(max(strides[path][name] * share, 1.0))
 
 
 def draw_shared(settings: Mapping[str, Settings], sites: Iterable[Site]) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def test_a_step_turns_every_model_as_far(name: str, options: dict[str, Any]) -> 
 @pytest.mark.parametrize("name", ["hra", "hoft", "shoft", "ether", "ether_plus"])
 def test_a_plain_optimizer_gets_the_same_from_methods_whose_lengths_are_free(name: str) -> None:
     found = []
-    for count, width in ((12, 384), (48, 64)):
+    for count, width in ((12, 384), (120, 64)):
         model = adapted(count, width, name)
         rotating = [p for key, p in model.named_parameters() if p.requires_grad and not key.endswith(".m")]
         found.append(turned(model, torch.optim.Adam(rotating, lr=1e-5, eps=1e-30)))
