@@ -1,24 +1,75 @@
 """isotune: adapt pretrained PyTorch models with orthogonal and low-rank adapters."""
 
+from typing import TYPE_CHECKING
+
+from isotune.lazy import lazy
+
 __version__ = "0.2.0"
 
-from isotune.adapters.contract import Adapter, Branch, LowRank, Rotation, WeightAdapter
-from isotune.adapters.low_rank.lora import LoRA
-from isotune.adapters.mixed import Mixture
-from isotune.adapters.orthogonal.hra import HRA
-from isotune.adapters.peft.accelerate import accelerate_peft
-from isotune.adapters.registry import method
-from isotune.adapters.settings import Settings
-from isotune.checkpoint.export import export_lora
-from isotune.checkpoint.load import load, load_weights
-from isotune.checkpoint.save import save
-from isotune.errors import IsotuneError
-from isotune.merging.adapters import merge
-from isotune.model.attach import adapt, remove
-from isotune.model.calibrate import calibrate
-from isotune.model.catalogue import methods
-from isotune.model.fold import fold, unfold
-from isotune.model.switch import after_step, describe, disabled, parameter_groups, penalty, route, use
+if TYPE_CHECKING:
+    from isotune.adapters.contract import Adapter as Adapter
+    from isotune.adapters.contract import Branch as Branch
+    from isotune.adapters.contract import LowRank as LowRank
+    from isotune.adapters.contract import Rotation as Rotation
+    from isotune.adapters.contract import WeightAdapter as WeightAdapter
+    from isotune.adapters.low_rank.lora import LoRA as LoRA
+    from isotune.adapters.mixed import Mixture as Mixture
+    from isotune.adapters.orthogonal.hra import HRA as HRA
+    from isotune.adapters.peft.accelerate import accelerate_peft as accelerate_peft
+    from isotune.adapters.registry import method as method
+    from isotune.adapters.settings import Settings as Settings
+    from isotune.checkpoint.export import export_lora as export_lora
+    from isotune.checkpoint.load import load as load
+    from isotune.checkpoint.load import load_weights as load_weights
+    from isotune.checkpoint.save import save as save
+    from isotune.errors import IsotuneError as IsotuneError
+    from isotune.merging.adapters import merge as merge
+    from isotune.model.attach import adapt as adapt
+    from isotune.model.attach import remove as remove
+    from isotune.model.calibrate import calibrate as calibrate
+    from isotune.model.catalogue import methods as methods
+    from isotune.model.fold import fold as fold
+    from isotune.model.fold import unfold as unfold
+    from isotune.model.switch import after_step as after_step
+    from isotune.model.switch import describe as describe
+    from isotune.model.switch import disabled as disabled
+    from isotune.model.switch import parameter_groups as parameter_groups
+    from isotune.model.switch import penalty as penalty
+    from isotune.model.switch import route as route
+    from isotune.model.switch import use as use
+
+_HOMES = {
+    "Adapter": "adapters.contract",
+    "Branch": "adapters.contract",
+    "LowRank": "adapters.contract",
+    "Rotation": "adapters.contract",
+    "WeightAdapter": "adapters.contract",
+    "LoRA": "adapters.low_rank.lora",
+    "Mixture": "adapters.mixed",
+    "HRA": "adapters.orthogonal.hra",
+    "accelerate_peft": "adapters.peft.accelerate",
+    "method": "adapters.registry",
+    "Settings": "adapters.settings",
+    "export_lora": "checkpoint.export",
+    "load": "checkpoint.load",
+    "load_weights": "checkpoint.load",
+    "save": "checkpoint.save",
+    "IsotuneError": "errors",
+    "merge": "merging.adapters",
+    "adapt": "model.attach",
+    "remove": "model.attach",
+    "calibrate": "model.calibrate",
+    "methods": "model.catalogue",
+    "fold": "model.fold",
+    "unfold": "model.fold",
+    "after_step": "model.switch",
+    "describe": "model.switch",
+    "disabled": "model.switch",
+    "parameter_groups": "model.switch",
+    "penalty": "model.switch",
+    "route": "model.switch",
+    "use": "model.switch",
+}
 
 __all__ = [
     "HRA",
@@ -52,3 +103,5 @@ __all__ = [
     "unfold",
     "use",
 ]
+
+__getattr__ = lazy(__name__, _HOMES)

@@ -42,3 +42,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the known word nearest to `word`, or an empty string."""
     match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+class IsotuneWarning(UserWarning):
+    """Something was done in a way that one may not have wanted; the message says what, and what to write."""

@@ -112,7 +112,8 @@ def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _explain(recipe: type[BaseModel], error: ValidationError) -> str:
     """The first problem as one sentence: where, what, and the nearest known key."""
-    problem = error.errors(include_url=False)[0]
+    # A key that is not known explains one that is missing.
+    problem = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     section = recipe
     where: list[str] = []
     for part in problem["loc"]:
@@ -131,7 +132,7 @@ def _explain(recipe: type[BaseModel], error: ValidationError) -> str:
         hint = nearest(where[-1], section.model_fields) or f" Known keys: {', '.join(section.model_fields)}."
         return f"unknown key {key!r}.{hint}"
     if problem["type"] == "missing":
-        missing = section.model_fields[where[-1]]
-        return f"key {key!r} is missing: {(missing.description or '').rstrip('.')}"
+        missing = section.model_fields.get(where[-1])
+        return f"key {key!r} is missing: {((missing and missing.description) or '').rstrip('.')}".removesuffix(": ")
     message = problem["msg"].removeprefix("Value error, ")
     return f"key {key!r}: {message}" if key else message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_a_plain_optimizer_gets_the_same_from_methods_whose_lengths_are_free(nam
         model = adapted(count, width, name)
         rotating = [p for key, p in model.named_parameters() if p.requires_grad and not key.endswith(".m")]
         found.append(turned(model, torch.optim.Adam(rotating, lr=1e-5, eps=1e-30)))
-        assert {round(how.rate, 3) for how in treatments(model).values()} <= {1.0}
+        assert all(how.rate == pytest.approx(1, rel=0.15) for how in treatments(model).values())
     assert found[1] == pytest.approx(found[0], rel=0.25)
 
 
@@ -91,7 +92,7 @@ def test_reflections_of_any_length_get_the_rate_that_suits_them(tmp_path: Path) 
             layer.isotune["default"].U *= 5
     isotune.save(model, tmp_path / "longer")
     again = isotune.load(layers(12, 64).double(), tmp_path / "longer", trainable=True)
-    assert [how.rate for how in treatments(again).values()] == pytest.approx([5] * 12, rel=1e-3)
+    assert [how.rate for how in treatments(again).values()] == pytest.approx([5 * math.sqrt(384 / 64)] * 12, rel=1e-3)
 
 
 def test_large_matrices_trained_in_full_take_small_steps() -> None:

@@ -40,14 +40,14 @@ def compare_command(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe file (YAML).", show_default=False)] = None,
     methods: Annotated[str | None, Flag(help="Names of methods, with commas; see isotune methods.")] = None,
     budget: Annotated[list[str] | None, Flag(help="Trainable parameters beside the head: 40k. Repeatable.")] = None,
-    seeds: Annotated[int | None, Flag(help="Seeds at each method's best learning rate [default: 3].")] = None,
-    trials: Annotated[int | None, Flag(help="Learning rates tried for each method [default: 8].")] = None,
-    baseline: Annotated[str | None, Flag(help="The method that others are set against [default: lora].")] = None,
+    seeds: Annotated[int | None, Flag(help="Seeds at each method's best learning rate; by default 3.")] = None,
+    trials: Annotated[int | None, Flag(help="Learning rates tried for each method; by default 8.")] = None,
+    baseline: Annotated[str | None, Flag(help="The method that others are set against; by default lora.")] = None,
     output: Annotated[str | None, Flag(help="Folder for the comparison.")] = None,
     sets: Annotated[
         list[str] | None, Flag("--set", help="key=value over the recipe: --set compare.span=[0.1,30].")
     ] = None,
-    workers: Annotated[int | None, Flag(min=1, help="Runs at once [default: 1].")] = None,
+    workers: Annotated[int | None, Flag(min=1, help="Runs at once; by default 1.")] = None,
     ray: Annotated[
         str | None, Flag(help="Run on the Ray cluster at this address; auto finds one, local starts one.")
     ] = None,

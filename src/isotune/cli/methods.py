@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from isotune.cli.output import print_json, print_table, write_text
 from isotune.errors import OptionError
 
 if TYPE_CHECKING:
+    from isotune.adapters.settings import Settings
     from isotune.model.catalogue import MethodInfo
     from isotune.sites import Site
 
@@ -34,6 +36,8 @@ _HELP = """List the methods: equation, parameters, what each supports. All of it
 
 Examples:
 
+  isotune methods hra
+
   isotune methods --layer 4096 4096
 
   isotune methods --model ./llama --targets all-linear --json
@@ -41,6 +45,7 @@ Examples:
 
 
 def methods_command(
+    name: Annotated[str | None, typer.Argument(help="One method: its equation, paper, cost and options.")] = None,
     layer: Annotated[tuple[int, int] | None, Flag(help="Count parameters at a layer of IN and OUT.")] = None,
     model: Annotated[str | None, Flag(help="Count parameters on a model: folder or hub id; minilm.")] = None,
     targets: Annotated[str, Flag(help="With --model: which layers, as in a recipe.")] = "attention",
@@ -52,6 +57,9 @@ def methods_command(
     from isotune.model.catalogue import methods
 
     found = methods(_sites(layer, model, targets))
+    if name is not None:
+        chosen = method_class(name)
+        found = [m for m in found if m.name == name]
     if write is not None:
         write_text(write, markdown([m for m in found if m.name in BUILT_IN]))
     if pages is not None:
@@ -61,6 +69,8 @@ def methods_command(
         print_json(found)
     elif written := [str(path) for path in (write, pages) if path is not None]:
         print(f"{' and '.join(written)}: written, {len(found)} methods")
+    elif name is not None:
+        _explain(found[0], chosen)
     else:
         _show(found, "layer" if layer else f"{model}, {targets}" if model else None)
 
@@ -93,6 +103,19 @@ def _show(found: list[MethodInfo], counted: str | None) -> None:
     for m in found:
         options = [[name, text] for name, text in m.options.items()]
         print_table(f"{m.name}: {m.equation}", ["option", "meaning"], options, f"learning rate: {m.learning_rate:g}")
+
+
+def _explain(m: MethodInfo, kind: type[Settings]) -> None:
+    """One method: what its module says of it, what probing shows, and its options."""
+    print((sys.modules[kind.__module__].__doc__ or m.name).strip() + "\n")
+    rows = [[title, value] for title, value in zip(COLUMNS[1:], [m.parameters, *_properties(m)], strict=True)]
+    counted = [] if m.trainable is None else [["parameters there", _count(m)]]
+    print_table(m.name, ["", CAPTION], [*rows, *counted, ["learning rate", f"{m.learning_rate:g}"]])
+    defaults = {name: field.default for name, field in kind.model_fields.items()}
+    options = [[option, str(defaults[option]), text] for option, text in m.options.items()]
+    print_table(f"options of {m.name}", ["option", "default", "meaning"], options)
+    if m.misfit:
+        print(f"{m.name} does not fit: {m.misfit}")
 
 
 def _count(m: MethodInfo) -> str:

@@ -61,10 +61,14 @@ def train_command(
         list[str] | None, Flag("--set", help="key=value over the recipe, as YAML: --set method.rank=16.")
     ] = None,
     model: Annotated[str | None, Flag(help="Folder or hub id of the pretrained model; minilm.")] = None,
-    task: Annotated[str | None, Flag(help="classification or causal-lm.")] = None,
+    task: Annotated[
+        str | None, Flag(help="classification (text-classification) or causal-lm (text-generation).")
+    ] = None,
     data: Annotated[str | None, Flag(help="Training rows: file, folder, or hub id.")] = None,
     test: Annotated[str | None, Flag(help="Test rows: file, or a split of the data.")] = None,
-    text: Annotated[str | None, Flag(help="Column with the text.")] = None,
+    text: Annotated[
+        list[str] | None, Flag(help="Column with the text; several, by giving it again, are joined.")
+    ] = None,
     label: Annotated[str | None, Flag(help="Column with the label.")] = None,
     prompt: Annotated[str | None, Flag(help="Column with the prompt (causal-lm).")] = None,
     completion: Annotated[str | None, Flag(help="Column with the completion (causal-lm).")] = None,
@@ -83,7 +87,7 @@ def train_command(
     from isotune.training.recipe import build_recipe
 
     flags = {
-        "model": model, "task": task, "data.train": data, "data.test": test, "data.text": text,
+        "model": model, "task": task, "data.train": data, "data.test": test, "data.text": _one_or_more(text),
         "data.label": label, "data.prompt": prompt, "data.completion": completion, "method.name": method,
         "method.rank": rank, "targets": targets, "output": output, "seed": seed,
     }  # fmt: skip
@@ -108,7 +112,9 @@ def evaluate_command(
     ],
     data: Annotated[str | None, Flag(help="Rows to evaluate on.")] = None,
     model: Annotated[str | None, Flag(help="The pretrained model, if it has moved.")] = None,
-    text: Annotated[str | None, Flag(help="Column with the text.")] = None,
+    text: Annotated[
+        list[str] | None, Flag(help="Column with the text; several, by giving it again, are joined.")
+    ] = None,
     label: Annotated[str | None, Flag(help="Column with the label.")] = None,
     prompt: Annotated[str | None, Flag(help="Column with the prompt.")] = None,
     completion: Annotated[str | None, Flag(help="Column with the completion.")] = None,
@@ -126,8 +132,8 @@ def evaluate_command(
     from isotune.training.forgetting import settings_for
     from isotune.training.session import TaskSpec
 
-    named = {"text": text, "label": label, "prompt": prompt, "completion": completion}
-    columns = {key: name for key, name in named.items() if name is not None}
+    named = {"text": _one_or_more(text), "label": label, "prompt": prompt, "completion": completion}
+    columns: dict[str, Any] = {key: name for key, name in named.items() if name is not None}
     rows = None
     if forgetting is not None:
         task = TaskSpec.read(find_trained(path)[0]).task
@@ -137,6 +143,10 @@ def evaluate_command(
         forgetting=rows,
     )  # fmt: skip
     _show(metrics, as_json, "")
+
+
+def _one_or_more(names: list[str] | None) -> str | list[str] | None:
+    return names[0] if names and len(names) == 1 else names or None
 
 
 def _show(metrics: dict[str, Any], as_json: bool, closing: str) -> None:

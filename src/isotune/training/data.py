@@ -37,7 +37,7 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     """
     from isotune.training.sources import open_source
 
-    source = open_source(data.train, data.subset)
+    source = open_source(data.train, data.subset, data.quoting)
     if "train" not in source:
         raise DataError(f"{data.train} has no split 'train'; it has: {', '.join(source)}")
     train = read_rows(source["train"], data, task, data.train)
@@ -67,7 +67,7 @@ def load_rows(source: str, data: DataSettings, task: str) -> list[Row]:
     """The rows of one file (or split `test`, else `train`, of a source with several splits)."""
     from isotune.training.sources import open_source
 
-    splits = open_source(source, data.subset)
+    splits = open_source(source, data.subset, data.quoting)
     name = "test" if "test" in splits else next(iter(splits))
     return read_rows(splits[name], data, task, source)
 

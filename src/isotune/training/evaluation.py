@@ -35,7 +35,7 @@ def evaluate(
     data: str | None = None,
     *,
     model: str | None = None,
-    columns: dict[str, str] | None = None,
+    columns: dict[str, Any] | None = None,
     predictions: str | Path | None = None,
     batch_size: int = 64,
     force: bool = False,
@@ -122,7 +122,7 @@ def find_trained(path: Path) -> tuple[Path, Recipe | None]:
 
 
 def rows_for(
-    data: str | None, spec: TaskSpec, recipe: Recipe | None, columns: dict[str, str], splits: Sequence[str]
+    data: str | None, spec: TaskSpec, recipe: Recipe | None, columns: dict[str, Any], splits: Sequence[str]
 ) -> list[Row]:
     """The rows of `data`, or else of the first of the run's splits that has some."""
     if data is None:

@@ -13,6 +13,9 @@ from isotune.recipes import Section, checked
 
 T = TypeVar("T")
 
+_FIELD_TASKS = {"text-classification": "classification", "text-generation": "causal-lm"}
+"""What the tasks are called elsewhere."""
+
 
 class DataSettings(Section):
     """Where the rows come from and which columns mean what."""
@@ -28,6 +31,10 @@ class DataSettings(Section):
     prompt: str | None = Field(default=None, description="Column with the prompt (causal-lm); not trained on.")
     completion: str | None = Field(default=None, description="Column with the completion (causal-lm).")
     separator: str = Field(default="\n", description="Put between joined columns, and after a prompt.")
+    quoting: Literal["auto", "minimal", "none"] = Field(
+        default="auto",
+        description="Of CSV and TSV: whether quotes enclose fields (minimal) or are characters like others (none).",
+    )
     max_length: int | None = Field(
         default=None, ge=2, description="Longest sequence in tokens; by default 256, or the model's limit if less."
     )
@@ -106,6 +113,11 @@ class Recipe(Section):
     )
     output: str = Field(description="Folder for the run; it must not exist, be empty, or be a run's folder.")
     seed: int = Field(default=0, ge=0, description="Seeds the split, the adapter, the head and the order.")
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _in_the_fields_words(cls, value: Any) -> Any:
+        return _FIELD_TASKS.get(value, value) if isinstance(value, str) else value
 
     @field_validator("method", mode="before")
     @classmethod

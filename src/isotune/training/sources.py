@@ -7,14 +7,15 @@ import gzip
 import json
 import logging
 import tempfile
-from collections.abc import Iterable
+import warnings
+from io import StringIO
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import datasets
 
-from isotune.errors import DataError
+from isotune.errors import DataError, IsotuneWarning
 
 _FORMATS = {
     ".csv": "csv",
@@ -29,10 +30,11 @@ Source = dict[str, datasets.Dataset]
 """Datasets by split name; a file alone is the split `train`."""
 
 
-def open_source(source: str, subset: str | None = None) -> Source:
+def open_source(source: str, subset: str | None = None, quoting: str = "auto") -> Source:
     """Read a file, a folder of files, a `save_to_disk` folder, or a dataset of the hub.
 
     Files are read into memory through a temporary cache, so nothing is left behind and nothing stale is used.
+    `quoting` is that of `DataSettings`.
 
     Raises:
         DataError: There is no such file, it is empty or unreadable, or the hub cannot be reached.
@@ -41,15 +43,15 @@ def open_source(source: str, subset: str | None = None) -> Source:
     datasets.logging.set_verbosity_error()
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, quoting)
     if path.is_file():
-        return {"train": _file(path)}
+        return {"train": _file(path, quoting)}
     if path.is_absolute() or source.startswith(".") or source.count("/") > 1 or _format(path):
         raise DataError(f"no data file or folder at {source}")
     return _hub(source, subset)
 
 
-def _folder(path: Path) -> Source:
+def _folder(path: Path, quoting: str) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
             saved = datasets.load_from_disk(str(path), keep_in_memory=True)
@@ -62,8 +64,8 @@ def _folder(path: Path) -> Source:
         raise DataError(f"{path}: no data file in this folder; known endings: {', '.join(_FORMATS)} (and .gz)")
     splits = {_split_of(file): file for file in files}
     if None not in splits and len(splits) == len(files):
-        return {str(name): _file(file) for name, file in splits.items()}
-    return {"train": datasets.concatenate_datasets([_file(file) for file in files])}
+        return {str(name): _file(file, quoting) for name, file in splits.items()}
+    return {"train": datasets.concatenate_datasets([_file(file, quoting) for file in files])}
 
 
 def _split_of(file: Path) -> str | None:
@@ -79,7 +81,7 @@ def _format(path: Path) -> str | None:
     return _FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _file(path: Path) -> datasets.Dataset:
+def _file(path: Path, quoting: str) -> datasets.Dataset:
     kind = _format(path) or "text"
     try:
         lines = _first_lines(path) if kind != "parquet" else ["parquet"]
@@ -89,12 +91,18 @@ def _file(path: Path) -> datasets.Dataset:
             raise DataError(f"{path}: the file has a header and no rows")
         if kind == "text" and _is_json_object(lines[0]):
             kind = "json"
-        options = _csv_options(lines[0], path) if kind == "csv" else {}
+        layout = _layout(path, quoting) if kind == "csv" else None
+        options = layout.options() if layout else {}
         if kind == "text":
             options = {"sample_by": "document"}
         dataset = _build(kind, path, options)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the file cannot be read: {error}") from None
+    if layout is not None and layout.rows != len(dataset):
+        raise DataError(
+            f"{path}: {layout.rows} rows are in the file and {len(dataset)} were read; say how it is quoted, with "
+            "data.quoting: minimal or none"
+        )
     if not len(dataset):
         raise DataError(f"{path}: the file has no rows")
     return dataset
@@ -130,18 +138,72 @@ def _is_json_object(line: str) -> bool:
         return False
 
 
-def _csv_options(header: str, path: Path) -> dict[str, Any]:
-    """Every column is read as the text that stands there: "007" and "None" stay what they are."""
+class _Layout(NamedTuple):
+    """How a file of separated values is to be read, and how many rows it has."""
+
+    delimiter: str
+    columns: list[str]
+    quoted: bool
+    rows: int
+
+    def options(self) -> dict[str, Any]:
+        """For the reader. Every column is read as the text that stands there: "007" and "None" stay what they are."""
+        return {
+            "sep": self.delimiter,
+            "features": datasets.Features({name: datasets.Value("string") for name in self.columns}),
+            "na_filter": False,
+            "encoding": "utf-8-sig",
+            "quoting": csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE,
+        }
+
+
+def _layout(path: Path, quoting: str) -> _Layout:
+    """The layout of a file, found out or, where `quoting` says so, given.
+
+    Quotes that are characters like any others have to be read as such: one at the start of a field would swallow all
+    up to the next one, lines and all.
+    """
     tabs = ".tsv" in [suffix.lower() for suffix in path.suffixes]
     delimiter = "\t" if tabs else ","
-    columns: Iterable[str] = next(csv.reader([header], delimiter=delimiter))
-    features = datasets.Features({name: datasets.Value("string") for name in columns})
-    return {
-        "sep": delimiter,
-        "features": features,
-        "na_filter": False,
-        "encoding": "utf-8-sig",
-    }
+    with _open(path) as file:
+        text = file.read()
+    plain = _records(text, delimiter, csv.QUOTE_NONE)
+    if '"' not in text:
+        return _Layout(delimiter, plain[0], True, len(plain) - 1)
+    enclosed = _records(text, delimiter, csv.QUOTE_MINIMAL)
+    quoted = quoting == "minimal" or (quoting == "auto" and not _plain_quotes(plain, enclosed))
+    records = enclosed if quoted else plain
+    if not quoted and quoting == "auto":
+        _tell(f"{path}: quotes are read as characters like others (data.quoting: minimal would read them otherwise)")
+    if quoted and (spanning := len(plain) - len(enclosed)) > 0:
+        _tell(
+            f"{path}: {len(enclosed) - 1} rows on {len(plain) - 1} lines: {spanning} line breaks are within quotes; "
+            "if they are not meant to be, set data.quoting: none"
+        )
+    return _Layout(delimiter, records[0], quoted, len(records) - 1)
+
+
+def _records(text: str, delimiter: str, quoting: int) -> list[list[str]]:
+    """The rows, the header first, without blank lines."""
+    csv.field_size_limit(len(text) + 1)
+    lines = StringIO(text, newline="")
+    return [row for row in csv.reader(lines, delimiter=delimiter, quoting=quoting) if row]  # type: ignore[arg-type]
+
+
+def _plain_quotes(plain: list[list[str]], enclosed: list[list[str]]) -> bool:
+    """Whether the quotes in a file enclose nothing: without them every line is a row, and some is left open."""
+    width = len(plain[0])
+    if any(len(row) != width for row in plain):
+        return False
+    fields = [field for row in plain for field in row if field.startswith('"')]
+    open_ended = any(
+        len(field) < 2 or not field.endswith('"') or '"' in field[1:-1].replace('""', "") for field in fields
+    )
+    return len(enclosed) < len(plain) or open_ended
+
+
+def _tell(message: str) -> None:
+    warnings.warn(message, IsotuneWarning, stacklevel=2)
 
 
 def _hub(source: str, subset: str | None) -> Source:
