@@ -1,0 +1,1 @@
+"""isotune within the tools that people train with, a module each."""
