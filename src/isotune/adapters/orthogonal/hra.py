@@ -152,7 +152,10 @@ class HRAAdapter(ThinRotation):
     def strides(self, site: Site) -> dict[str, float]:
         d, r = self.U.shape
         # Of a pair both columns move, in opposite directions.
-        return {"U": math.sqrt(d * r / (384 * 8) / (1 if self.anchor is None else 2)) / mean_length(self.U)}
+        far = math.sqrt(d * r / (384 * 8) / (1 if self.anchor is None else 2)) / mean_length(self.U)
+        # Neighbouring windows of a convolution have most of their entries in common, and a kernel of 3 x 3 turns each
+        # nine times: on ResNet-20 a third of the rate is best.
+        return {"U": 3 * far if site.kind in CONVOLUTIONS else far}
 
     @property
     def lengthless(self) -> frozenset[str]:
