@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import isotune
 from examples import ROOT, Block, blocks, run_commands, run_isotune, run_python
@@ -40,14 +40,16 @@ def test_the_command_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert json.loads((tmp_path / "my-recipe-run" / "metrics.json").read_text())["steps"] == 2
 
 
-def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_runs_as_pasted_and_improves_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ids = torch.arange(3, 19).reshape(2, 8)
     first, second = shown("In Python", "python")
-    names: dict[str, Any] = {"torch": torch, "batches": [{"input_ids": ids, "labels": ids}] * 2}
-    (tmp_path / "path" / "to").mkdir(parents=True)
-    (tmp_path / "path" / "to" / "model").symlink_to(STORIES)
-    run_python(first, names)
+    Path("HuggingFaceTB").mkdir()
+    Path("HuggingFaceTB/SmolLM2-135M").symlink_to(STORIES)
+    losses: list[float] = []
+    told = first.text.replace("    loss.backward()\n", "    loss.backward()\n    seen.append(loss.item())\n")
+    names: dict[str, Any] = {"seen": losses}
+    run_python(replace(first, text=told), names)
+    assert losses[-1] < losses[0]
     isotune.save(names["model"], "other-adapter")
     run_python(second, names)
     assert (tmp_path / "my-lora" / "adapter_config.json").is_file()

@@ -204,6 +204,7 @@ def _recipe(
             "method": method,
             "targets": "query-value",
             "head": "probe",
+            "pooling": "mean",  # as the sentence model was trained
             "training.num_train_epochs": 1,
             "training.per_device_train_batch_size": 32,
             "training.learning_rate": rate,
