@@ -9,7 +9,7 @@ import isotune
 
 ROOT = Path(isotune.__file__).parent
 ROOMS = (
-    "cli", "report", "comparison", "training", "merging", "diagnostics", "checkpoint", "model", "adapters",
+    "cli", "report", "comparison", "training", "integrations", "merging", "diagnostics", "checkpoint", "model", "adapters",
     "sites", "linalg",
 )  # fmt: skip
 GROUND = len(ROOMS)

@@ -54,7 +54,7 @@ def test_a_table_for_people_and_json_for_machines(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--methods", "hra,nosuch"], "unknown method 'nosuch'"),
+        (["--set", "compare.methods=[hra, nosuch]"], "unknown method 'nosuch'"),
         (["--budget", "lots"], "'lots' is no number of parameters"),
         (["--set", "data.test=null"], "data.test is needed"),
         (["--baseline", "oft"], "none of the methods"),

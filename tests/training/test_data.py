@@ -42,6 +42,7 @@ def write(path: Path, kind: str) -> Path:
     return path
 
 
+@pytest.mark.filterwarnings("ignore:.*line breaks are within quotes")
 @pytest.mark.parametrize("kind", ["csv", "tsv", "csv.gz", "jsonl", "txt", "jsonl.gz", "json", "parquet", "saved"])
 def test_every_kind_of_file_gives_the_text_that_stands_in_it(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / f"rows.{kind}", kind)
