@@ -31,8 +31,8 @@ from isotune.intervals import half_width
 from isotune.model.calibrate import wants_calibration
 from isotune.model.targets import find_targets
 from isotune.sites import Site, require_site
-from isotune.training.demo import compare
 from isotune.training.classifiers import load_classifier
+from isotune.training.demo import compare
 from isotune.training.models import MINILM
 
 BUDGET = 36_864
