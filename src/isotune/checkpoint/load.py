@@ -13,7 +13,7 @@ from isotune.adapters.shared import Shared
 from isotune.checkpoint.base_record import base_config, differences, former_digest
 from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.stored import StoredAdapter, is_equal
-from isotune.errors import CheckpointError, IsotuneError
+from isotune.errors import CheckpointError, IsotuneError, IsotuneWarning
 from isotune.model.adapted import bare_state
 from isotune.model.attach import attach, build_adapters, site_for
 from isotune.model.names import base_modules, changed_modules, unwrapped
@@ -163,6 +163,7 @@ def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredA
             warnings.warn(
                 f"{stored.path} was made by an isotune before 0.2 for a base with another configuration. "
                 "It does not say in what; a field that decides nothing is enough.",
+                IsotuneWarning,
                 stacklevel=3,
             )
     elif (different := differences(base_config(model), recorded)) and not force:

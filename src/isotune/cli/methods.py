@@ -56,10 +56,7 @@ def methods_command(
     from isotune.adapters.registry import BUILT_IN, method_class
     from isotune.model.catalogue import methods
 
-    found = methods(_sites(layer, model, targets))
-    if name is not None:
-        chosen = method_class(name)
-        found = [m for m in found if m.name == name]
+    found = methods(_sites(layer, model, targets), [name] if name else None)
     if write is not None:
         write_text(write, markdown([m for m in found if m.name in BUILT_IN]))
     if pages is not None:
@@ -70,7 +67,7 @@ def methods_command(
     elif written := [str(path) for path in (write, pages) if path is not None]:
         print(f"{' and '.join(written)}: written, {len(found)} methods")
     elif name is not None:
-        _explain(found[0], chosen)
+        _explain(found[0], method_class(name))
     else:
         _show(found, "layer" if layer else f"{model}, {targets}" if model else None)
 

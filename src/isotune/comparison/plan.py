@@ -13,6 +13,7 @@ from isotune.model.targets import find_targets
 from isotune.sites import Site, require_site
 from isotune.training.data import load_splits
 from isotune.training.full import LEARNING_RATE
+from isotune.training.results import trainable
 from isotune.training.session import Session, TaskSpec
 
 _FAR = 0.1
@@ -64,8 +65,7 @@ def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
     budgets = recipe.compare.budgets or [total_parameters(method("hra", rank=8), list(sites.values()))]
     cells = [_sized(options, budget, sites) for budget in budgets for options in recipe.methods]
     if recipe.compare.full:
-        head = tuple(f"{path}." for path in session.head)
-        trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(head))
+        trained, _ = trainable(model, session.head)
         cells.append(Cell(FULL, {"name": FULL}, None, trained, LEARNING_RATE))
     if recipe.compare.frozen:
         cells.append(Cell(FROZEN, {"name": FROZEN}, None, 0, None))

@@ -15,7 +15,14 @@ from isotune.model.names import unwrapped
 _OF_A_WHOLE_MODEL = ("config.json", "generation_config.json")
 
 
-class AdapterCallback(TrainerCallback):
+class AfterStep(TrainerCallback):
+    """Lets the adapters do what their method does after each optimizer step."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        isotune.after_step(model, (state.global_step + 1) / max(state.max_steps, 1))
+
+
+class AdapterCallback(AfterStep):
     """Does for an adapted model what its trainer does not know of: `Trainer(..., callbacks=[AdapterCallback()])`.
 
     - A checkpoint holds the adapter and what else trains, not the base: `model.safetensors` for the trainer, which
@@ -41,9 +48,6 @@ class AdapterCallback(TrainerCallback):
         for parameter, gradient in zip(trained, found, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        isotune.after_step(model, (state.global_step + 1) / max(state.max_steps, 1))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._restore(model)

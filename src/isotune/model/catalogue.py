@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,12 +55,12 @@ class MethodInfo:
     """What each option means."""
 
 
-def methods(sites: Mapping[str, Site] | None = None) -> list[MethodInfo]:
-    """The catalogue: every method that is installed, with what probing it shows.
+def methods(sites: Mapping[str, Site] | None = None, names: Sequence[str] | None = None) -> list[MethodInfo]:
+    """The catalogue: every method that is installed, or those named, with what probing it shows.
 
     With `sites`, layers by path, it also counts what each method would train on all of them.
     """
-    return [probe(method_class(name), sites) for name in method_names()]
+    return [probe(method_class(name), sites) for name in names or method_names()]
 
 
 def linear_site(n_in: int, n_out: int) -> Site:

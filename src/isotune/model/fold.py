@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isotune.errors import IsotuneError
+from isotune.errors import IsotuneError, IsotuneWarning
 from isotune.matrix import Matrix
 from isotune.model.adapted import (
     Adapted,
@@ -102,6 +102,7 @@ def _untie(model: nn.Module, home: Adapters) -> None:
             f"the head of this {config.model_type} and its embeddings are no longer one tensor, and its config "
             "cannot say so: with tie_word_embeddings=false it would compute something else. Saved and loaded again, "
             "the two may be tied anew",
+            IsotuneWarning,
             stacklevel=3,
         )
         return

@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 
 from isotune.errors import IsotuneError
 from isotune.training.modeling_pooled import PooledConfig, PooledForSequenceClassification, backbone_options
-from isotune.training.models import locate, open_pretrained, read_config
+from isotune.training.models import check_whole, locate, open_pretrained, read_config
 
 AutoConfig.register(PooledConfig.model_type, PooledConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(PooledConfig, PooledForSequenceClassification, exist_ok=True)
@@ -126,12 +126,7 @@ def _own_options(config: Any, pooling: str) -> dict[str, str] | None:
 def _check_drawn(model: Any, drawn: Sequence[str], name: str) -> None:
     """Raise IsotuneError where more than a head, or a pooling layer, is missing."""
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    missing = [key for key in drawn if key.startswith(prefix) and "pooler." not in key]
-    if missing:
-        raise IsotuneError(
-            f"{name}: the weights lack {len(missing)} of the model's tensors (such as {missing[0]}); "
-            "they belong to another kind of model"
-        )
+    check_whole(name, [key for key in drawn if key.startswith(prefix) and "pooler." not in key])
 
 
 def _marked(model: Any, drawn: Sequence[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,7 @@ def load_causal(name: str, dtype: str = "float32") -> Any:
     if config.model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise IsotuneError(f"{name}: a {config.model_type} model is no causal language model")
     model, missing = open_pretrained(transformers.AutoModelForCausalLM, name, path, dtype)
-    if missing:
-        raise IsotuneError(
-            f"{name}: the weights lack {len(missing)} of the model's tensors (such as {missing[0]}); "
-            "they belong to another kind of model"
-        )
+    check_whole(name, missing)
     return model
 
 
@@ -103,6 +100,15 @@ def open_pretrained(kind: Any, name: str, path: str, dtype: str, **options: Any)
     except Exception as error:  # broken weights surface as whatever the reader raises
         raise IsotuneError(f"{name}: the weights cannot be loaded: {_first(error)}") from None
     return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+
+
+def check_whole(name: str, missing: Sequence[str]) -> None:
+    """Raise IsotuneError where tensors are missing from a model's weights."""
+    if missing:
+        raise IsotuneError(
+            f"{name}: the weights lack {len(missing)} of the model's tensors (such as {missing[0]}); "
+            "they belong to another kind of model"
+        )
 
 
 def _first(error: BaseException) -> str:

@@ -132,7 +132,7 @@ def _task(
     if count is not None and count < len(rows):
         rows = [rows[index * len(rows) // count] for index in range(count)]
     spec = TaskSpec.read(adapter)
-    key = (spec.task, spec.model, spec.pooling, spec.max_length, spec.dtype, spec.separator)
+    key = (spec.task, spec.model, spec.pooling, spec.max_length, spec.dtype, spec.separator, spec.backbone)
     session = sessions.setdefault(key, Session(spec)) if key not in sessions else sessions[key]
     if spec.task == "classification":
         examples = classification_examples(rows, session.tokenizer, spec.labels, session.max_length)

@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 import isotune
 from isotune.errors import CheckpointError, DivergedError
+from isotune.integrations.transformers import AfterStep
 from isotune.model.switch import treatments
 from isotune.training.folder import mark_complete, mark_incomplete
 from isotune.training.measure import StepTimer
@@ -109,11 +110,8 @@ class AdapterTrainer(Trainer):
         load_weights(self.model, Path(self.state.best_model_checkpoint or ""))
 
 
-class _AdapterSteps(TrainerCallback):
+class _AdapterSteps(AfterStep):
     """The adapters' own update after each optimizer step, and a log line before each checkpoint."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        isotune.after_step(model, (state.global_step + 1) / max(state.max_steps, 1))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The log is part of the checkpoint: without it a resumed run could not know its whole training loss.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from isotune.errors import IsotuneError
+from isotune.errors import IsotuneError, IsotuneWarning
 
 
 def accelerate_peft(model: nn.Module, undo: bool = False) -> nn.Module:
@@ -52,6 +52,7 @@ def accelerate_peft(model: nn.Module, undo: bool = False) -> nn.Module:
         named = "; ".join(f"{path} ({why})" for path, why in left.items())
         warnings.warn(
             f"PEFT computes another convolution than the base layer does, so these keep its arithmetic: {named}",
+            IsotuneWarning,
             stacklevel=2,
         )
     return model

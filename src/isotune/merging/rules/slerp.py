@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from isotune.errors import IsotuneWarning
 from isotune.merging.contract import Aligned, Change, Rule, product, size, total
 
 _PARALLEL = 0.9995
@@ -42,6 +43,7 @@ class Slerp(Rule):
             warnings.warn(
                 f"slerp: the two changes of {site.path} are opposite (cosine {cosine:.4f}), so that there is no one "
                 "arc between them; they are interpolated linearly and largely cancel",
+                IsotuneWarning,
                 stacklevel=2,
             )
         return total(site.changes, (first * v, second * w))
