@@ -11,7 +11,7 @@ import transformers
 
 import isotune
 from isotune import HRA, LoRA
-from isotune.checkpoint.as_loaded import AsLoaded
+from isotune.checkpoint.as_loaded import AsLoaded, laid_out
 from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.parts import stored_parts
 from isotune.checkpoint.read import read_stored
@@ -85,7 +85,7 @@ def test_an_adapter_exports_from_its_folder_as_from_its_model(case: str, method:
 def test_a_folder_that_transformers_cannot_lay_out_has_its_own_names_only(tmp_path: Path) -> None:
     llama(True).save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "llama"}')
-    assert AsLoaded(tmp_path / "base", ["a"]).sources == {}
+    assert AsLoaded(laid_out(tmp_path / "base"), ["a"]).sources == {}
     with pytest.raises(CheckpointError, match=r"has no tensor 'lm_head\.weight'"):
         StoredBase(tmp_path / "base").weight("lm_head")
 

@@ -20,8 +20,9 @@ class AsLoaded:
     its tensors. Empty where transformers does not know the model, or has no such rules (before version 5).
     """
 
-    def __init__(self, folder: Path, keys: Collection[str]) -> None:
-        self.model = _laid_out(folder)
+    def __init__(self, model: Any, keys: Collection[str]) -> None:
+        """`model`: one without values, of `laid_out`; `keys`: the names in its files."""
+        self.model = model
         self.sources: dict[str, Sources] = {}
         self.made_by: dict[str, tuple[str, Any]] = {}
         """By name the first name and the converter of the tensors that are made together."""
@@ -77,15 +78,23 @@ class AsLoaded:
                 self.sources[tied] = self.sources[own]
 
 
-def _laid_out(folder: Path) -> Any:
+def laid_out_as(kind: type, config: Any) -> Any:
+    """A model of this class of transformers without values, or None where it cannot be had."""
+    try:
+        import transformers.conversion_mapping  # noqa: F401 (absent before transformers 5)
+
+        with torch.device("meta"):
+            return kind(copy.deepcopy(config))
+    except Exception:  # as many kinds as there are models: their code runs here
+        return None
+
+
+def laid_out(folder: Path) -> Any:
     """The model of a folder without values, or None where it cannot be had."""
     try:
         import transformers
-        import transformers.conversion_mapping  # absent before transformers 5
 
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kind = getattr(transformers, (config.architectures or [""])[0])
-        with torch.device("meta"):
-            return kind(config)
-    except Exception:  # as many kinds as there are models: their code runs here
+        return laid_out_as(getattr(transformers, (config.architectures or [""])[0]), config)
+    except Exception:  # a file that is damaged, or that only code from elsewhere could read
         return None

