@@ -159,8 +159,9 @@ class StoredBase:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             return dict(json.loads(index.read_text())["weight_map"])
-        file = self.folder / "model.safetensors"
-        if not file.is_file():
+        names = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+        file = next((file for name in names if (file := self.folder / name).is_file()), None)
+        if file is None:
             raise CheckpointError(
                 f"the base {self.folder} holds no model.safetensors; name another with base=... (--base)"
             )

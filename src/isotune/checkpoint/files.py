@@ -201,22 +201,32 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], d
         )
     if not file.is_file():
         raise CheckpointError(f"{path} holds no {TENSORS}; the folder is incomplete")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); it is truncated or no safetensors file") from None
+    tensors, metadata = read_tensors(file)
     try:
         header = json.loads(metadata["isotune"]) if "isotune" in metadata else None
     except json.JSONDecodeError:
         raise CheckpointError(f"the header of {file} is damaged; restore the file from its source") from None
     if header is not None:
         _check_header(header, tensors, file)
+    check_finite(tensors, file)
+    return config, tensors, header
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata. Raises CheckpointError where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            return tensors, opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); it is truncated or no safetensors file") from None
+
+
+def check_finite(tensors: dict[str, Tensor], file: Path) -> None:
+    """Raise CheckpointError for values that are NaN or infinite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file} holds values that are not finite (NaN or infinity) in {name}")
-    return config, tensors, header
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Adapter, check_tensors
 from isotune.adapters.shared import Shared
 from isotune.checkpoint.base_record import base_config, differences, former_digest
+from isotune.checkpoint.experts import on_joined_experts
 from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.stored import StoredAdapter, is_equal
 from isotune.errors import CheckpointError, IsotuneError, IsotuneWarning
@@ -44,8 +45,10 @@ def load(
             then as it was.
         OptionError: The model has an adapter of that name already.
     """
-    stored = read_stored(path)
-    modules = with_matrices(dict(base_modules(model)), stored.settings)
+    own = dict(base_modules(model))
+    stored = read_stored(path, known=own)
+    stored = on_joined_experts(stored, model, own)
+    modules = with_matrices(own, stored.settings)
     _check_base(model, modules, stored, force)
     stored = stored.completed(_Modules(modules))
     try:

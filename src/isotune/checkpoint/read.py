@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,26 @@ from typing import Any
 from torch import Tensor
 
 from isotune.adapters.registry import method_class
-from isotune.checkpoint.files import TENSORS, read_adapter
+from isotune.checkpoint.files import CONFIG, TENSORS, read_adapter
+from isotune.checkpoint.read_diffusers import diffusers_file, read_diffusers
 from isotune.checkpoint.read_peft import read_peft
 from isotune.checkpoint.stored import PREFIX, OnDisk, State, StoredAdapter, check_shared, own_type, split_shared
 from isotune.errors import CheckpointError, OptionError
 from isotune.sites import current_entry
 
 
-def read_stored(path: str | Path, in_memory: bool = True) -> StoredAdapter:
+def read_stored(path: str | Path, in_memory: bool = True, known: Collection[str] | None = None) -> StoredAdapter:
     """Read and check the adapter folder at `path`.
 
-    Where many adapters are read, `in_memory=False` keeps the tensors of none; see `OnDisk`.
+    Where many adapters are read, `in_memory=False` keeps the tensors of none; see `OnDisk`. `known`, the paths of a
+    model's modules, tell which of several parts a file of diffusers is to be read for.
 
     Raises CheckpointError for a folder that is no adapter, is damaged, incomplete, holds too much, or is of a
     method that is not known.
     """
     path = Path(path)
-    config, tensors, header = read_adapter(path)
+    file = diffusers_file(path)
+    config, tensors, header = read_adapter(path) if file is None else (*read_diffusers(file, known), None)
     try:
         if header is not None:
             found = _from_isotune(path, config, tensors, header)
@@ -37,7 +40,12 @@ def read_stored(path: str | Path, in_memory: bool = True) -> StoredAdapter:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from None
     except (KeyError, TypeError, AttributeError, StopIteration, IndexError, RuntimeError) as error:
         raise CheckpointError(f"the config or header of {path} is damaged: {error!r}") from None
-    return found if in_memory else _on_disk(found, tensors)
+    return found if in_memory or file is not None else _on_disk(found, tensors)
+
+
+def holds_adapter(path: str | Path) -> bool:
+    """Whether `path` is that of an adapter: isotune's, PEFT's or diffusers'."""
+    return (Path(path) / CONFIG).is_file() or diffusers_file(Path(path)) is not None
 
 
 def _on_disk(stored: StoredAdapter, tensors: Mapping[str, Tensor]) -> StoredAdapter:

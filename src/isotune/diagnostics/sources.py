@@ -13,7 +13,7 @@ import torch
 from isotune.checkpoint.base import StoredBase, local_folder
 from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.parts import StoredParts
-from isotune.checkpoint.read import read_stored
+from isotune.checkpoint.read import holds_adapter, read_stored
 from isotune.checkpoint.stored_models import read_model
 from isotune.checkpoint.tensor_kinds import is_vocabulary, tensor_kinds
 from isotune.diagnostics.weights import Weight, exact_change, require_finite
@@ -54,7 +54,7 @@ def find_source(path: str | Path) -> tuple[Kind, Path]:
     """What is at `path`, or in the run there, and the folder that holds it. Raises CheckpointError for neither."""
     path = Path(path)
     for folder in (path, path / "adapter"):
-        if (folder / CONFIG).is_file():
+        if holds_adapter(folder):
             return "adapter", folder
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():

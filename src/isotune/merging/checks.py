@@ -10,9 +10,8 @@ from typing import TypeVar
 
 from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.base_record import Recorded, differences
-from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.parts import StoredParts
-from isotune.checkpoint.read import read_stored
+from isotune.checkpoint.read import holds_adapter, read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.inputs import Inputs, Model
@@ -84,7 +83,7 @@ def read_models(
     """
 
     def read(folder: str | Path, name: str, weight: float) -> Model:
-        if (Path(folder) / "config.json").is_file() and not (Path(folder) / CONFIG).exists():
+        if (Path(folder) / "config.json").is_file() and not holds_adapter(folder):
             raise CheckpointError(f"{folder} is a full model, and no adapter; merge adapters with adapters")
         stored = read_stored(folder, in_memory=False)
         return Model(name, weight, stored, StoredParts(stored, base))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from isotune.checkpoint.files import CONFIG
+from isotune.checkpoint.read import holds_adapter
 from isotune.errors import OptionError
 from isotune.merging.adapters import Merged, merge, open_adapters, open_inputs
 from isotune.merging.checkpoints import MergedCheckpoint, merge_checkpoints
@@ -72,7 +72,7 @@ def merge_recipe(
     folders = [adapter_folder(path) for path in recipe.paths]
     rule, weights = recipe.built_rule(), recipe.weights
     names = model_names(recipe.paths, recipe.names)
-    adapters = [(folder / CONFIG).is_file() for folder in folders]
+    adapters = [holds_adapter(folder) for folder in folders]
     if not any(adapters) and all(folder.is_dir() for folder in folders):
         return _full_models(recipe, rule, resume, search, progress)
     if isinstance(rule, Symmetry):

@@ -14,8 +14,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.load import load
+from isotune.checkpoint.read import holds_adapter
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.training.session import TASK_FILE, Session, TaskSpec
 
@@ -25,7 +25,7 @@ HEAD_FILE = "head.safetensors"
 
 def is_model_folder(folder: Path) -> bool:
     """Whether a whole model is there, and not an adapter."""
-    return (folder / MODEL_CONFIG).is_file() and not (folder / CONFIG).is_file()
+    return (folder / MODEL_CONFIG).is_file() and not holds_adapter(folder)
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, spec: TaskSpec | None) -> None:
