@@ -80,6 +80,8 @@ class AsLoaded:
 
 def laid_out_as(kind: type, config: Any) -> Any:
     """A model of this class of transformers without values, or None where it cannot be had."""
+    if config is None:
+        return None
     try:
         import transformers.conversion_mapping  # noqa: F401 (absent before transformers 5)
 

@@ -161,6 +161,10 @@ def write_adapter(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], header: dict[str, Any] | None = None
 ) -> None:
     """Write config and tensors of an adapter into `folder`; the digest of the tensors is added to the header."""
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise CheckpointError(
+            f"{empty[0]} is on the meta device: it has no values to save; give the model its weights"
+        )
     tensors = _apart({name: _whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()})
     # One key only: safetensors writes several in any order, and the same adapter should give the same bytes.
     metadata = {"format": "pt"}

@@ -16,7 +16,7 @@ from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.stored import StoredAdapter, is_equal
 from isotune.errors import CheckpointError, IsotuneError, IsotuneWarning
 from isotune.model.adapted import bare_state
-from isotune.model.attach import attach, build_adapters, site_for
+from isotune.model.attach import attach, build_adapters, check_in_memory, site_for
 from isotune.model.names import base_modules, changed_modules, unwrapped
 from isotune.model.parametrized import with_matrices
 from isotune.model.switch import use
@@ -44,6 +44,7 @@ def load(
         CheckpointError: The folder is damaged, holds too much or too little, or is for another base. The model is
             then as it was.
         OptionError: The model has an adapter of that name already.
+        TargetError: A layer of the adapter is offloaded, or on the meta device.
     """
     own = dict(base_modules(model))
     stored = read_stored(path, known=own)
@@ -136,9 +137,11 @@ def _home(module: Any) -> Any:
 
 def _check_base(model: nn.Module, modules: dict[str, nn.Module], stored: StoredAdapter, force: bool) -> None:
     other = f"{stored.path} was made for another base"
-    for p in (*stored.settings, *stored.trained, *stored.base_weights, *stored.rows):
+    paths = *stored.settings, *stored.trained, *stored.base_weights, *stored.rows
+    for p in paths:
         if p not in modules:
             raise CheckpointError(f"{other}: this model has no layer {p!r}")
+    check_in_memory({p: modules[p] for p in paths})
     for p in stored.base_weights.keys() & stored.settings.keys():
         weight: Any = require_site(modules[p], p).parameter
         if not is_equal(stored.base_weights[p], weight.detach()):

@@ -60,12 +60,32 @@ def adapt(
     """
     trained = find_modules(model, train_also)
     layers = find_targets(model, targets, exclude, trained, settings.kinds)
+    check_in_memory({**layers, **trained}, may_be_empty=True)
     sites = {path: site_for(layer, path, settings) for path, layer in layers.items()}
     chosen = _settings_by_path(model, settings.allot(sites), layers, overrides or {})
     seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
     adapters = build_adapters(layers, chosen, seed)
     attach(model, adapters, chosen, trained, name)
     return use(model, name)
+
+
+def check_in_memory(modules: Mapping[str, nn.Module], may_be_empty: bool = False) -> None:
+    """Raise TargetError for a module whose weights are elsewhere between calls or, unless allowed, have no values."""
+    for path, module in modules.items():
+        holder = module.owner if isinstance(module, Matrix) else module
+        if not any(p.is_meta for p in holder.parameters()):
+            continue
+        if any(hasattr(m, "_hf_hook") for m in holder.modules()):
+            raise TargetError(
+                f"{path!r} is offloaded: its weights are in memory while it runs, and adapters always need them. "
+                "Open the model where it fits whole, keep such layers in memory (device_map=...), or leave them out "
+                "(exclude=...)"
+            )
+        if not may_be_empty:
+            raise TargetError(
+                f"{path!r} is on the meta device: it has no values for an adapter to work with. Open the model with "
+                "from_pretrained, or give it its weights with load_state_dict(..., assign=True)"
+            )
 
 
 def build_adapters(
