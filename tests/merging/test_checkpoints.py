@@ -249,6 +249,29 @@ def test_tied_tensors_that_differ_are_refused(tmp_path: Path) -> None:
         merge(models, Sum(), tmp_path / "out", base)
 
 
+@pytest.mark.parametrize("tied", ["base", "model0", "both"])
+def test_where_some_models_are_tied_and_some_are_not_the_merged_one_has_its_own_head(
+    tied: str, tmp_path: Path
+) -> None:
+    """Each model's head is what it computes with: a tied one's are its embeddings."""
+    embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+    base, models = family(tmp_path, lambda: llama(tie_word_embeddings=False), count=2)
+    for folder, name in ((base, "base"), (models[0], "model0")):
+        if tied in (name, "both"):
+            rewrite(folder, lambda tensors: tensors.pop(head))
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    found = merge(models, Sum(), tmp_path / "out", base, [0.5, 0.25])
+    got, of = stored(tmp_path / "out"), {p: stored(p) for p in (base, *models)}
+    changes = [of[p].get(head, of[p][embeddings]) - of[base].get(head, of[base][embeddings]) for p in models]
+    right = of[base].get(head, of[base][embeddings]) + 0.5 * changes[0] + 0.25 * changes[1]
+    torch.testing.assert_close(got[head], right)
+    assert "has its own" in found.notes[0]
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, got[head])
+    assert torch.equal(loaded.model.embed_tokens.weight, got[embeddings])
+
+
 def test_layers_are_matrices_as_out_by_in(tmp_path: Path) -> None:
     base, models = family(tmp_path, gpt2, count=1)
     merge(models, rule := Seen(), tmp_path / "out", base, [0.5])

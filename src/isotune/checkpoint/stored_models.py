@@ -82,7 +82,7 @@ class StoredModel:
             if not self._stored(copy).equal(found):
                 raise CheckpointError(
                     f"config.json of {self.label} ({self.folder}) ties {copy!r} to {name!r}, but the two differ in "
-                    "its files; if they are meant to differ, set tie_word_embeddings to false in every config.json"
+                    "its files; if they are meant to differ, set tie_word_embeddings to false in its config.json"
                 )
         return found
 

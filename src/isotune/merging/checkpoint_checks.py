@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ Vocabulary = Literal["error", "intersect"]
 _BOOKKEEPING = re.compile(
     r"^(_.*|transformers_version|dtype|torch_dtype|architectures|use_cache|vocab_size|.*dropout.*|.*_pdrop"
     r"|initializer_.*|.*_token_id|output_.*|return_.*|id2label|label2id|problem_type|finetuning_task"
-    r"|task_specific_params|max_position_embeddings|pretraining_tp|gradient_checkpointing|auto_map|tokenizer_class|unsloth.*)$"
+    r"|task_specific_params|max_position_embeddings|pretraining_tp|tie_word_embeddings|gradient_checkpointing|auto_map|tokenizer_class|unsloth.*)$"
 )
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.h\.\d+\.attn\.bias)$")
 """Buffers that old versions stored and new ones compute."""
@@ -42,6 +42,8 @@ class Inputs:
     """The tensors that are copied from the origin: integers, booleans, and buffers that models compute."""
     rows: tuple[Tensor | None, ...]
     """For each model, its row for each row of the origin's embeddings (-1: none); None where they are the same."""
+    untied: frozenset[str]
+    """Heads that some of the models tie to their embeddings and some do not: the merged model has its own."""
     notes: tuple[str, ...]
     """What a person should know, though it is no problem."""
 
@@ -88,16 +90,17 @@ def check_checkpoints(
     refuse(problems)
     origin, models = read[0], read if base is None else read[1:]
     others = read[1:]
-    kinds = tensor_kinds(origin.folder, origin.config, {n: h.shape for n, h in origin.headers.items()})
+    kinds, untied = _share_all(read)
     for model in read:
         problems += _of_one(model)
-        _share(model, origin, kinds)
     floating = {n for n, h in origin.headers.items() if h.floating and not _COMPUTED.search(n)}
     merged = frozenset(n for n in floating if kinds.tied.get(n) not in origin.headers)
     copied = frozenset(origin.headers.keys() - floating)
-    found = Inputs(origin, tuple(models), kinds, merged, copied, (), ())
+    found = Inputs(origin, tuple(models), kinds, merged, copied, (), untied, ())
     rows: dict[str, Tensor | None] = {}
     notes: list[str] = []
+    if untied:
+        notes.append(f"some models tie {_listed(sorted(untied))} and some do not; the merged model has its own")
     tokens = None
     try:
         tokens = _tokens(origin)
@@ -113,9 +116,7 @@ def check_checkpoints(
             problems.append(str(error))
         notes += _dtypes(model, found)
     refuse(problems)
-    return Inputs(
-        origin, tuple(models), kinds, merged, copied, tuple(rows.get(m.label) for m in models), tuple(notes)
-    )
+    return replace(found, rows=tuple(rows.get(m.label) for m in models), notes=tuple(notes))
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -141,10 +142,34 @@ def _of_one(model: StoredModel) -> list[str]:
     return [f"{model.label} has tensors of a dtype that cannot be merged: {_listed(odd)}"] if odd else []
 
 
-def _share(model: StoredModel, origin: StoredModel, kinds: Kinds) -> None:
+def _share_all(models: Sequence[StoredModel]) -> tuple[Kinds, frozenset[str]]:
+    """Let every model have the names that it ties; the kinds of the first, and what is not tied in all of them."""
+    origin = models[0]
+    kinds, by_ties = _kinds(origin), _ties(origin)
+    ties = [kinds.tied if _ties(model) == by_ties else _kinds(model).tied for model in models]
+    untied = {alias for own in ties for alias in own if any(alias not in other for other in ties)}
+    for model, own in zip(models, ties, strict=True):
+        _share(model, origin, own)
+    for alias in untied & origin.shared.keys():
+        source = origin.shared[alias]
+        origin.headers[alias], origin.file_of[alias] = origin.headers[source], origin.file_of[source]
+    tied = {alias: source for alias, source in kinds.tied.items() if alias not in untied}
+    return replace(kinds, tied=tied), frozenset(untied)
+
+
+def _kinds(model: StoredModel) -> Kinds:
+    return tensor_kinds(model.folder, model.config, {n: h.shape for n, h in model.headers.items()})
+
+
+def _ties(model: StoredModel) -> bool:
+    """Whether its config ties the head to the embeddings."""
+    return bool(_full_config(model).get("tie_word_embeddings"))
+
+
+def _share(model: StoredModel, origin: StoredModel, tied: Mapping[str, str]) -> None:
     """Find, for tied names, the one that the model stores, and further copies of it."""
     groups: dict[str, list[str]] = {}
-    for alias, source in kinds.tied.items():
+    for alias, source in tied.items():
         groups.setdefault(source, [source]).append(alias)
     for group in groups.values():
         stored = [name for name in group if name in model.headers]

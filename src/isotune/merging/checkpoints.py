@@ -137,7 +137,7 @@ def merge_checkpoints(
         merging = Tensorwise(inputs, measured, rule, weights, seed, shards, unfinished, advance)
         merging.run_to_end()
         write_index(unfinished.model, shards)
-        _copy_companions(inputs.origin.folder, unfinished.model, stored_as)
+        _copy_companions(inputs.origin.folder, unfinished.model, stored_as, bool(inputs.untied))
         found = MergedCheckpoint(
             path=output,
             rule=rule.name,
@@ -193,8 +193,11 @@ def _entry(inputs: Inputs, name: str, stored_as: torch.dtype | None) -> Entry:
     return Entry(name, stored_as if stored_as and header.floating else header.dtype, header.shape)
 
 
-def _copy_companions(origin: Path, folder: Path, stored_as: torch.dtype | None) -> None:
-    """Copy the config, the tokenizer and the like, and of a sentence-transformers model the folders of its parts."""
+def _copy_companions(origin: Path, folder: Path, stored_as: torch.dtype | None, untied: bool) -> None:
+    """Copy the config, the tokenizer and the like, and of a sentence-transformers model the folders of its parts.
+
+    The config then says the dtype, where that is another, and that the head is not tied, where it is not.
+    """
     for file in origin.iterdir():
         if file.is_file() and file.suffix in _COMPANIONS and not _OF_TRAINING.fullmatch(file.name):
             shutil.copyfile(file, folder / file.name)
@@ -202,10 +205,14 @@ def _copy_companions(origin: Path, folder: Path, stored_as: torch.dtype | None) 
         for part in json.loads((origin / "modules.json").read_text(encoding="utf-8")):
             if part["path"] and (origin / part["path"]).is_dir():
                 shutil.copytree(origin / part["path"], folder / part["path"], dirs_exist_ok=True)
-    if stored_as is not None:
+    if stored_as is not None or untied:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(stored_as).removeprefix("torch.")
+        if stored_as is not None:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(stored_as).removeprefix("torch.")
+        if untied:
+            for part in (config, config.get("text_config")):
+                if part is config or (part and "tie_word_embeddings" in part):
+                    part["tie_word_embeddings"] = False
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
