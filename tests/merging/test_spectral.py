@@ -68,6 +68,19 @@ def test_dense_changes_of_full_rank_give_the_papers_formula(name: str, m: int, n
     assert_same(merged(name, changes, [0.5] * count), PAPERS[name](halves))
 
 
+@pytest.mark.parametrize("name", PAPERS)
+def test_embeddings_are_averaged_or_decomposed_if_asked(name: str) -> None:
+    changes = matrices(14, 9, 3)
+    plain, asked = (rule(name, **options) for options in ({}, {"embeddings": True}))
+    table = site_of(changes, matrix=False)
+    assert isinstance(plain, Rule)
+    assert isinstance(asked, Rule)
+    assert_same(dense(plain.merge(table, None)), torch.stack(changes).mean(0))
+    assert_same(dense(asked.merge(table, None)), PAPERS[name](changes))
+    biases = site_of([change[0] for change in changes], matrix=False)
+    assert_same(dense(asked.merge(biases, None)), torch.stack(changes)[:, 0].mean(0))
+
+
 @pytest.mark.parametrize("name", [name for name in SPECTRAL if name != "iso_cts"])
 def test_transposing_the_inputs_transposes_the_result(name: str) -> None:
     changes = factors(14, 9, (3, 2, 2))

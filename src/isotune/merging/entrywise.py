@@ -28,7 +28,8 @@ BLOCK = 2**17
 """Entries of each model in a block. However many models there are, so that a product of factors has the same bits in
 the walk that finds a threshold and in the walk that applies it."""
 ELECT = (
-    "What elects an entry's sign: the sum, the number of models, or the weighted sum. A weight below 0 turns signs."
+    "What elects an entry's sign: the sum, the number of models (the sum where as many say + as -), or the weighted "
+    "sum. A weight below 0 turns signs."
 )
 AVERAGE = (
     "Of the models that agree: the weighted mean; the weighted sum over their number, which weights that sum to 1 "

@@ -27,6 +27,14 @@ Tolerance = Annotated[
 ]
 """An option for changes of low rank that come as differences of stored weights, with the noise of their dtype."""
 
+Embeddings = Annotated[
+    bool,
+    Field(
+        description="Decompose every 2-D tensor, embeddings too, as the authors' code does; else weights of layers."
+    ),
+]
+"""An option for rules whose authors' code looks at the number of dimensions alone."""
+
 
 @dataclass(frozen=True)
 class Reduced:
@@ -95,6 +103,11 @@ def reduced(changes: Sequence[Change], weights: Sequence[float], tolerance: floa
 def flattened(S: Tensor, flatness: float) -> Tensor:
     """Singular values drawn to their mean: `(1 - flatness) S + flatness mean(S)`."""
     return torch.lerp(S, S.mean(), flatness) if len(S) else S
+
+
+def decomposes(site: Aligned, embeddings: bool) -> bool:
+    """Whether a spectral rule takes the tensor for a matrix: the weights of layers and, if asked, embeddings."""
+    return site.matrix or (embeddings and len(site.changes[0].shape) == 2)
 
 
 def mean(site: Aligned) -> Change:

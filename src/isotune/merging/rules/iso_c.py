@@ -17,15 +17,15 @@ from pydantic import Field
 
 from isotune.linalg.low_rank import SVD, dense_svd
 from isotune.merging.contract import Aligned, Change, Rule, dense, scaled, total
-from isotune.merging.spectral import Tolerance, flattened, mean, reduced
+from isotune.merging.spectral import Embeddings, Tolerance, decomposes, flattened, mean, reduced
 
 
 class IsoC(Rule):
     """The sum of the changes with equal singular values.
 
     Weights multiply the changes before they are added; only their ratios change the directions, and their common
-    size acts as `scale` does. Tensors that are no layer's weight are averaged: the sum of the weighted changes over
-    the number of models with a weight other than zero, as in the paper's code.
+    size acts as `scale` does. What is not decomposed is averaged: the sum of the weighted changes over the number
+    of models with a weight other than zero, as in the paper's code.
     """
 
     name: ClassVar[str] = "iso_c"
@@ -36,10 +36,11 @@ class IsoC(Rule):
         default=1.0, ge=0, le=1, description="How equal singular values become; 0: the plain sum."
     )
     tolerance: Tolerance = 0.0
+    embeddings: Embeddings = False
     compat: bool = Field(default=False, description="Flatten all min(out, in) singular values, as the paper's code.")
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
-        if not site.matrix:
+        if not decomposes(site, self.embeddings):
             return scaled(mean(site), self.scale)
         if self.compat:
             found = dense_svd(dense(total(site.changes, site.weights)))

@@ -23,15 +23,16 @@ from torch import Tensor
 
 from isotune.linalg.low_rank import Factored
 from isotune.merging.contract import Aligned, Change, Rule, scaled
-from isotune.merging.spectral import Tolerance, flattened, mean, reduced
+from isotune.merging.spectral import Embeddings, Tolerance, decomposes, flattened, mean, reduced
 
 
 class IsoCTS(Rule):
     """Common directions and those of single models, with equal singular values.
 
     Weights multiply the changes at the start, so a larger weight gives a model more of the common directions, not
-    more of its own. A model of weight zero counts as absent. Tensors that are no layer's weight are averaged: the
-    sum of the weighted changes over the number of models with a weight other than zero, as in the paper's code.
+    more of its own. A model of weight zero counts as absent. What is not decomposed is
+    averaged: the sum of the weighted changes over the number of models with a weight other than zero, as in the
+    paper's code.
     """
 
     name: ClassVar[str] = "iso_cts"
@@ -43,9 +44,10 @@ class IsoCTS(Rule):
     scale: float = Field(default=1.0, description="A factor on the merged change.")
     flatness: float = Field(default=1.0, ge=0, le=1, description="How equal singular values become; 0: not at all.")
     tolerance: Tolerance = 0.0
+    embeddings: Embeddings = False
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
-        if not site.matrix:
+        if not decomposes(site, self.embeddings):
             return scaled(mean(site), self.scale)
         joint = reduced(site.changes, site.weights, self.tolerance)
         whole = joint.decomposed(joint.sum())

@@ -18,15 +18,15 @@ import torch
 from pydantic import Field
 
 from isotune.merging.contract import Aligned, Change, Rule, scaled
-from isotune.merging.spectral import Tolerance, mean, reduced
+from isotune.merging.spectral import Embeddings, Tolerance, decomposes, mean, reduced
 
 
 class TSVM(Rule):
     """The leading singular triplets of all models, orthogonal to each other.
 
     Weights multiply the singular values of a model; its directions are as orthogonal to the others' whatever its
-    weight, and a model of weight zero counts as absent. Tensors that are no layer's weight are averaged: the sum of
-    the weighted changes over the number of models with a weight other than zero, as in the paper's code.
+    weight, and a model of weight zero counts as absent. What is not decomposed is averaged: the sum of the
+    weighted changes over the number of models with a weight other than zero, as in the paper's code.
     """
 
     name: ClassVar[str] = "tsv_m"
@@ -36,9 +36,10 @@ class TSVM(Rule):
     share: float | None = Field(
         default=None, gt=0, le=1, description="Share of min(out, in) that each model may keep; by default 1 / models."
     )
+    embeddings: Embeddings = False
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
-        if not site.matrix:
+        if not decomposes(site, self.embeddings):
             return scaled(mean(site), self.scale)
         joint = reduced(site.changes, site.weights, self.tolerance)
         p = min(site.changes[0].shape)
