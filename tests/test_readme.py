@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 import isotune
 from examples import ROOT, Block, blocks, run_commands, run_isotune, run_python
@@ -40,11 +43,33 @@ def test_the_command_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert json.loads((tmp_path / "my-recipe-run" / "metrics.json").read_text())["steps"] == 2
 
 
-def test_the_python_runs_as_pasted_and_improves_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stories(name: str) -> Any:
+    """A small language model that has learned something."""
+    return transformers.AutoModelForCausalLM.from_pretrained(name)
+
+
+def shaped_like_smollm2(name: str) -> Any:
+    """A drawn model with the widths and depth of SmolLM2-135M, for this tokenizer."""
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=transformers.AutoConfig.from_pretrained(name).vocab_size, hidden_size=576,
+            intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+            tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [stories, shaped_like_smollm2])
+def test_the_python_runs_as_pasted_and_improves_the_loss(
+    model: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     first, second = shown("In Python", "python")
     Path("HuggingFaceTB").mkdir()
     Path("HuggingFaceTB/SmolLM2-135M").symlink_to(STORIES)
+    made = model("HuggingFaceTB/SmolLM2-135M")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: made)
     losses: list[float] = []
     told = first.text.replace("    loss.backward()\n", "    loss.backward()\n    seen.append(loss.item())\n")
     names: dict[str, Any] = {"seen": losses}
