@@ -16,7 +16,7 @@ from isotune import Settings
 from isotune.adapters.contract import Treatment
 from isotune.errors import OptionError
 from isotune.linalg.dct import dct_matrix
-from isotune.model.switch import treatments
+from isotune.model.rates import treatments
 from isotune.sites import require_site
 from laws.suite import check_law
 

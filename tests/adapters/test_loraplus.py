@@ -15,7 +15,7 @@ from isotune import LoRA
 from isotune.adapters.contract import Treatment
 from isotune.adapters.low_rank.loraplus import LoRAPlus
 from isotune.errors import OptionError
-from isotune.model.switch import treatments
+from isotune.model.rates import treatments
 from peers import peft_adapt, peft_load
 from support import adapted, assert_same_output, minilm, output
 

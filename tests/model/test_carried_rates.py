@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import isotune
-from isotune.model.switch import treatments
+from isotune.model.rates import treatments
 
 # By method options, and two others of which the rank or the size of what turns differs.
 ROTATIONS: dict[str, list[dict[str, Any]]] = {

@@ -6,7 +6,6 @@ so that the same adapter serves a bare layer and a layer that has adapters alrea
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -42,14 +41,6 @@ class Treatment(NamedTuple):
     """Factor on the weight decay."""
     algorithm: str | None = None
     """The optimizer that suits it, where the usual one does not."""
-
-
-def crowding(count: int) -> float:
-    """How much further a step turns a model with so many rotations than one with the twelve of reference.
-
-    Their angles add up as a random walk does. Fewer than twelve get no larger steps.
-    """
-    return math.sqrt(max(count, 12) / 12)
 
 
 class Adapter(nn.Module, ABC):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, crowding
+from isotune.adapters.contract import Adapter
 from isotune.adapters.settings import Settings
 from isotune.adapters.shared import Shared
 from isotune.bare import bare_class
@@ -19,6 +19,7 @@ from isotune.matrix import Matrix
 from isotune.model.adapted import Adapters, add_adapter, add_copy
 from isotune.model.names import adapted_layers, base_modules, changed_modules
 from isotune.model.parametrized import check_uncalled, put_on, take_off, with_matrices
+from isotune.model.rates import choose_lengths
 from isotune.model.running import remember_statistics
 from isotune.model.switch import adapter_names, use
 from isotune.model.targets import Targets, find_modules, find_targets, matching
@@ -109,20 +110,8 @@ def build_adapters(
         for path, adapter in adapters.items():
             if not sites[path].called:
                 check_uncalled(adapter, sites[path], path)
-        _choose_lengths(adapters, sites)
+        choose_lengths(adapters, sites)
     return adapters
-
-
-def _choose_lengths(adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> None:
-    """Let what has no meaning but its direction start so long that no optimizer's step turns it further than is good.
-
-    Nothing is shortened: the steps of SGD grow with the square of what Adam's grow with.
-    """
-    strides = {path: adapter.strides(sites[path]) for path, adapter in adapters.items()}
-    share = crowding(sum(map(bool, strides.values())))
-    for path, adapter in adapters.items():
-        for name in adapter.lengthless:
-            adapter.get_parameter(name).detach().mul_(max(strides[path][name] * share, 1.0))
 
 
 def draw_shared(settings: Mapping[str, Settings], sites: Iterable[Site]) -> dict[str, Tensor]:

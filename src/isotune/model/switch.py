@@ -11,16 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from isotune.adapters.contract import Adapter, Treatment, crowding
+from isotune.adapters.contract import Adapter
 from isotune.adapters.mixed import Mixture, Routing, thin_of
 from isotune.errors import IsotuneError, nearest
-from isotune.model.adapted import Adapted, current
-from isotune.model.names import adapted_layers, changed_modules, trained_modules
+from isotune.model.adapted import Adapted
+from isotune.model.names import adapted_layers, changed_modules
 from isotune.packed import is_packed
 from isotune.sites import device_of, require_site
-
-_NARROW = 32
-"""Rank up to which a matrix trained in full takes the adapters' steps; a step of a larger one goes further."""
 
 
 @dataclass(frozen=True)
@@ -238,48 +235,6 @@ def _penalty(adapter: Adapter) -> Tensor:
     """The adapter's penalty, over the whole of its parameters where FSDP has sharded them."""
     whole = {f"adapter.{n}": p.full_tensor() for n, p in adapter.named_parameters() if hasattr(p, "full_tensor")}
     return functional_call(_Penalty(adapter), whole, ()) if whole else adapter.penalty()
-
-
-def treatments(model: nn.Module) -> dict[nn.Parameter, Treatment]:
-    """How the parameters that train want to be treated by an optimizer; those in the usual way are not in it.
-
-    Rotations get a factor on the learning rate with which a step turns them all together as far as in a model where
-    the rate is known to suit, whatever their widths, ranks and number; matrices trained in full smaller steps.
-    """
-    running = [adapter for _, layer in adapted_layers(model) for adapter in layer.isotune.running()]
-    share = crowding(sum(bool(adapter.stride) for adapter in running))
-    found = {}
-    for adapter in running:
-        own = adapter.parameter_groups()
-        for name in own.keys() | adapter.stride.keys():
-            how = own.get(name, Treatment())
-            factor = 1 / (share * adapter.stride[name]) if name in adapter.stride else 1.0
-            found[adapter.get_parameter(name)] = how._replace(rate=float(f"{how.rate * factor:.4g}"))
-    for _, module in trained_modules(model):
-        for parameter in current(module).parameters():
-            if parameter.dim() > 1 and (side := min(len(parameter), parameter[0].numel())) > _NARROW:
-                found[parameter] = Treatment(rate=_NARROW / side)
-    return {parameter: how for parameter, how in found.items() if how != Treatment()}
-
-
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """What trains, in groups for an optimizer such as `torch.optim.AdamW`.
-
-    Args:
-        model: A model with adapters in use.
-        lr: The learning rate; methods put factors on it for some of their parameters (LoRA+ for B).
-        weight_decay: The weight decay, likewise.
-    """
-    own = treatments(model)
-    groups: dict[Treatment, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            groups.setdefault(own.get(parameter, Treatment()), []).append(parameter)
-    return [
-        {"params": found, "lr": lr * how.rate, "weight_decay": weight_decay * how.decay}
-        | ({} if how.algorithm is None else {"algorithm": how.algorithm})
-        for how, found in groups.items()
-    ]
 
 
 def after_step(model: nn.Module, progress: float = 1.0) -> None:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 import isotune
 from isotune.errors import CheckpointError, DivergedError
 from isotune.integrations.transformers import AfterStep
-from isotune.model.switch import treatments
+from isotune.model.rates import treatments
 from isotune.training.folder import mark_complete, mark_incomplete
 from isotune.training.measure import StepTimer
 from isotune.training.weights import load_weights, save_weights

@@ -1,0 +1,83 @@
+"""How fast what trains may go, so that a learning rate which suits one model suits another.
+
+A step of Adam is as large in every number whatever a parameter means: how far it turns a weight depends on widths,
+ranks and lengths (`Adapter.strides`), and how far the model on how many weights turn at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from isotune.adapters.contract import Adapter, Treatment
+from isotune.model.adapted import current
+from isotune.model.names import adapted_layers, trained_modules
+from isotune.sites import Site
+
+_NARROW = 32
+"""Rank up to which a matrix trained in full takes the adapters' steps; a step of a larger one goes further."""
+
+
+def treatments(model: nn.Module) -> dict[nn.Parameter, Treatment]:
+    """How the parameters that train want to be treated by an optimizer; those in the usual way are not in it.
+
+    Rotations get a factor on the learning rate with which a step turns them all together as far as in a model where
+    the rate is known to suit, whatever their widths, ranks and number; matrices trained in full smaller steps.
+    """
+    running = [adapter for _, layer in adapted_layers(model) for adapter in layer.isotune.running()]
+    share = _crowding(sum(bool(adapter.stride) for adapter in running))
+    found = {}
+    for adapter in running:
+        own = adapter.parameter_groups()
+        for name in own.keys() | adapter.stride.keys():
+            how = own.get(name, Treatment())
+            factor = 1 / (share * adapter.stride[name]) if name in adapter.stride else 1.0
+            found[adapter.get_parameter(name)] = how._replace(rate=float(f"{how.rate * factor:.4g}"))
+    for _, module in trained_modules(model):
+        for parameter in current(module).parameters():
+            if parameter.dim() > 1 and (side := min(len(parameter), parameter[0].numel())) > _NARROW:
+                found[parameter] = Treatment(rate=_NARROW / side)
+    return {parameter: how for parameter, how in found.items() if how != Treatment()}
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """What trains, in groups for an optimizer such as `torch.optim.AdamW`.
+
+    Args:
+        model: A model with adapters in use.
+        lr: The learning rate; methods put factors on it for some of their parameters (LoRA+ for B).
+        weight_decay: The weight decay, likewise.
+    """
+    own = treatments(model)
+    groups: dict[Treatment, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(own.get(parameter, Treatment()), []).append(parameter)
+    return [
+        {"params": found, "lr": lr * how.rate, "weight_decay": weight_decay * how.decay}
+        | ({} if how.algorithm is None else {"algorithm": how.algorithm})
+        for how, found in groups.items()
+    ]
+
+
+def choose_lengths(adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> None:
+    """Let what has no meaning but its direction start so long that no optimizer's step turns it further than is good.
+
+    Nothing is shortened: the steps of SGD grow with the square of what Adam's grow with.
+    """
+    strides = {path: adapter.strides(sites[path]) for path, adapter in adapters.items()}
+    share = _crowding(sum(map(bool, strides.values())))
+    for path, adapter in adapters.items():
+        for name in adapter.lengthless:
+            adapter.get_parameter(name).detach().mul_(max(strides[path][name] * share, 1.0))
+
+
+def _crowding(count: int) -> float:
+    """How much further a step turns a model with so many rotations than one with the twelve of reference.
+
+    Their angles add up as a random walk does. Fewer than twelve get no larger steps.
+    """
+    return math.sqrt(max(count, 12) / 12)
