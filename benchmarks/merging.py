@@ -26,8 +26,8 @@ from benchmarks.memory import run_child
 from benchmarks.tables import table
 from isotune.checkpoint.files import STATISTICS
 from isotune.intervals import half_width
-from isotune.merging.adapters import merge
-from isotune.merging.reversible_adapters import compress_adapters, recover_adapter
+from isotune.merging.adapters.merge import merge
+from isotune.merging.reversible.adapters import compress_adapters, recover_adapter
 from isotune.training.folder import RunFolder
 from isotune.training.models import MINILM
 from isotune.training.progress import Screen, quiet_libraries

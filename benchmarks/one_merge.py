@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.peak import peak_bytes, reset_peak
-from isotune.merging.adapters import merge
+from isotune.merging.adapters.merge import merge
 from isotune.merging.registry import rule_class
-from isotune.merging.reversible_adapters import compress_adapters
+from isotune.merging.reversible.adapters import compress_adapters
 
 
 def one_merge(

@@ -9,8 +9,8 @@ import isotune
 
 ROOT = Path(isotune.__file__).parent
 ROOMS = (
-    "cli", "report", "comparison", "training", "integrations", "merging", "diagnostics", "checkpoint", "model",
-    "adapters", "sites", "linalg",
+    "cli", "report", "comparison", "training", "integrations", "merging", "statistics", "diagnostics", "checkpoint",
+    "model", "adapters", "sites", "linalg",
 )  # fmt: skip
 GROUND = len(ROOMS)
 BETWEEN = {"adapted_site": ROOMS.index("sites")}

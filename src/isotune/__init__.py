@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from isotune.checkpoint.load import load_weights as load_weights
     from isotune.checkpoint.save import save as save
     from isotune.errors import IsotuneError as IsotuneError
-    from isotune.merging.adapters import merge as merge
+    from isotune.merging.adapters.merge import merge as merge
     from isotune.model.attach import adapt as adapt
     from isotune.model.attach import remove as remove
     from isotune.model.calibrate import calibrate as calibrate
@@ -55,7 +55,7 @@ _HOMES = {
     "load_weights": "checkpoint.load",
     "save": "checkpoint.save",
     "IsotuneError": "errors",
-    "merge": "merging.adapters",
+    "merge": "merging.adapters.merge",
     "adapt": "model.attach",
     "remove": "model.attach",
     "calibrate": "model.calibrate",

@@ -19,7 +19,7 @@ from both_ways import assert_peft_loads
 from isotune.adapters.low_rank.ortha import OrthA
 from isotune.checkpoint.files import TENSORS
 from isotune.errors import OptionError
-from isotune.merging.ortha import ortha_conflicts
+from isotune.merging.adapters.ortha import ortha_conflicts
 from isotune.sites import require_site
 from support import adapted, minilm, output, stories
 

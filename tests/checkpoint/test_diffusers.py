@@ -17,7 +17,7 @@ from isotune.checkpoint.export import export_lora
 from isotune.checkpoint.read_diffusers import FILE
 from isotune.diagnostics.sources import open_source
 from isotune.errors import CheckpointError
-from isotune.merging.adapters import merge
+from isotune.merging.adapters.merge import merge
 
 
 class Attention(nn.Module):

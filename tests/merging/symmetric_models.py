@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from isotune.merging.symmetry_maps import Architecture, Symmetry, attention_maps, mlp_maps, union
+from isotune.merging.symmetry.maps import Architecture, Symmetry, attention_maps, mlp_maps, union
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 8,

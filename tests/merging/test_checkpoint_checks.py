@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isotune.checkpoint import stored_models
+from isotune.checkpoint.streaming import parse_size
 from isotune.checkpoint.tensor_kinds import tensor_kinds
+from isotune.checkpoint.vocabularies import token_ids
 from isotune.errors import CheckpointError, OptionError
-from isotune.merging.checkpoint_checks import check_checkpoints
-from isotune.merging.checkpoints import merge_checkpoints
 from isotune.merging.contract import Aligned, Change, RotationRule, Rule
+from isotune.merging.models.checks import check_checkpoints
+from isotune.merging.models.merge import merge_checkpoints
 from isotune.merging.rules.sum import Sum
-from isotune.merging.shards import parse_size
-from isotune.merging.vocabularies import token_ids
 
 merge = functools.partial(merge_checkpoints, progress=False)
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from isotune.errors import CheckpointError, OptionError
 from isotune.linalg.low_rank import Factored
-from isotune.merging.checkpoints import merge_checkpoints
 from isotune.merging.contract import Aligned, Change, Rule, dense
+from isotune.merging.models.merge import merge_checkpoints
 from isotune.merging.registry import rule_class, rule_names
 from isotune.merging.rules.sum import Sum
 from support import STORIES, assert_same_output, files, move, output, stories, tokens
@@ -442,7 +442,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
 from models import Toy
-from isotune.merging.checkpoints import merge_checkpoints
+from isotune.merging.models.merge import merge_checkpoints
 from isotune.merging.rules.sum import Sum
 
 def merge(folder):

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from isotune.errors import OptionError
 from isotune.linalg.low_rank import Factored
-from isotune.merging import entrywise
 from isotune.merging.contract import Rule
-from isotune.merging.entrywise import Elected, Entrywise, agreed, walk
 from isotune.merging.registry import rule_class, rule_names
 from isotune.merging.rules.breadcrumbs import Breadcrumbs
 from isotune.merging.rules.dare import DARE
 from isotune.merging.rules.dare_ties import DARETIES
 from isotune.merging.rules.della import DELLA, ascending
+from isotune.merging.rules.families import entrywise
+from isotune.merging.rules.families.entrywise import Elected, Entrywise, agreed, walk
 from isotune.merging.rules.magnitude import Magnitude
 from isotune.merging.rules.sum import Sum
 from isotune.merging.rules.ties import TIES

@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 import isotune
 from isotune import HRA, LoRA
 from isotune.errors import IsotuneError, OptionError
-from isotune.merging.fisher import fisher
-from isotune.merging.likelihood import directions
 from isotune.model.adapted import adapted_site
 from isotune.sites import require_site
+from isotune.statistics.fisher import fisher
+from isotune.statistics.likelihood import directions
 from support import adapted, resnet20, stories, tokens
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isotune.merging.magnitudes import Histogram, band, largest, thresholds
+from isotune.merging.rules.families.magnitudes import Histogram, band, largest, thresholds
 from merging.drawn_sites import factored, site, tensors
 
 

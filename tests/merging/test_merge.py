@@ -27,8 +27,8 @@ from isotune.checkpoint.files import CONFIG, TENSORS
 from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.save import write_parts
 from isotune.errors import CheckpointError, IsotuneError, OptionError
-from isotune.merging.adapters import REPORT, Merged, merge
-from isotune.merging.modules import TASK
+from isotune.merging.adapters.merge import REPORT, Merged, merge
+from isotune.merging.adapters.modules import TASK
 from isotune.merging.registry import rule
 from peers import peft_adapt, peft_load
 from support import adapted, assert_same_output, files, output

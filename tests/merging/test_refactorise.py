@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isotune.errors import OptionError
-from isotune.merging.federated import aggregate, refactorise, transport
+from isotune.training.refactorise import aggregate, refactorise, transport
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from isotune.checkpoint.paired_files import write_sealed
 from isotune.errors import CheckpointError, OptionError
 from isotune.linalg.low_rank import Factored, norm, weighted_sum
-from isotune.merging.reversible import Reversible, compress
-from isotune.merging.sealed import write_sealed
+from isotune.merging.reversible.compress import Reversible, compress
 from support import files
 
 Models = dict[str, dict[str, Factored]]
@@ -331,7 +331,7 @@ def test_writing_that_fails_leaves_the_older_folder(tmp_path: Path, monkeypatch:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("isotune.merging.sealed.save_file", full)
+    monkeypatch.setattr("isotune.checkpoint.paired_files.save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         compress(alike(count=7)).save(tmp_path / "saved")
     assert files(tmp_path / "saved") == before

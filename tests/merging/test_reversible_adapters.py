@@ -17,8 +17,8 @@ from isotune import HRA, LoRA
 from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.read import read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
-from isotune.merging.reversible import Reversible
-from isotune.merging.reversible_adapters import compress_adapters, recover_adapter
+from isotune.merging.reversible.adapters import compress_adapters, recover_adapter
+from isotune.merging.reversible.compress import Reversible
 from laws.case import registered
 from laws.test_toy_method import Gain
 from support import DATA, adapted, assert_same_output, files, minilm, output, resnet20, stories

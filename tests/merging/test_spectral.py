@@ -12,8 +12,8 @@ from isotune.errors import OptionError
 from isotune.linalg.low_rank import Factored
 from isotune.merging.contract import Rule, dense
 from isotune.merging.registry import rule
+from isotune.merging.rules.families.joint_bases import reduced
 from isotune.merging.rules.svd import Svd
-from isotune.merging.spectral import reduced
 from merging.drawn import assert_same, factors, matrices, merged, site_of
 
 SPECTRAL = ("svd", "iso_c", "iso_cts", "tsv_m", "opcm")

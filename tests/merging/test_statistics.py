@@ -14,8 +14,8 @@ import isotune
 from isotune import HRA, LoRA
 from isotune.checkpoint.files import STATISTICS
 from isotune.errors import CheckpointError, IsotuneError, OptionError
-from isotune.merging.second_moment import check_informative, from_factors, second_moments
-from isotune.merging.statistics import RankOne, StoredStatistic, write_statistic
+from isotune.statistics.second_moment import check_informative, from_factors, second_moments
+from isotune.statistics.stored import RankOne, StoredStatistic, write_statistic
 from support import adapted, files, output, stories
 
 PATH = "model.layers.0.self_attn.q_proj"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from isotune.errors import CheckpointError, OptionError
 from isotune.linalg.low_rank import Factored
-from isotune.merging.symmetry import align
-from isotune.merging.symmetry_maps import (
+from isotune.merging.symmetry.align import align
+from isotune.merging.symmetry.maps import (
     SYMMETRIES,
     architecture,
 )

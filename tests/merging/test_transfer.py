@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import isotune
 from isotune import HRA, LoRA
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
-from isotune.merging.symmetry_maps import SYMMETRIES, architecture
-from isotune.merging.transfer import transfer, transfer_adapter
+from isotune.merging.symmetry.maps import SYMMETRIES, architecture
+from isotune.merging.symmetry.transfer import transfer, transfer_adapter
 from isotune.training.export import export_merged
 from merging.symmetric_models import drawn_symmetry, model_of, twin
 from support import STORIES, adapted, assert_same_output, files, output, stories, tokens

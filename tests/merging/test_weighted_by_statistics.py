@@ -14,8 +14,8 @@ from isotune.linalg.low_rank import Factored
 from isotune.linalg.spectral_norm import spectral_norm
 from isotune.merging.contract import Aligned, Change, Rule, dense
 from isotune.merging.registry import rule
+from isotune.merging.rules.families.by_statistic import LogHistogram, saliency
 from isotune.merging.run import Run
-from isotune.merging.weighed import LogHistogram, saliency
 
 SHAPES = {"a": (9, 14), "b": (20, 6)}
 

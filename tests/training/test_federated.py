@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import isotune
 from isotune import LoRA
 from isotune.errors import DataError, DivergedError, OptionError
-from isotune.merging.federated import refactorise
 from isotune.model.names import adapted_layers
 from isotune.training.federated import Federated, dirichlet_split, federated_rounds
 from isotune.training.privacy import epsilon
+from isotune.training.refactorise import refactorise
 from support import stories, tokens
 
 ALL = {"participation": 1.0, "local_steps": 3, "batch_size": 16, "learning_rate": 0.3}

@@ -17,17 +17,17 @@ from transformers import LlamaForCausalLM
 
 from isotune.checkpoint.read import read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
-from isotune.merging.adapters import Merged
-from isotune.merging.checkpoints import MergedCheckpoint
+from isotune.merging.adapters.merge import Merged
+from isotune.merging.models.merge import MergedCheckpoint
 from isotune.merging.recipe import MergeRecipe, build_merge_recipe
-from isotune.merging.reversible_adapters import recover_adapter
-from isotune.merging.search import FIRST, search_weights
-from isotune.merging.transfer import Transfer
+from isotune.merging.reversible.adapters import recover_adapter
+from isotune.merging.symmetry.transfer import Transfer
 from isotune.training import build_recipe, evaluate, train
 from isotune.training import scores as module
 from isotune.training.folder import RunFolder
 from isotune.training.merging import Compressed, explain_recipe, merge_recipe
 from isotune.training.scores import Tasks
+from isotune.training.weight_search import FIRST, search_weights
 
 LORA = ["method.name=lora", "method.rank=2", "training.max_steps=12", "training.learning_rate=0.03"]
 

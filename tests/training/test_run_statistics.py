@@ -12,8 +12,8 @@ from tiny import write_jsonl, write_recipe
 
 import isotune
 from isotune.errors import DataError, IsotuneError, OptionError
-from isotune.merging.fisher import fisher
-from isotune.merging.statistics import StoredStatistic
+from isotune.statistics.fisher import fisher
+from isotune.statistics.stored import StoredStatistic
 from isotune.training import build_recipe, collect_fisher, train
 from isotune.training.session import Session, TaskSpec
 

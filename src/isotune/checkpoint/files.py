@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,8 @@ PICKLED = "adapter_model.bin"
 CARD = "README.md"
 FORMAT = 1
 OURS = {CONFIG, TENSORS, CARD}
-STATISTICS = {"fisher": "fisher.safetensors", "second_moment": "second_moment.safetensors"}
+Statistic = Literal["fisher", "second_moment"]
+STATISTICS: dict[Statistic, str] = {"fisher": "fisher.safetensors", "second_moment": "second_moment.safetensors"}
 """What may lie beside an adapter for merging: statistics of its weights, which are of no use to another adapter."""
 TEMPORARY = ".isotune-"
 """How the names of files begin that are written to be renamed."""

@@ -202,7 +202,7 @@ def _figure(value: float | None) -> str:
 
 def _show(merged: Any) -> None:
     """What was written, in a table for each layer where there is one for each layer."""
-    from isotune.merging.adapters import Merged
+    from isotune.merging.adapters.merge import Merged
 
     if isinstance(merged, Merged):
         print_table(
@@ -237,7 +237,7 @@ def recover_command(
     as_json: AsJson = False,
 ) -> None:
     """Get one adapter back, by its name, from what `isotune merge --rule rmm` wrote."""
-    from isotune.merging.reversible_adapters import recover_adapter
+    from isotune.merging.reversible.adapters import recover_adapter
 
     written = recover_adapter(folder, name, output)
     print_json({"path": written}) if as_json else print(f"{written}: {name}, as a LoRA")

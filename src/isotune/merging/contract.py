@@ -17,6 +17,7 @@ from torch import Tensor
 
 from isotune.adapters.contract import Adapter
 from isotune.adapters.settings import Settings
+from isotune.checkpoint.files import Statistic
 from isotune.linalg.low_rank import Factored, inner, norm, weighted_sum
 from isotune.options import Options
 from isotune.sites import Site
@@ -26,8 +27,6 @@ Change = Factored | Tensor
 
 Weights of layers are matrices (out, in). Dense changes of other tensors (biases, norms, embeddings) have any shape.
 """
-
-Statistic = Literal["fisher", "second_moment"]
 
 
 @dataclass(frozen=True)

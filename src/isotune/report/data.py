@@ -15,7 +15,7 @@ import yaml
 
 from isotune.checkpoint.files import CONFIG
 from isotune.errors import IsotuneError
-from isotune.merging.reversible import INDEX
+from isotune.merging.reversible.compress import INDEX
 from isotune.training.folder import RunFolder
 
 MERGE = "merge.json"

@@ -2,8 +2,8 @@
 
 In each round some clients start from the server's adapter and take a few steps of SGD on their own data; the server
 averages what they send. FedSVD: clients train B, and every `period` rounds B A is factorised anew with an orthonormal
-A (`isotune.merging.federated`, with the paper). FFA-LoRA: `period=0`. FedAvg: `train_both=True`, the factors averaged
-apart, which is not the average of their products.
+A (`isotune.training.refactorise`, with the paper). FFA-LoRA: `period=0`. FedAvg: `train_both=True`, the factors
+averaged apart, which is not the average of their products.
 
 With `clip`, each example's gradient is cut to that norm, over all layers together, before they are added up, and
 `noise` puts Gaussian noise on the sum: DP-SGD, on examples drawn independently of each other, as the accountant
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.errors import DataError, DivergedError, OptionError
-from isotune.merging.federated import aggregate, refactorise
 from isotune.model.names import adapted_layers
 from isotune.options import Options
 from isotune.training.privacy import epsilon
+from isotune.training.refactorise import aggregate, refactorise
 
 Rows = Mapping[str, Tensor]
 """A client's data, or a batch of it: tensors by name, their first dimension the examples."""

@@ -8,19 +8,19 @@ from typing import Any
 
 from isotune.checkpoint.read import holds_adapter
 from isotune.errors import OptionError
-from isotune.merging.adapters import Merged, merge, open_adapters, open_inputs
-from isotune.merging.checkpoints import MergedCheckpoint, merge_checkpoints
-from isotune.merging.checks import check_options
+from isotune.merging.adapters.checks import check_options
+from isotune.merging.adapters.merge import Merged, merge, open_adapters, open_inputs
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.explain import Explanation, explain
+from isotune.merging.models.merge import MergedCheckpoint, merge_checkpoints
 from isotune.merging.names import model_names
 from isotune.merging.recipe import MergeRecipe
-from isotune.merging.reversible import Reversible
-from isotune.merging.reversible_adapters import compress_adapters
+from isotune.merging.reversible.adapters import compress_adapters
+from isotune.merging.reversible.compress import Reversible
 from isotune.merging.rules.rmm import RMM
 from isotune.merging.rules.sum import Sum
 from isotune.merging.rules.symmetry import Symmetry
-from isotune.merging.transfer import Transfer, transfer
+from isotune.merging.symmetry.transfer import Transfer, transfer
 from isotune.training.folder import adapter_folder
 
 

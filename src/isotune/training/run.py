@@ -16,8 +16,8 @@ from isotune.adapters.settings import Settings
 from isotune.checkpoint.files import replaced_folder, write_atomically
 from isotune.checkpoint.save import save
 from isotune.errors import IsotuneError
-from isotune.merging.second_moment import check_informative
 from isotune.model.calibrate import wants_calibration
+from isotune.statistics.second_moment import check_informative
 from isotune.training.arguments import resolve_training, training_arguments
 from isotune.training.classifiers import OWN
 from isotune.training.data import Splits, load_splits

@@ -16,10 +16,9 @@ from isotune.checkpoint.load import load
 from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.stored import State
 from isotune.errors import IsotuneError, OptionError
-from isotune.merging.adapters import merge
+from isotune.merging.adapters.merge import merge
 from isotune.merging.names import model_names
 from isotune.merging.recipe import MergeRecipe
-from isotune.merging.search import search_weights
 from isotune.model.adapted import bare_copy
 from isotune.model.attach import remove
 from isotune.model.fold import fold, unfold
@@ -30,6 +29,7 @@ from isotune.training.folder import RunFolder, adapter_folder
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.session import Session, TaskSpec
 from isotune.training.tasks import Example, classification_examples
+from isotune.training.weight_search import search_weights
 
 _TRIAL = "isotune-merged"
 

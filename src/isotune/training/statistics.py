@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from isotune.checkpoint.files import Statistic
 from isotune.errors import IsotuneError, OptionError
-from isotune.merging.contract import Statistic
-from isotune.merging.fisher import fisher
-from isotune.merging.likelihood import Expectation
-from isotune.merging.second_moment import second_moments
-from isotune.merging.statistics import write_statistic
+from isotune.statistics.fisher import fisher
+from isotune.statistics.likelihood import Expectation
+from isotune.statistics.second_moment import second_moments
+from isotune.statistics.stored import write_statistic
 from isotune.training.data import check_labels
 from isotune.training.evaluation import find_trained, rows_for
 from isotune.training.model_folder import is_model_folder, open_trained
@@ -46,8 +46,8 @@ def collect_fisher(
         model: The pretrained model, where it is not what the adapter was trained on by name.
         columns: Column names (`text`, `label`, `prompt`, `completion`) where they differ from the run's.
         examples: How many examples to take, drawn by the seed; all where there are fewer.
-        expectation: Over the labels, as for `isotune.merging.fisher.fisher`; by default "exact" for a classification
-            and "sample" for causal-lm, and "empirical" for the kind "second_moment".
+        expectation: Over the labels, as for `isotune.statistics.fisher.fisher`; by default "exact" for a
+            classification and "sample" for causal-lm, and "empirical" for the kind "second_moment".
         kind: What to write it as: with "second_moment", it stands in for Adam's second moments where a run has none.
             It is larger than those by about the number of examples in a batch; see `normalise` of the rule `ota`.
         batch_size: Examples at a time.

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from isotune.merging.contract import Aligned
-from isotune.merging.entrywise import Entrywise, Step
-from isotune.merging.magnitudes import without_outliers
+from isotune.merging.rules.families.entrywise import Entrywise, Step
+from isotune.merging.rules.families.magnitudes import without_outliers
 
 
 class Breadcrumbs(Entrywise):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from isotune.errors import OptionError
 from isotune.linalg.orthogonal import power
-from isotune.merging.rotations import MergedRotations, Turn
+from isotune.merging.rules.families.rotations import MergedRotations, Turn
 
 
 class Compose(MergedRotations):

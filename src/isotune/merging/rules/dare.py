@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from isotune.merging.contract import Aligned
-from isotune.merging.entrywise import UNBIASED, Entrywise, Step, dropping
+from isotune.merging.rules.families.entrywise import UNBIASED, Entrywise, Step, dropping
 
 
 class DARE(Entrywise):

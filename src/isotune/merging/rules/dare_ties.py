@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from isotune.merging.entrywise import Elected
 from isotune.merging.rules.dare import DARE
+from isotune.merging.rules.families.entrywise import Elected
 
 
 class DARETIES(Elected, DARE):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from isotune.errors import OptionError
 from isotune.merging.contract import Aligned
-from isotune.merging.entrywise import UNBIASED, Elected, Step, drawn, sum_of
+from isotune.merging.rules.families.entrywise import UNBIASED, Elected, Step, drawn, sum_of
 
 
 class DELLA(Elected):

@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from isotune.merging.contract import Aligned, Change, Rule, Statistic
-from isotune.merging.weighed import LogHistogram, plain_mean, rescaled, saliency, statistics_of
+from isotune.checkpoint.files import Statistic
+from isotune.merging.contract import Aligned, Change, Rule
+from isotune.merging.rules.families.by_statistic import LogHistogram, plain_mean, rescaled, saliency, statistics_of
 
 
 class FFG(Rule):

@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from isotune.checkpoint.files import Statistic
 from isotune.errors import OptionError, nearest
-from isotune.merging.contract import Aligned, Change, Rule, Statistic
-from isotune.merging.weighed import plain_mean, statistics_of, weighted_mean
+from isotune.merging.contract import Aligned, Change, Rule
+from isotune.merging.rules.families.by_statistic import plain_mean, statistics_of, weighted_mean
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from isotune.linalg.low_rank import SVD, dense_svd
 from isotune.merging.contract import Aligned, Change, Rule, dense, scaled, total
-from isotune.merging.spectral import Embeddings, Tolerance, decomposes, flattened, mean, reduced
+from isotune.merging.rules.families.joint_bases import Embeddings, Tolerance, decomposes, flattened, mean, reduced
 
 
 class IsoC(Rule):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from isotune.linalg.low_rank import Factored
 from isotune.merging.contract import Aligned, Change, Rule, scaled
-from isotune.merging.spectral import Embeddings, Tolerance, decomposes, flattened, mean, reduced
+from isotune.merging.rules.families.joint_bases import Embeddings, Tolerance, decomposes, flattened, mean, reduced
 
 
 class IsoCTS(Rule):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from isotune.errors import OptionError
 from isotune.linalg.orthogonal import mean
-from isotune.merging.rotations import MergedRotations
+from isotune.merging.rules.families.rotations import MergedRotations
 
 
 class Karcher(MergedRotations):

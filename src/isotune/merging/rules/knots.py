@@ -21,9 +21,9 @@ from torch import Tensor
 
 from isotune.linalg.low_rank import SVD, Factored
 from isotune.merging.contract import Aligned, Change, Rule, dense, scaled
-from isotune.merging.entrywise import AVERAGE, ELECT, Average, Elect
-from isotune.merging.magnitudes import TRIM, Trim
 from isotune.merging.rules.dare_ties import DARETIES
+from isotune.merging.rules.families.entrywise import AVERAGE, ELECT, Average, Elect
+from isotune.merging.rules.families.magnitudes import TRIM, Trim
 from isotune.merging.rules.linear import Linear
 from isotune.merging.rules.ties import TIES
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from isotune.merging.contract import Aligned
-from isotune.merging.entrywise import Entrywise, Step
-from isotune.merging.magnitudes import TRIM, Trim, thresholds, trimming
+from isotune.merging.rules.families.entrywise import Entrywise, Step
+from isotune.merging.rules.families.magnitudes import TRIM, Trim, thresholds, trimming
 
 
 class Magnitude(Entrywise):

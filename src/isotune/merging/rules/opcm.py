@@ -23,7 +23,7 @@ from torch import Tensor
 
 from isotune.linalg.low_rank import SVD, Factored, dense_svd
 from isotune.merging.contract import Aligned, Change, Rule, dense, total
-from isotune.merging.spectral import Reduced, reduced
+from isotune.merging.rules.families.joint_bases import Reduced, reduced
 
 
 class OPCM(Rule):

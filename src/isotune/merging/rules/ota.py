@@ -22,9 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from isotune.merging.contract import Aligned, Change, Rule, Statistic
+from isotune.checkpoint.files import Statistic
+from isotune.merging.contract import Aligned, Change, Rule
+from isotune.merging.rules.families.by_statistic import plain_mean, statistics_of, weighted_mean
 from isotune.merging.rules.ffg import grafted, thresholds
-from isotune.merging.weighed import plain_mean, statistics_of, weighted_mean
 
 
 class _Surveyed(NamedTuple):

@@ -3,7 +3,7 @@
     [x_1 | ... | x_T] ≈ M C,   x_i the same row of B (or column of A) in all T adapters,   M (r x p), C (p x T)
 
 M and C are the best p dimensions of that row (singular value decomposition), once the factors of all adapters are in
-one gauge. `isotune.merging.reversible_adapters` has it for Python. Paper: "Towards Reversible Model
+one gauge. `isotune.merging.reversible.adapters` has it for Python. Paper: "Towards Reversible Model
 Merging For Low-rank Weights", 2025, arXiv 2510.14163.
 """
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from isotune.linalg.low_rank import Factored, from_dense, tail
 from isotune.merging.contract import Aligned, Change, Rule, total
-from isotune.merging.spectral import reduced
+from isotune.merging.rules.families.joint_bases import reduced
 
 
 class Svd(Rule):

@@ -3,7 +3,7 @@
     θ = θ_target + scale · (π(θ_skilled) - π(θ_base))
 
 π permutes neurons and heads, and rotates and scales inside heads, so that the base computes what it did before and
-lies as near to the target as it can. `isotune.merging.transfer` has it for Python, also for adapters. Paper:
+lies as near to the target as it can. `isotune.merging.symmetry.transfer` has it for Python, also for adapters. Paper:
 "Leveraging Parameter Space Symmetries for Reasoning Skill Transfer in LLMs", 2025, arXiv 2511.10850.
 """
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from isotune.merging.entrywise import Elected
-from isotune.merging.magnitudes import TRIM, Trim
+from isotune.merging.rules.families.entrywise import Elected
+from isotune.merging.rules.families.magnitudes import TRIM, Trim
 from isotune.merging.rules.magnitude import Magnitude
 
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from isotune.merging.contract import Aligned, Change, Rule, scaled
-from isotune.merging.spectral import Embeddings, Tolerance, decomposes, mean, reduced
+from isotune.merging.rules.families.joint_bases import Embeddings, Tolerance, decomposes, mean, reduced
 
 
 class TSVM(Rule):

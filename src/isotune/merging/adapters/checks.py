@@ -12,13 +12,13 @@ from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.base_record import Recorded, differences
 from isotune.checkpoint.parts import StoredParts
 from isotune.checkpoint.read import holds_adapter, read_stored
+from isotune.checkpoint.vocabularies import difference, token_ids
 from isotune.errors import CheckpointError, IsotuneError, OptionError
+from isotune.merging.adapters.inputs import Inputs, Model
+from isotune.merging.adapters.ortha import ortha_conflicts
 from isotune.merging.contract import AnyRule, Rule
-from isotune.merging.inputs import Inputs, Model
 from isotune.merging.names import model_names
-from isotune.merging.ortha import ortha_conflicts
-from isotune.merging.statistics import StoredStatistic
-from isotune.merging.vocabularies import difference, token_ids
+from isotune.statistics.stored import StoredStatistic
 
 T = TypeVar("T")
 

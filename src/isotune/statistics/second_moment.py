@@ -29,9 +29,9 @@ from isotune.adapters.contract import Adapter
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.adapters.spectral.principal import Principal
 from isotune.errors import IsotuneError, OptionError
-from isotune.merging.statistics import RankOne
 from isotune.model.adapted import Adapted, Trained, current
 from isotune.model.names import base_modules
+from isotune.statistics.stored import RankOne
 
 
 def second_moments(model: nn.Module, optimizer: Any, compress: bool = True) -> dict[str, Tensor | RankOne]:

@@ -24,9 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from isotune.checkpoint.files import STATISTICS, TENSORS, digest, read_adapter, sync
+from isotune.checkpoint.files import STATISTICS, TENSORS, Statistic, digest, read_adapter, sync
 from isotune.errors import CheckpointError, OptionError, nearest
-from isotune.merging.contract import Statistic
 
 FORMAT = 1
 ROWS, COLUMNS = "//rows", "//columns"

@@ -27,9 +27,9 @@ from isotune.checkpoint.files import CARD, check_writable, read_adapter, replace
 from isotune.checkpoint.stored import PREFIX
 from isotune.errors import CheckpointError, OptionError
 from isotune.linalg.low_rank import Factored
-from isotune.merging.symmetry import Mode, align
-from isotune.merging.symmetry_maps import Symmetry, architecture
-from isotune.merging.transfer_files import Tensors, rewrite
+from isotune.merging.symmetry.align import Mode, align
+from isotune.merging.symmetry.files import Tensors, rewrite
+from isotune.merging.symmetry.maps import Symmetry, architecture
 from isotune.packed import DENSE
 
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from isotune.checkpoint.files import replaced_folder
+from isotune.checkpoint.paired_files import read_sealed, write_sealed
 from isotune.errors import CheckpointError, OptionError, nearest
 from isotune.linalg.factor_stack import FactorStack, aligned, balanced, squares, stacked
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.low_rank import Factored
 from isotune.linalg.shared_basis import SharedBasis, shared_basis
-from isotune.merging.sealed import read_sealed, write_sealed
 from isotune.progress import counting
 
 Granularity = Literal["position", "layer"]

@@ -21,10 +21,10 @@ from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import State
 from isotune.errors import CheckpointError, OptionError
 from isotune.linalg.low_rank import Factored, from_dense, truncated
-from isotune.merging.checks import check_models, check_options, read_models
+from isotune.merging.adapters.checks import check_models, check_options, read_models
+from isotune.merging.adapters.inputs import Inputs, Model
+from isotune.merging.adapters.modules import TASK, merged_modules, task_file
 from isotune.merging.contract import AnyRule, Change, RotationRule, Rule, size
-from isotune.merging.inputs import Inputs, Model
-from isotune.merging.modules import TASK, merged_modules, task_file
 from isotune.merging.registry import rule as rule_by_name
 from isotune.merging.run import Run
 from isotune.progress import counting

@@ -14,16 +14,16 @@ from isotune.adapters.low_rank.lora import LoRA
 from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.base_record import BaseRecord
 from isotune.checkpoint.files import check_writable, replaced_folder
+from isotune.checkpoint.paired_files import Shapes, read_sealed, write_sealed
 from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError, NoLowRankFormError
 from isotune.linalg.low_rank import Factored
-from isotune.merging.checks import read_models
-from isotune.merging.inputs import Model
-from isotune.merging.modules import TASK
+from isotune.merging.adapters.checks import read_models
+from isotune.merging.adapters.inputs import Model
+from isotune.merging.adapters.modules import TASK
 from isotune.merging.names import model_names
-from isotune.merging.reversible import INDEX, Granularity, Reversible, compress
-from isotune.merging.sealed import Shapes, read_sealed, write_sealed
+from isotune.merging.reversible.compress import INDEX, Granularity, Reversible, compress
 from isotune.sites import current_entry, require_site, stored_layer
 
 NAME = "adapters"
@@ -45,7 +45,7 @@ def compress_adapters(
 
     Modules trained in full, such as classifier heads, are kept as they are, and so is what `isotune evaluate` needs
     to know of the task. The options are those of
-    `isotune.merging.reversible.compress`.
+    `isotune.merging.reversible.compress.compress`.
 
     Args:
         adapters: The folders. The adapters may differ in method, rank and layers.

@@ -12,14 +12,15 @@ from torch import Tensor
 from isotune.adapters.contract import Adapter, LowRank
 from isotune.adapters.settings import Settings
 from isotune.checkpoint.base import StoredBase
+from isotune.checkpoint.files import Statistic
 from isotune.checkpoint.parts import StoredParts, changes_bias
 from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Aligned, Change, Statistic
-from isotune.merging.statistics import StoredStatistic
+from isotune.merging.contract import Aligned, Change
 from isotune.sites import Site
+from isotune.statistics.stored import StoredStatistic
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from isotune.checkpoint.files import sync, write_atomically
+from isotune.checkpoint.streaming import check_digest
 from isotune.errors import CheckpointError
 from isotune.merging.run import Norms
-from isotune.merging.shards import check_digest
 
 
 class Merged(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isotune.checkpoint.stored_models import Header, StoredModel, read_header
 from isotune.errors import CheckpointError
-from isotune.merging.checkpoint_checks import Inputs, refuse
+from isotune.merging.models.checks import Inputs, refuse
 
 
 class StoredStatistics:

@@ -9,14 +9,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from isotune.checkpoint.streaming import Entry, Shard, write_shard
 from isotune.errors import CheckpointError
 from isotune.matrix import as_matrix
-from isotune.merging.checkpoint_checks import Inputs
 from isotune.merging.contract import Aligned, Rule, dense
+from isotune.merging.models.checks import Inputs
+from isotune.merging.models.statistics import StoredStatistics
+from isotune.merging.models.unfinished import Merged, Unfinished
 from isotune.merging.run import Run
-from isotune.merging.shards import Entry, Shard, write_shard
-from isotune.merging.stored_statistics import StoredStatistics
-from isotune.merging.unfinished import Merged, Unfinished
 
 
 class Tensorwise:

@@ -20,14 +20,14 @@ import torch
 import isotune
 from isotune.checkpoint.export import DTYPES
 from isotune.checkpoint.files import check_writable
+from isotune.checkpoint.streaming import Entry, by_file, by_size, parse_size, write_index
 from isotune.errors import OptionError
-from isotune.merging.checkpoint_checks import Inputs, Vocabulary, check_checkpoints, no_space, refuse
-from isotune.merging.checks import check_options
+from isotune.merging.adapters.checks import check_options
 from isotune.merging.contract import AnyRule, Rule
-from isotune.merging.shards import Entry, by_file, by_size, parse_size, write_index
-from isotune.merging.stored_statistics import read_statistics
-from isotune.merging.tensorwise import Tensorwise
-from isotune.merging.unfinished import Unfinished
+from isotune.merging.models.checks import Inputs, Vocabulary, check_checkpoints, no_space, refuse
+from isotune.merging.models.statistics import read_statistics
+from isotune.merging.models.tensorwise import Tensorwise
+from isotune.merging.models.unfinished import Unfinished
 from isotune.progress import counting
 
 RECORD = "merge.json"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from isotune.linalg.assignment import assignment
 from isotune.linalg.procrustes import best_scale, misfit, polar
-from isotune.merging.symmetry_maps import Architecture, Symmetry, attention_maps, mlp_maps
+from isotune.merging.symmetry.maps import Architecture, Symmetry, attention_maps, mlp_maps
 
 Features = dict[str, Tensor]
 """By the last name of a layer (`q_proj`), what is compared: a row for every neuron, or entry of a head."""

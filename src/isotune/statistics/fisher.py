@@ -24,11 +24,11 @@ from isotune.errors import IsotuneError
 from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.thin import without_autocast
 from isotune.matrix import Matrix
-from isotune.merging.likelihood import Expectation, directions, scores_of
 from isotune.model.adapted import Adapted, Trained, current
 from isotune.model.names import base_modules, check_one_weight
 from isotune.model.passes import arguments_of, batch_bar, evaluating
 from isotune.sites import CONVOLUTIONS, Site, device_of, require_site, site_of
+from isotune.statistics.likelihood import Expectation, directions, scores_of
 
 _AT_ONCE = 2**24
 """Entries of per-example gradients that are held at a time, or those of one example."""

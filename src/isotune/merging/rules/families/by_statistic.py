@@ -11,7 +11,7 @@ from isotune.errors import OptionError
 from isotune.linalg.low_rank import Factored, singular_values
 from isotune.linalg.spectral_norm import spectral_norm
 from isotune.merging.contract import Aligned, Change, Rule, dense, size
-from isotune.merging.statistics import missing
+from isotune.statistics.stored import missing
 
 BINS, LOWEST, HIGHEST = 2**16, -256, 256
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from isotune.checkpoint.stored_models import StoredModel, read_model
 from isotune.checkpoint.tensor_kinds import Kinds, is_vocabulary, tensor_kinds
+from isotune.checkpoint.vocabularies import difference, rows_of, token_ids
 from isotune.errors import CheckpointError, OptionError
 from isotune.merging.names import model_names
-from isotune.merging.vocabularies import difference, rows_of, token_ids
 
 Vocabulary = Literal["error", "intersect"]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from isotune.errors import CheckpointError, OptionError
-from isotune.merging.symmetry_fit import Features, fit_attention, fit_mlp
-from isotune.merging.symmetry_maps import Architecture, Distance, Symmetry, architecture, union
+from isotune.merging.symmetry.fit import Features, fit_attention, fit_mlp
+from isotune.merging.symmetry.maps import Architecture, Distance, Symmetry, architecture, union
 from isotune.packed import DENSE
 
 Mode = Literal["weights", "activations"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isotune.merging.contract import Aligned, Change
-from isotune.merging.entrywise import Step, walk
+from isotune.merging.rules.families.entrywise import Step, walk
 
 Trim = Literal["model", "tensor"]
 TRIM = "Keep that share of a model's entries over all the weights that it changed, or of each weight."

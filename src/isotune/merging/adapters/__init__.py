@@ -1,0 +1,1 @@
+"""Adapters into one adapter, layer by layer."""

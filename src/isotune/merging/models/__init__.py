@@ -1,0 +1,1 @@
+"""Full models into one, tensor by tensor."""

@@ -1,0 +1,1 @@
+"""Adapters into a few basis models, from which each comes back."""

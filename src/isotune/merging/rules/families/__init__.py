@@ -1,0 +1,1 @@
+"""What rules of the same kind have in common."""
