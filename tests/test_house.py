@@ -1,9 +1,12 @@
-"""The rooms of the house: a module imports from its own room and from those below it, never from above."""
+"""The rooms of the house: a module imports from its own room and those below, never from above, never in a ring."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import isotune
 
@@ -24,29 +27,40 @@ def height(parts: tuple[str, ...]) -> int:
     return BETWEEN.get(parts[0].removesuffix(".py"), GROUND)
 
 
-def imported(file: Path) -> set[tuple[str, ...]]:
-    """The modules of isotune that a file imports, at any place, but for types alone."""
+def imported(file: Path, inside: bool = True) -> set[tuple[str, ...]]:
+    """The modules of isotune that a file imports, but for types alone; `inside`, in functions too."""
     found = set()
-    for node in _run(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in _run(ast.parse(file.read_text(encoding="utf-8")), inside):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         found |= {tuple(name.split(".")[1:]) for name in names if name.startswith("isotune.")}
     return found
 
 
-def _run(node: ast.AST) -> list[ast.AST]:
-    """The nodes that run: those under `if TYPE_CHECKING` do not."""
+def _run(node: ast.AST, inside: bool) -> list[ast.AST]:
+    """The nodes that run: those under `if TYPE_CHECKING` do not, those in functions, unless `inside`, later."""
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         return []
-    return [node, *(inner for child in ast.iter_child_nodes(node) for inner in _run(child))]
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not inside:
+        return []
+    return [node, *(one for child in ast.iter_child_nodes(node) for one in _run(child, inside))]
 
 
 def test_imports_only_go_down() -> None:
     upwards = [
         f"{file.relative_to(ROOT)} imports {'.'.join(parts)}"
         for file in sorted(ROOT.rglob("*.py"))
-        if file.parent != ROOT or file.stem in BETWEEN
         for parts in imported(file)
         if height(parts) < height(file.relative_to(ROOT).parts)
     ]
     assert upwards == []
+
+
+def test_no_modules_import_each_other() -> None:
+    modules = {file.relative_to(ROOT).with_suffix("").parts: file for file in ROOT.rglob("*.py")}
+    by_name = {parts[:-1] if parts[-1] == "__init__" else parts: file for parts, file in modules.items()}
+    graph = {name: imported(file, inside=False) & by_name.keys() - {name} for name, file in by_name.items()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(".".join(name) for name in reversed(error.args[1])))

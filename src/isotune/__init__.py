@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING
 
 from isotune.lazy import lazy
-
-__version__ = "0.2.0"
+from isotune.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from isotune.adapters.contract import Adapter as Adapter

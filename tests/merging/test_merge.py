@@ -27,8 +27,8 @@ from isotune.checkpoint.files import CONFIG, TENSORS
 from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.save import write_parts
 from isotune.errors import CheckpointError, IsotuneError, OptionError
-from isotune.merging.adapters.merge import REPORT, Merged, merge
-from isotune.merging.adapters.modules import TASK
+from isotune.folders import MERGE, TASK
+from isotune.merging.adapters.merge import Merged, merge
 from isotune.merging.registry import rule
 from peers import peft_adapt, peft_load
 from support import adapted, assert_same_output, files, output
@@ -373,7 +373,7 @@ def test_an_adapter_that_only_trained_modules_merges_with_others(tmp_path: Path,
 
 def test_the_report_is_what_merge_returns(tmp_path: Path, pair: list[Path]) -> None:
     found = merge(pair, "ties", [1.0, 0.5], tmp_path / "out", options={"density": 0.5}, progress=False)
-    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    report = json.loads((tmp_path / "out" / MERGE).read_text())
     assert found.path == tmp_path / "out"
     assert report["rule"] == "ties"
     assert report["options"] == rule("ties", density=0.5).model_dump()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isotune.errors import OptionError
-from isotune.training.refactorise import aggregate, refactorise, transport
+from isotune.training.refactorise import aggregate, refactorise
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -82,26 +82,6 @@ def test_mean_of_the_products_is_the_product_of_the_mean() -> None:
     for wrong in ([], [1.0, 2.0], [1.0, 2.0, 0.0]):
         with pytest.raises(OptionError, match="a positive size for each"):
             aggregate(Bs, wrong)
-
-
-def test_carried_momentum_takes_the_step_that_it_would_have_taken() -> None:
-    B, A = refactorise(drawn(7, 3), drawn(3, 6, seed=1))
-    B = B + drawn(7, 3, seed=2)  # trained on beside the same orthonormal A
-    gradients = [drawn(7, 6, seed=s) for s in range(3, 6)]  # of the weight
-    momentum = sum(0.9**i * G @ A.mT for i, G in enumerate(gradients))
-    B_new, A_new = refactorise(B, A)
-    carried = transport(momentum, A, A_new)
-    assert (A_new - A).norm() > 0.1
-    assert_near((B_new - 0.5 * carried) @ A_new, (B - 0.5 * momentum) @ A)
-    assert_near(carried, momentum @ A @ A_new.mT)
-
-
-def test_momentum_beside_any_a_becomes_that_of_the_gradients_beside_the_new_one() -> None:
-    A, G = drawn(3, 6), drawn(7, 6, seed=1)
-    _, A_new = refactorise(drawn(7, 3, seed=2), A)
-    assert_near(transport(G @ A.mT, A, A_new), G @ A_new.mT)
-    # A B A = B' A' alone (the product with A_old A_newᵀ) would not do here: gradients go the other way round.
-    assert (G @ A.mT @ A @ A_new.mT - G @ A_new.mT).norm() > 0.1
 
 
 def test_gradient_beside_orthonormal_rows_is_no_larger_than_that_of_the_weight() -> None:

@@ -12,7 +12,8 @@ from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Rotation, Thin, autocast, before, beside
 from isotune.adapters.kept import Kept
 from isotune.linalg.forms import Form, cheapest
-from isotune.linalg.householder import at_least_fp32, rotate
+from isotune.linalg.householder import rotate
+from isotune.linalg.precision import at_least_fp32
 from isotune.sites import Site
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from isotune.checkpoint.as_loaded import AsLoaded, laid_out
 from isotune.errors import CheckpointError
+from isotune.folders import MODEL_CONFIG
 from isotune.matrix import as_matrix
 from isotune.packed import DENSE
 
@@ -124,7 +125,7 @@ class StoredBase:
 
     def config(self) -> dict[str, Any]:
         """The model's configuration; empty where the folder has none. Raises CheckpointError where it is damaged."""
-        file = self.folder / "config.json"
+        file = self.folder / MODEL_CONFIG
         try:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
         except ValueError as error:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-import isotune
 from isotune.adapters.settings import Settings
 from isotune.checkpoint.base_record import LABELLED
+from isotune.version import __version__
 
 
 def adapter_card(
@@ -49,7 +49,7 @@ isotune.load(model, PATH)
 
 {peft}
 
-Written by isotune {isotune.__version__}.
+Written by isotune {__version__}.
 """
 
 
@@ -84,7 +84,7 @@ The residual is `|W + B A - W'| / |W|` in the Frobenius norm for B and A as stor
 |---|---|---|
 {rows}
 
-Written by isotune {isotune.__version__}.
+Written by isotune {__version__}.
 """
 
 

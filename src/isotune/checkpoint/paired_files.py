@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import isotune
 from isotune.adapters.contract import check_tensors
 from isotune.checkpoint.files import digest
 from isotune.errors import CheckpointError
+from isotune.version import __version__
 
 FORMAT = 1
 Shapes = dict[str, tuple[int, ...]]
@@ -27,7 +27,7 @@ def write_sealed(folder: Path, name: str, index: Mapping[str, Any], tensors: Map
     # Copies: two tensors of the file must not share memory.
     copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(copies, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    index = {"format": FORMAT, "isotune": isotune.__version__, **index}
+    index = {"format": FORMAT, "isotune": __version__, **index}
     text = json.dumps({**index, "digest": _seal(index, copies)}, indent=1, allow_nan=False)
     (folder / f"{name}.json").write_text(text + "\n")
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-import isotune
 from isotune.adapters.contract import Adapter
 from isotune.adapters.registry import method_class
 from isotune.adapters.settings import NotInPEFTError, Settings
@@ -24,6 +23,7 @@ from isotune.model.attach import site_for
 from isotune.model.names import adapted_layers, trained_modules
 from isotune.model.switch import active_names, adapter_names
 from isotune.sites import CONVOLUTIONS, Site
+from isotune.version import __version__
 
 
 def save(model: nn.Module, path: str | Path, name: str | None = None, base_model: str | None = None) -> Path:
@@ -201,7 +201,7 @@ def _header(
     common = next(iter(options.values()), {})
     return {
         "format": FORMAT,
-        "isotune": isotune.__version__,
+        "isotune": __version__,
         "method": next(iter(settings.values())).name if settings else FULL,
         "settings": common,
         "sites": {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from isotune.checkpoint.base import StoredBase, read_tensor
 from isotune.errors import CheckpointError
+from isotune.folders import MODEL_CONFIG
 
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -100,7 +101,7 @@ def read_model(name: str | Path, label: str) -> StoredModel:
         )
     try:
         stored = StoredBase(name)
-        config = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((stored.folder / MODEL_CONFIG).read_text(encoding="utf-8"))
     except CheckpointError as error:
         raise CheckpointError(f"{label}: {error}") from None
     except FileNotFoundError:

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-import isotune
 from isotune.cli import compare, demo, export, merge, methods, report, rules, train
 from isotune.cli import inspect as inspecting
 from isotune.errors import IsotuneError, IsotuneWarning
+from isotune.version import __version__
 
 
 class _Once(TyperCommand):
@@ -54,7 +54,7 @@ app = _App(
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"isotune {isotune.__version__}")
+        print(f"isotune {__version__}")
         raise typer.Exit
 
 

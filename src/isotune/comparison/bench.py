@@ -17,6 +17,7 @@ from isotune.comparison.recipe import FROZEN, FULL, ComparisonRecipe, comparison
 from isotune.comparison.store import Line
 from isotune.comparison.units import Unit
 from isotune.errors import DivergedError, IsotuneError, NoLowRankFormError
+from isotune.folders import MODEL
 from isotune.training.folder import RunFolder
 from isotune.training.forgetting import Forgetting
 from isotune.training.frozen import frozen_metrics, frozen_probe
@@ -123,7 +124,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 def _stored(unit: Unit, result: Result) -> dict[str, Any]:
     """Bytes on disk, and the rank of the LoRA that it exports to (none where it has no such form)."""
-    files = list((result.output / "model").glob("*.safetensors")) or [result.adapter / TENSORS]
+    files = list((result.output / MODEL).glob("*.safetensors")) or [result.adapter / TENSORS]
     found: dict[str, Any] = {"adapter_bytes": sum(file.stat().st_size for file in files)}
     if unit.cell.method["name"] != FULL:
         with tempfile.TemporaryDirectory() as folder:

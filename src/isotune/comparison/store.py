@@ -20,11 +20,7 @@ from typing import IO, Any
 from isotune.checkpoint.files import write_atomically
 from isotune.comparison.recipe import ComparisonRecipe, build_comparison
 from isotune.errors import IsotuneError
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two processes apart
-    fcntl = None  # type: ignore[assignment]
+from isotune.locks import lock
 
 MARK = "# A resolved isotune comparison: `isotune compare` goes on with it, `isotune report` shows it.\n"
 _EXTENDABLE = ("methods", "budgets", "seeds", "trials", "baseline", "full", "frozen", "cost_steps")
@@ -80,8 +76,7 @@ class Store:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._opened = open(self.results_file, "a+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-            if fcntl is not None:
-                fcntl.flock(self._opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._opened)
         except BlockingIOError:
             self.close()
             raise IsotuneError(f"{self.path} is in use: another isotune compare is running there") from None

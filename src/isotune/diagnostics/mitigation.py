@@ -29,12 +29,12 @@ from isotune.diagnostics.intruders import Side, check_settings, find_intruders
 from isotune.diagnostics.sources import AdapterSource, open_source
 from isotune.diagnostics.weights import Change, size
 from isotune.errors import CheckpointError, OptionError
+from isotune.folders import TASK
 from isotune.linalg.low_rank import SVD, Factored, from_dense, truncated, weighted_sum
 from isotune.progress import counting
 from isotune.sites import Site
 
 REPORT = "mitigation.json"
-_TASK = "task.json"
 
 Rank = int | Literal["exact", "same"]
 
@@ -109,7 +109,7 @@ def mitigate(
             parts[path] = work.part(path)
             advance(1)
     done = work.result(Path(output))
-    task = opened.path / _TASK
+    task = opened.path / TASK
     header = opened.stored.header or {}
     write_parts(
         output,
@@ -119,7 +119,7 @@ def mitigate(
         header.get("sites"),
         files={
             REPORT: json.dumps({**asdict(done), "path": None, "source": str(source)}, indent=1),
-            _TASK: task.read_text(encoding="utf-8") if task.is_file() else None,
+            TASK: task.read_text(encoding="utf-8") if task.is_file() else None,
         },
     )
     return done

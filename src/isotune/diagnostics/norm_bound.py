@@ -26,9 +26,10 @@ from isotune.checkpoint.base import StoredBase
 from isotune.diagnostics.sources import Source, open_source
 from isotune.diagnostics.weights import Change
 from isotune.errors import CheckpointError, OptionError
-from isotune.linalg.householder import at_least_fp32
+from isotune.folders import MODEL_CONFIG
 from isotune.linalg.leading import leading_svd
 from isotune.linalg.low_rank import Factored, svd
+from isotune.linalg.precision import at_least_fp32
 
 _LENGTH = 2048
 _ROLES = {
@@ -135,7 +136,7 @@ class _Weights:
     def __init__(self, base: StoredBase) -> None:
         self.base = base
         try:
-            config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+            config = json.loads((base.folder / MODEL_CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             config = {}
         self.length = int(config.get("max_position_embeddings") or config.get("n_positions") or _LENGTH)

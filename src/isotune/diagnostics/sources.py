@@ -18,13 +18,11 @@ from isotune.checkpoint.stored_models import read_model
 from isotune.checkpoint.tensor_kinds import is_vocabulary, tensor_kinds
 from isotune.diagnostics.weights import Weight, exact_change, require_finite
 from isotune.errors import CheckpointError
-from isotune.linalg.householder import at_least_fp32
+from isotune.folders import ADAPTER, MODEL, MODEL_CONFIG, RECIPE, TASK
+from isotune.linalg.precision import at_least_fp32
 from isotune.matrix import as_matrix
 
 Kind = Literal["adapter", "checkpoint"]
-
-_RECIPE = "recipe.yaml"
-_TASK = "task.json"
 
 
 class Source(ABC):
@@ -53,21 +51,21 @@ class Source(ABC):
 def find_source(path: str | Path) -> tuple[Kind, Path]:
     """What is at `path`, or in the run there, and the folder that holds it. Raises CheckpointError for neither."""
     path = Path(path)
-    for folder in (path, path / "adapter"):
+    for folder in (path, path / ADAPTER):
         if holds_adapter(folder):
             return "adapter", folder
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
+    for folder in (path, path / MODEL):
+        if (folder / MODEL_CONFIG).is_file():
             return "checkpoint", folder
     if not path.is_dir():
         found = local_folder(path)
         if found is not None:
             return "checkpoint", found
         raise CheckpointError(f"there is no adapter folder {path}, nor a run's or a model's")
-    if (path / _RECIPE).is_file():
-        raise CheckpointError(f"the run in {path} is not finished: isotune train {path / _RECIPE} --resume")
+    if (path / RECIPE).is_file():
+        raise CheckpointError(f"the run in {path} is not finished: isotune train {path / RECIPE} --resume")
     raise CheckpointError(
-        f"{path} is no adapter, no run and no model: it holds no {CONFIG}, no {_RECIPE} and no config.json"
+        f"{path} is no adapter, no run and no model: it holds no {CONFIG}, no {RECIPE} and no {MODEL_CONFIG}"
     )
 
 
@@ -214,7 +212,7 @@ def _base(asked: str | Path | None, recorded: str | None) -> StoredBase | None:
 def _recorded(path: Path, config: dict[str, object]) -> str | None:
     """What a model folder says it started from: its run's task.json, or config.json."""
     try:
-        found = json.loads((path / _TASK).read_text(encoding="utf-8")).get("model")
+        found = json.loads((path / TASK).read_text(encoding="utf-8")).get("model")
     except (OSError, ValueError, AttributeError):
         found = None
     return str(found or config.get("_name_or_path") or "") or None

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from isotune.adapters.contract import Adapter, LowRank
 from isotune.errors import CheckpointError
-from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.low_rank import SVD, Factored, dense_svd, norm, rounding, svd
+from isotune.linalg.precision import at_least_fp32
 from isotune.sites import Site
 
 Change = Factored | Tensor

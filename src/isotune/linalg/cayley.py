@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from isotune.linalg.factorised import solve
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.thin import without_autocast
 
 

@@ -15,12 +15,8 @@ import torch
 from torch import Tensor
 
 from isotune.linalg.node import Node
+from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.thin import thin_add, without_autocast
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32, or as it is when it is fp32 or fp64 already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def unit_columns(U: Tensor) -> Tensor:

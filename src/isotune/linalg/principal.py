@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 
 
 def principal_directions(

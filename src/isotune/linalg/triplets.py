@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.thin import without_autocast
 
 Triplets = tuple[Tensor, Tensor, Tensor]

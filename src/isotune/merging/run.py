@@ -31,7 +31,6 @@ class Run:
         self.rule, self.sites = rule, sites
         self.norms = norms or Norms()
         self.rescales = type(rule).rescale is not Rule.rescale
-        self.surveys = type(rule).survey is not Rule.survey
         self._surveyed: Any = None
 
     def __iter__(self) -> Iterator[tuple[Aligned, Change]]:

@@ -15,10 +15,10 @@ import yaml
 
 from isotune.checkpoint.files import CONFIG
 from isotune.errors import IsotuneError
+from isotune.folders import HISTORY, MERGE, MODEL, MODEL_CONFIG
 from isotune.merging.reversible.compress import INDEX
 from isotune.training.folder import RunFolder
 
-MERGE = "merge.json"
 COMPARISON = ("comparison.yaml", "summary.json", "results.jsonl")
 
 Json = dict[str, Any]
@@ -148,8 +148,8 @@ def _add(found: Collected, path: Path, name: str) -> None:
         found.weights.append(Weights(path, name, "compressed", {}, _compressed(path / INDEX)))
     elif (path / CONFIG).is_file():
         found.weights.append(Weights(path, name, "adapter", read_json(path / CONFIG), _merge(path)))
-    elif (path / "config.json").is_file():
-        found.weights.append(Weights(path, name, "checkpoint", read_json(path / "config.json"), _merge(path)))
+    elif (path / MODEL_CONFIG).is_file():
+        found.weights.append(Weights(path, name, "checkpoint", read_json(path / MODEL_CONFIG), _merge(path)))
     else:
         raise IsotuneError(
             f"{path} holds no comparison (summary.json), no run (recipe.yaml of isotune train), no adapter "
@@ -206,14 +206,14 @@ def _run(run: RunFolder, name: str) -> RunResult:
         raise IsotuneError(f"the run in {run.path} is not finished: isotune train {run.recipe_file} --resume")
     if not isinstance(metrics, dict):
         raise IsotuneError(f"{run.metrics_file} does not hold metrics; the file is damaged")
-    history = run.path / "history.json"
+    history = run.path / HISTORY
     text = run.recipe_file.read_text(encoding="utf-8")
     try:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise IsotuneError(f"{run.recipe_file} cannot be read: {error}") from None
     lines = read_json(history, list) if history.is_file() else _state(run.path)
-    weights = [folder for folder in (run.adapter, run.path / "model") if folder.is_dir()]
+    weights = [folder for folder in (run.adapter, run.path / MODEL) if folder.is_dir()]
     return RunResult(run.path, name, metrics, lines, recipe or {}, text, next(iter(weights), None))
 
 

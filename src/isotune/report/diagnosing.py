@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from isotune.errors import IsotuneError
+from isotune.folders import ADAPTER, MODEL
 from isotune.report import words
 from isotune.report.data import Collected, Comparison, Diagnosis, Json
 from isotune.report.standings import FROZEN, FULL, groups
@@ -86,7 +87,7 @@ def _of_comparison(comparison: Comparison, several: bool) -> Iterator[Candidate]
 
 def _weights(comparison: Comparison, row: Json) -> Path | None:
     for run in row.get("runs") or ():
-        for name in ("adapter", "model"):
+        for name in (ADAPTER, MODEL):
             folder = comparison.path / run / name
             if folder.is_dir():
                 return folder
@@ -95,7 +96,7 @@ def _weights(comparison: Comparison, row: Json) -> Path | None:
 
 def _named(folder: Path, model: str | None) -> str | None:
     """The base of a full model, which does not say it; adapters do."""
-    return model if folder.name == "model" else None
+    return model if folder.name == MODEL else None
 
 
 def _together(chosen: Sequence[Candidate], base: str | Path | None, progress: bool) -> Diagnose:

@@ -14,7 +14,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import isotune
 from isotune.checkpoint.files import write_atomically
 from isotune.errors import IsotuneError
 from isotune.report import words
@@ -22,6 +21,7 @@ from isotune.report.data import Collected, collect
 from isotune.report.diagnosing import add_diagnoses, note_undiagnosed
 from isotune.report.sections import sections
 from isotune.report.verdict import Verdict, judge
+from isotune.version import __version__
 
 
 def build(
@@ -103,7 +103,7 @@ def render(collected: Collected, verdicts: Sequence[Verdict], when: datetime | N
         plots=_embedded(plots),
         data=_embedded(_data(collected, verdicts)),
         plotly=_plotly() if plots else "",
-        version=isotune.__version__,
+        version=__version__,
         date=now.strftime("%Y-%m-%d %H:%M UTC"),
     )
 
@@ -123,7 +123,7 @@ def _data(collected: Collected, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """The machine-readable copy: all but the curves and spectra, which the figures hold."""
     heavy = {"change_values", "weight_values", "adapted_values", "similarity", "variation", "angles"}
     return {
-        "isotune": isotune.__version__,
+        "isotune": __version__,
         "verdicts": [verdict.as_dict() for verdict in verdicts],
         "comparisons": [
             {

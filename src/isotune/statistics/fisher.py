@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.errors import IsotuneError
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.thin import without_autocast
 from isotune.matrix import Matrix
 from isotune.model.adapted import Adapted, Trained, current

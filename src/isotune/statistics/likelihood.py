@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isotune.errors import IsotuneError, OptionError
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 
 Expectation = Literal["exact", "sample", "empirical"]
 

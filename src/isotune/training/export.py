@@ -11,11 +11,12 @@ import transformers
 from isotune.checkpoint.files import read_adapter, replaced_folder
 from isotune.checkpoint.load import load
 from isotune.errors import CheckpointError, IsotuneError
+from isotune.folders import TASK
 from isotune.model.fold import fold
 from isotune.training.model_folder import write_model
 from isotune.training.models import load_tokenizer, locate
 from isotune.training.progress import quiet_libraries
-from isotune.training.session import TASK_FILE, Session, TaskSpec
+from isotune.training.session import Session, TaskSpec
 
 
 def base_of(adapter: str | Path, base: str | None = None) -> str:
@@ -28,17 +29,6 @@ def base_of(adapter: str | Path, base: str | None = None) -> str:
     if not name:
         raise CheckpointError(f"{adapter} does not say which base model it was made for; name it with --base")
     return locate(name)
-
-
-def local_base(adapter: str | Path, base: str | None = None) -> str | None:
-    """As `base_of`, but None where no base is asked for and the adapter's own is no folder at hand."""
-    if base is not None:
-        return base_of(adapter, base)
-    try:
-        found = base_of(adapter)
-    except IsotuneError:
-        return None
-    return found if Path(found).is_dir() else None
 
 
 def export_merged(adapter: str | Path, output: str | Path, base: str | None = None, force: bool = False) -> Path:
@@ -59,7 +49,7 @@ def export_merged(adapter: str | Path, output: str | Path, base: str | None = No
     quiet_libraries()
     adapter, where = Path(adapter), base_of(adapter, base)
     with replaced_folder(output, replaces=None) as folder:
-        spec = TaskSpec.read(adapter) if (adapter / TASK_FILE).is_file() else None
+        spec = TaskSpec.read(adapter) if (adapter / TASK).is_file() else None
         model = Session(replace(spec, model=where)).model if spec else _load_by_architecture(where)
         fold(load(model, adapter, force=force), keep_base=False)
         write_model(folder, model, load_tokenizer(where), spec)

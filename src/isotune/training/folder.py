@@ -17,6 +17,7 @@ from typing import Any
 
 from isotune.checkpoint.files import TEMPORARY, sync, write_atomically
 from isotune.errors import CheckpointError, IsotuneError
+from isotune.folders import ADAPTER, HISTORY, METRICS, MODEL, RECIPE
 from isotune.training.recipe import Recipe, build_recipe
 
 _MARK = "# A resolved isotune recipe: `isotune evaluate` and `isotune train --resume` read it.\n"
@@ -28,11 +29,11 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.recipe_file = self.path / "recipe.yaml"
-        self.metrics_file = self.path / "metrics.json"
-        self.history_file = self.path / "history.json"
-        self.adapter = self.path / "adapter"
-        self.model = self.path / "model"
+        self.recipe_file = self.path / RECIPE
+        self.metrics_file = self.path / METRICS
+        self.history_file = self.path / HISTORY
+        self.adapter = self.path / ADAPTER
+        self.model = self.path / MODEL
 
     def is_run(self) -> bool:
         """Whether the folder holds a recipe that isotune wrote."""

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from isotune.checkpoint.load import load
 from isotune.checkpoint.read import holds_adapter
 from isotune.errors import CheckpointError, IsotuneError
-from isotune.training.session import TASK_FILE, Session, TaskSpec
+from isotune.folders import MODEL_CONFIG, TASK
+from isotune.training.session import Session, TaskSpec
 
-MODEL_CONFIG = "config.json"
 HEAD_FILE = "head.safetensors"
 
 
@@ -40,7 +40,7 @@ def write_model(folder: Path, model: Any, tokenizer: Any, spec: TaskSpec | None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if spec is not None:
-        (folder / TASK_FILE).write_text(replace(spec, backbone=None).to_json(), encoding="utf-8")
+        (folder / TASK).write_text(replace(spec, backbone=None).to_json(), encoding="utf-8")
 
 
 def open_trained(folder: Path, model: str | None = None, force: bool = False) -> Session:

@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto
 from isotune.checkpoint.base import MINILM as MINILM
 from isotune.checkpoint.base import local_folder
 from isotune.errors import IsotuneError
+from isotune.folders import MODEL_CONFIG
 
 
 def load_tokenizer(name: str) -> Any:
@@ -78,7 +79,7 @@ def locate(name: str) -> str:
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise IsotuneError(f"no model folder at {name}")
         return name
-    if not (path / "config.json").is_file():
+    if not (path / MODEL_CONFIG).is_file():
         raise IsotuneError(f"{name}: not a model folder: it has no config.json")
     if not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         raise IsotuneError(f"{name}: this model folder has no weights (*.safetensors)")

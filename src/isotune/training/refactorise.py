@@ -53,14 +53,3 @@ def refactorise(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     if not found.S.any():
         return B, A
     return (found.U * found.S).to(B.dtype), found.V.mT.to(A.dtype)
-
-
-def transport(momentum: Tensor, A_old: Tensor, A_new: Tensor) -> Tensor:
-    """What the momentum (out, r) of SGD on B would be, had the gradients been taken beside A_new, not A_old (r, in).
-
-    A_new must have rows within the span of A_old's, as from `refactorise`. The next step then changes B A as it would
-    have before, where both are orthonormal. Adam's second moments have no such form: reset them.
-    """
-    # A gradient is G Aᵀ, and A_new = T A_old; for an orthonormal A_old, Tᵀ is A_old A_newᵀ.
-    T = A_new.double() @ torch.linalg.pinv(A_old.double())
-    return (momentum.double() @ T.mT).to(momentum.dtype)

@@ -16,6 +16,7 @@ from isotune.adapters.settings import Settings
 from isotune.checkpoint.files import replaced_folder, write_atomically
 from isotune.checkpoint.save import save
 from isotune.errors import IsotuneError
+from isotune.folders import MODEL_CONFIG, TASK
 from isotune.model.calibrate import wants_calibration
 from isotune.statistics.second_moment import check_informative
 from isotune.training.arguments import resolve_training, training_arguments
@@ -24,12 +25,12 @@ from isotune.training.data import Splits, load_splits
 from isotune.training.folder import RunFolder, adapter_folder, checkpoint_step
 from isotune.training.full import LEARNING_RATE, check_full, is_full, unfreeze
 from isotune.training.measure import reset_peak_memory
-from isotune.training.model_folder import MODEL_CONFIG, write_model
+from isotune.training.model_folder import write_model
 from isotune.training.probe import Probe
 from isotune.training.progress import ProgressLine, Screen, is_first_process, quiet_libraries
 from isotune.training.recipe import Recipe
 from isotune.training.results import history_of, run_metrics, trainable
-from isotune.training.session import TASK_FILE, Session, TaskSpec, task_metrics
+from isotune.training.session import Session, TaskSpec, task_metrics
 from isotune.training.start import calibrate_on, probe_of, start_from
 from isotune.training.statistics import check_keeps_second_moments, write_second_moments
 from isotune.training.tasks import Example
@@ -269,7 +270,7 @@ def _save(run: _Run) -> None:
             write_model(folder, session.model, session.tokenizer, session.spec)
         return
     save(session.model, run.folder.adapter, base_model=run.recipe.model)
-    write_atomically(run.folder.adapter / TASK_FILE, session.spec.to_json())
+    write_atomically(run.folder.adapter / TASK, session.spec.to_json())
 
 
 def _measured(run: _Run, trainer: AdapterTrainer, name: str) -> dict[str, float]:

@@ -12,6 +12,7 @@ import numpy as np
 import transformers
 
 from isotune.errors import IsotuneError
+from isotune.folders import TASK
 from isotune.training.classifiers import head_paths, load_classifier, pooling_of
 from isotune.training.data import Row
 from isotune.training.models import load_causal, load_tokenizer
@@ -26,8 +27,6 @@ from isotune.training.tasks import (
     token_losses,
 )
 from isotune.training.trainer import AdapterTrainer
-
-TASK_FILE = "task.json"
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ class TaskSpec:
     @classmethod
     def read(cls, adapter: Path) -> TaskSpec:
         """Read it back. Raises IsotuneError where the adapter was not saved by `isotune train`."""
-        file = adapter / TASK_FILE
+        file = adapter / TASK
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise IsotuneError(
-                f"{adapter} has no {TASK_FILE}: not a run's folder, nor an adapter that isotune train saved"
+                f"{adapter} has no {TASK}: not a run's folder, nor an adapter that isotune train saved"
             ) from None
         except (OSError, ValueError, TypeError) as error:
             raise IsotuneError(f"{file} cannot be read: {error}") from None

@@ -11,9 +11,9 @@ from torch import nn
 from isotune.checkpoint import load as adapters
 from isotune.checkpoint.save import save
 from isotune.errors import CheckpointError
+from isotune.folders import ADAPTER
 from isotune.model.switch import adapter_names
 
-ADAPTER = "adapter"
 MODEL_FILE = "model.safetensors"
 
 

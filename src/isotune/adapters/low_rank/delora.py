@@ -21,7 +21,7 @@ from isotune.adapters.contract import LowRank
 from isotune.adapters.low_rank.lora import fresh_factors
 from isotune.adapters.patterns import common_and_rest, value_at
 from isotune.adapters.settings import NotInPEFTError, Settings
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 _SHORTEST = 1e-4

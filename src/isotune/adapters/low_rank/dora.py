@@ -21,7 +21,7 @@ from torch import Tensor
 from isotune.adapters.contract import check_tensors
 from isotune.adapters.low_rank.lora import LoRA, LoRAAdapter, fresh_factors
 from isotune.adapters.low_rank.row_scaled import RowScaledAdapter
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 from isotune.sites import CONVOLUTIONS, Site
 
 

@@ -24,7 +24,7 @@ from isotune.adapters.contract import WeightAdapter, autocast, uniform
 from isotune.adapters.low_rank.lora import fresh_factors
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.thin import without_autocast
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 

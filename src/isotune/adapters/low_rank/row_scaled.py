@@ -17,9 +17,9 @@ from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import WeightAdapter
 from isotune.adapters.kept import Kept
 from isotune.adapters.low_rank.lora import LoRAAdapter
-from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.low_rank import row_squares, row_squares_of_sum, safe_norms
 from isotune.linalg.node import transformed
+from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.thin import without_autocast
 from isotune.sites import Site
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from isotune.adapters.contract import WeightAdapter
 from isotune.adapters.settings import Settings
 from isotune.linalg.forms import FLOPS_PER_NUMBER
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.tensor_ring import balanced_factors, ring_flops, ring_products, ring_rows
 from isotune.linalg.thin import thin_add, without_autocast
 from isotune.sites import CONVOLUTIONS, LINEAR, Site

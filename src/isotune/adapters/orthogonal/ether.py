@@ -24,7 +24,8 @@ from isotune.adapters.contract import Side, uniform
 from isotune.adapters.settings import Settings
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.errors import OptionError
-from isotune.linalg.householder import at_least_fp32, block_columns, mean_length, unit_columns
+from isotune.linalg.householder import block_columns, mean_length, unit_columns
+from isotune.linalg.precision import at_least_fp32
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 

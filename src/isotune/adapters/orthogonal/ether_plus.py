@@ -23,7 +23,8 @@ from isotune.adapters.orthogonal.ether import block_vectors
 from isotune.adapters.orthogonal.two_sided import TwoSided
 from isotune.adapters.settings import Settings
 from isotune.adapters.thin_rotation import ThinRotation
-from isotune.linalg.householder import at_least_fp32, block_columns, mean_length, unit_columns
+from isotune.linalg.householder import block_columns, mean_length, unit_columns
+from isotune.linalg.precision import at_least_fp32
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 

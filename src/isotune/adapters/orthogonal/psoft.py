@@ -24,7 +24,7 @@ from isotune.adapters.peft_limits import terms_for_peft, terms_from_peft
 from isotune.adapters.settings import Settings, check_rank, same_settings
 from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, cayley, cayley_neumann, skew, upper_of
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.principal import principal_directions, row_signs
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Thin, WeightAdapter
 from isotune.adapters.thin_rotation import ThinRotation
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 from isotune.sites import Site
 
 

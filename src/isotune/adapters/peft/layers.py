@@ -22,7 +22,8 @@ from isotune.adapters.contract import autocast
 from isotune.linalg.butterfly import rotate_butterfly
 from isotune.linalg.cayley import cayley
 from isotune.linalg.forms import cheapest
-from isotune.linalg.householder import at_least_fp32, compact_wy, rotate
+from isotune.linalg.householder import compact_wy, rotate
+from isotune.linalg.precision import at_least_fp32
 
 Thin = tuple[Tensor, Tensor]
 

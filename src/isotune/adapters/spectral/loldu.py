@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank
 from isotune.adapters.settings import Settings, check_rank
-from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.ldu import leading_ldu
+from isotune.linalg.precision import at_least_fp32
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 Start = Literal["lu", "uniform", "constant", "ones", "zeros"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from isotune.adapters.contract import WeightAdapter
 from isotune.errors import OptionError
 from isotune.linalg.forms import FLOPS_PER_NUMBER
-from isotune.linalg.householder import at_least_fp32
+from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.thin import without_autocast
 from isotune.sites import Site
 

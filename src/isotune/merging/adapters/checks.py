@@ -14,6 +14,7 @@ from isotune.checkpoint.parts import StoredParts
 from isotune.checkpoint.read import holds_adapter, read_stored
 from isotune.checkpoint.vocabularies import difference, token_ids
 from isotune.errors import CheckpointError, IsotuneError, OptionError
+from isotune.folders import MODEL_CONFIG
 from isotune.merging.adapters.inputs import Inputs, Model
 from isotune.merging.adapters.ortha import ortha_conflicts
 from isotune.merging.contract import AnyRule, Rule
@@ -83,7 +84,7 @@ def read_models(
     """
 
     def read(folder: str | Path, name: str, weight: float) -> Model:
-        if (Path(folder) / "config.json").is_file() and not holds_adapter(folder):
+        if (Path(folder) / MODEL_CONFIG).is_file() and not holds_adapter(folder):
             raise CheckpointError(f"{folder} is a full model, and no adapter; merge adapters with adapters")
         stored = read_stored(folder, in_memory=False)
         return Model(name, weight, stored, StoredParts(stored, base))

@@ -20,17 +20,16 @@ from isotune.checkpoint.files import check_writable
 from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import State
 from isotune.errors import CheckpointError, OptionError
+from isotune.folders import MERGE, TASK
 from isotune.linalg.low_rank import Factored, from_dense, truncated
 from isotune.merging.adapters.checks import check_models, check_options, read_models
 from isotune.merging.adapters.inputs import Inputs, Model
-from isotune.merging.adapters.modules import TASK, merged_modules, task_file
+from isotune.merging.adapters.modules import merged_modules, task_file
 from isotune.merging.contract import AnyRule, Change, RotationRule, Rule, size
 from isotune.merging.registry import rule as rule_by_name
 from isotune.merging.run import Run
 from isotune.progress import counting
 from isotune.sites import Site
-
-REPORT = "merge.json"
 
 Parts = dict[str, tuple[Site, Settings, Adapter]]
 
@@ -136,7 +135,7 @@ def merge(
         trained,
         next((base for base in bases if base.config), bases[0]),
         {path: entry for header in headers for path, entry in header["sites"].items()},
-        files={REPORT: report, TASK: task_file(inputs.models, modules)},
+        files={MERGE: report, TASK: task_file(inputs.models, modules)},
     )
     return merged
 

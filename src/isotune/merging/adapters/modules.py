@@ -9,9 +9,9 @@ from torch import Tensor
 
 from isotune.checkpoint.stored import State
 from isotune.errors import CheckpointError, OptionError
+from isotune.folders import TASK
 from isotune.merging.adapters.inputs import Model
 
-TASK = "task.json"
 """What training leaves beside an adapter, so that it can be evaluated again."""
 
 

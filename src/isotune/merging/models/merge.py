@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-import isotune
 from isotune.checkpoint.export import DTYPES
 from isotune.checkpoint.files import check_writable
 from isotune.checkpoint.streaming import Entry, by_file, by_size, parse_size, write_index
 from isotune.errors import OptionError
+from isotune.folders import MERGE, MODEL_CONFIG
 from isotune.merging.adapters.checks import check_options
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.models.checks import Inputs, Vocabulary, check_checkpoints, no_space, refuse
@@ -29,8 +29,8 @@ from isotune.merging.models.statistics import read_statistics
 from isotune.merging.models.tensorwise import Tensorwise
 from isotune.merging.models.unfinished import Unfinished
 from isotune.progress import counting
+from isotune.version import __version__
 
-RECORD = "merge.json"
 _COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _OF_TRAINING = re.compile(r"trainer_state\.json|.*_results\.json|.*\.index\.json")
 
@@ -122,7 +122,7 @@ def merge_checkpoints(
         "models": [model.fingerprint for model in inputs.models], "base model": inputs.origin.fingerprint,
         "statistics": [found.fingerprint for found in measured],
         "files": {shard.file: [[e.name, str(e.dtype)] for e in shard.entries] for shard in shards},
-        "isotune": isotune.__version__, "torch": torch.__version__,
+        "isotune": __version__, "torch": torch.__version__,
     }  # fmt: skip
     unfinished = Unfinished(output)
     total = sum(entry.nbytes for entry in entries)
@@ -149,7 +149,7 @@ def merge_checkpoints(
             factor=merging.run.factor,
             notes=inputs.notes,
         )
-        _write_record(unfinished.model / RECORD, found, plan, folders, base)
+        _write_record(unfinished.model / MERGE, found, plan, folders, base)
     return found
 
 
@@ -206,14 +206,14 @@ def _copy_companions(origin: Path, folder: Path, stored_as: torch.dtype | None, 
             if part["path"] and (origin / part["path"]).is_dir():
                 shutil.copytree(origin / part["path"], folder / part["path"], dirs_exist_ok=True)
     if stored_as is not None or untied:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
         if stored_as is not None:
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(stored_as).removeprefix("torch.")
         if untied:
             for part in (config, config.get("text_config")):
                 if part is config or (part and "tie_word_embeddings" in part):
                     part["tie_word_embeddings"] = False
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_record(

@@ -7,7 +7,6 @@ is renamed to the output, and the rest removed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from isotune.checkpoint.files import sync, write_atomically
 from isotune.checkpoint.streaming import check_digest
 from isotune.errors import CheckpointError
+from isotune.locks import lock
 from isotune.merging.run import Norms
 
 
@@ -67,9 +67,9 @@ class Unfinished:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "lock", "w") as lock:
+            with open(self.folder / "lock", "w") as opened:
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(opened)
                 except BlockingIOError:
                     raise CheckpointError(f"another process is merging into {self.output}; wait for it") from None
                 self._prepare(plan, resume)

@@ -18,10 +18,10 @@ from isotune.checkpoint.paired_files import Shapes, read_sealed, write_sealed
 from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError, NoLowRankFormError
+from isotune.folders import TASK
 from isotune.linalg.low_rank import Factored
 from isotune.merging.adapters.checks import read_models
 from isotune.merging.adapters.inputs import Model
-from isotune.merging.adapters.modules import TASK
 from isotune.merging.names import model_names
 from isotune.merging.reversible.compress import INDEX, Granularity, Reversible, compress
 from isotune.sites import current_entry, require_site, stored_layer

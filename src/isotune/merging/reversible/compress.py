@@ -29,8 +29,8 @@ from isotune.checkpoint.files import replaced_folder
 from isotune.checkpoint.paired_files import read_sealed, write_sealed
 from isotune.errors import CheckpointError, OptionError, nearest
 from isotune.linalg.factor_stack import FactorStack, aligned, balanced, squares, stacked
-from isotune.linalg.householder import at_least_fp32
 from isotune.linalg.low_rank import Factored
+from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.shared_basis import SharedBasis, shared_basis
 from isotune.progress import counting
 
@@ -124,16 +124,6 @@ class Reversible:
         """The changes of a model, of exactly the layers that it had. Raises OptionError for an unknown name."""
         self._check(name)
         return {path: site.recover(name) for path, site in self.sites.items() if name in site.members}
-
-    def recover_site(self, name: str, path: str) -> Factored:
-        """The change of one layer. Raises OptionError for an unknown name, or a layer that the model left alone."""
-        self._check(name)
-        if path not in self.sites or name not in self.sites[path].members:
-            own = [p for p, site in self.sites.items() if name in site.members]
-            raise OptionError(
-                f"{name!r} has no change of {path!r}.{nearest(path, own)} It has changes of {len(own)} layers."
-            )
-        return self.sites[path].recover(name)
 
     def _check(self, name: str) -> None:
         if name not in self.names:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from isotune.checkpoint.base import StoredBase, read_tensor
 from isotune.errors import CheckpointError
+from isotune.folders import MODEL_CONFIG
 
 PREFIX = "model."
 """What stands before the names of a model with a head."""
@@ -29,7 +30,7 @@ class Tensors(Mapping[str, Tensor]):
             raise CheckpointError(f"the index of {self.folder} names {outside[0]!r}, which is no file in that folder")
         self.stored_as = {key.removeprefix(PREFIX): key for key in self.base.file_of}
         try:
-            self.config = json.loads((self.folder / "config.json").read_text())
+            self.config = json.loads((self.folder / MODEL_CONFIG).read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.folder / 'config.json'} cannot be read: {error}") from None
 

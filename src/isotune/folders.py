@@ -1,0 +1,20 @@
+"""What folders hold: the names that more than one room writes or reads."""
+
+from __future__ import annotations
+
+TASK = "task.json"
+"""What a model or an adapter was trained for: task, labels, columns."""
+RECIPE = "recipe.yaml"
+"""The resolved recipe of a run."""
+ADAPTER = "adapter"
+"""The folder of a run's adapter."""
+MODEL = "model"
+"""The folder of a run's model, where it trained the whole of it."""
+HISTORY = "history.json"
+"""Losses and validation metrics of a run, by step."""
+METRICS = "metrics.json"
+"""The result of a run, written last of all."""
+MERGE = "merge.json"
+"""What a merged adapter or model was made of, and how."""
+MODEL_CONFIG = "config.json"
+"""transformers' description of a model."""
