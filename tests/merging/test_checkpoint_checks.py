@@ -255,7 +255,7 @@ class Turn(RotationRule):
         ({"vocabulary": "union"}, "it is 'error' or 'intersect'"),
         ({"rule": Pair()}, "merges exactly 2 models, and 3 were given"),
         ({"rule": Turn()}, "merges adapters that rotate, not full models"),
-        ({"rule": Fisher()}, "needs a statistic of every weight"),
+        ({"rule": Fisher(), "statistics": ["one"]}, "needs a statistic of every weight"),
     ],
 )
 def test_options_that_cannot_be_used(options: dict[str, Any], said: str, tmp_path: Path) -> None:

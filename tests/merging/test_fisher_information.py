@@ -19,6 +19,7 @@ from isotune.model.adapted import adapted_site
 from isotune.sites import require_site
 from isotune.statistics.fisher import fisher
 from isotune.statistics.likelihood import directions
+from isotune.statistics.whole_model import parameter_fisher
 from support import adapted, resnet20, stories, tokens
 
 
@@ -86,6 +87,35 @@ def test_whole_model_is_the_sum_over_examples_and_classes(classes: int) -> None:
     assert found.keys() == {name.removesuffix(".weight") for name in expected}
     for name, wanted in expected.items():
         torch.testing.assert_close(found[name.removesuffix(".weight")], wanted, rtol=1e-8, atol=1e-14)
+
+
+class Tied(nn.Module):
+    """A table that is the head as well, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(11, 6), nn.LayerNorm(6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.embedding(x).mean(1)))
+
+
+@pytest.mark.parametrize("model", [Tokens, Tied])
+def test_every_parameter_has_that_of_single_examples(model: type[nn.Module]) -> None:
+    """Embeddings, norms and shared weights too; frozen parameters are frozen again."""
+    net = model().double().train()
+    first = next(net.parameters()).requires_grad_(False)
+    weights = {n: p.detach() for n, p in net.named_parameters()}
+    found = parameter_fisher(net, X.split(1))
+    assert not first.requires_grad
+    expected = reference(weights, lambda w, x: functional_call(net.eval(), w, (x,)), X)
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-8, atol=1e-14)
+    with pytest.raises(IsotuneError, match="a batch holds 2 examples; give one at a time"):
+        parameter_fisher(net, X.split(2))
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=2, alpha=3.0), HRA(rank=2)])

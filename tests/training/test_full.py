@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import signal_at_step, start_slowly, write_recipe
 
 from isotune.errors import IsotuneError
-from isotune.training import Recipe, Result, build_recipe, collect_fisher, evaluate, train
+from isotune.training import Recipe, Result, build_recipe, evaluate, train
 from isotune.training.export import export_merged
 from isotune.training.folder import adapter_folder
 from isotune.training.full import LEARNING_RATE
@@ -163,7 +163,6 @@ def test_a_merged_export_evaluates_as_its_run(bert: Path, rows: Path, tmp_path: 
         ("method.rank=4", r"method full has no options: method.rank"),
         ("targets=mlp", "targets: method full trains every layer"),
         ("overrides={query: {rank: 2}}", "overrides: method full trains every layer"),
-        ("save_second_moments=true", "save_second_moments is for adapters"),
         ("dtype=bfloat16", "dtype: bfloat16 is for a frozen base"),
         ("training.fsdp=full_shard", r"training.fsdp does not go with method full"),
     ],
@@ -181,7 +180,5 @@ def test_what_wants_an_adapter_says_that_the_run_has_none(whole: Result) -> None
         adapter_folder(whole.output)
     with pytest.raises(IsotuneError, match="trained the whole model"):
         _ = whole.adapter
-    with pytest.raises(IsotuneError, match="holds a whole model"):
-        collect_fisher(whole.output, progress=False)
     with pytest.raises(IsotuneError, match="leave out --model minilm"):
         evaluate(whole.output, model="minilm", progress=False)

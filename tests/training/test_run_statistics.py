@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import write_jsonl, write_recipe
+from safetensors.torch import load_file
+from tiny import make_llama, write_jsonl, write_recipe
 
 import isotune
-from isotune.errors import DataError, IsotuneError, OptionError
+from isotune.errors import CheckpointError, DataError, IsotuneError, OptionError
+from isotune.merging.models.merge import MergedCheckpoint
+from isotune.merging.recipe import build_merge_recipe
 from isotune.statistics.fisher import fisher
 from isotune.statistics.stored import StoredStatistic
 from isotune.training import build_recipe, collect_fisher, train
+from isotune.training.merging import merge_recipe
 from isotune.training.session import Session, TaskSpec
 
 LORA = ["save_second_moments=true", "method.name=lora", "method.rank=2"]
@@ -117,3 +121,52 @@ def test_fisher_of_a_causal_run_draws_tokens(llama: Path, prompts: Path, tmp_pat
     (tmp_path / "run" / "adapter" / "task.json").write_text(json.dumps({}))
     with pytest.raises(IsotuneError, match="cannot be read"):
         collect_fisher(tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("rule", ["fisher", "ota", "ffg"])
+def test_runs_that_trained_whole_models_are_merged_by_the_statistics_that_they_leave(
+    rule: str, full_runs: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, models = full_runs
+    found = merge_recipe(
+        build_merge_recipe(
+            None, {"models": [{"path": str(p)} for p in models], "rule.name": rule, "base": str(base),
+                   "output": str(tmp_path / rule)},
+        ), progress=False,
+    )  # fmt: skip
+    assert isinstance(found, MergedCheckpoint)
+    assert found.changed == found.tensors
+    out = load_file(tmp_path / rule / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in out.values())
+
+
+def test_a_merge_of_models_without_statistics_says_how_to_make_them(
+    full_runs: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, models = full_runs
+    bare = shutil.copytree(models[1], tmp_path / "bare", ignore=shutil.ignore_patterns("fisher.safetensors"))
+    recipe = build_merge_recipe(
+        None, {"models": [{"path": str(models[0])}, {"path": str(bare)}], "rule.name": "fisher", "base": str(base),
+               "output": str(tmp_path / "out")},
+    )  # fmt: skip
+    with pytest.raises(
+        CheckpointError, match=r"bare.* holds no fisher.safetensors; make it with: isotune statistics"
+    ):
+        merge_recipe(recipe, progress=False)
+
+
+@pytest.fixture(scope="module")
+def full_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A language model, and two that were trained in full from it, with both statistics beside their weights."""
+    folder = tmp_path_factory.mktemp("full")
+    base = make_llama(folder / "base")
+    prompts = write_jsonl(folder / "prompts.jsonl", [{"prompt": "one two", "completion": "three"}] * 8)
+    for seed in (0, 1):
+        flags = {
+            "model": str(base), "task": "causal-lm", "data.train": str(prompts), "data.max_length": 16,
+            "data.prompt": "prompt", "data.completion": "completion", "method": "full", "save_second_moments": True,
+            "training.max_steps": 2, "seed": seed, "output": str(folder / f"run{seed}"),
+        }  # fmt: skip
+        train(build_recipe(flags=flags), progress=False)
+        collect_fisher(folder / f"run{seed}", examples=4, progress=False)
+    return base, [folder / f"run{seed}" / "model" for seed in (0, 1)]

@@ -244,7 +244,7 @@ def recover_command(
 
 
 def statistics_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or an adapter that isotune train wrote.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder, or an adapter or model that isotune train wrote.")],
     fisher: Annotated[bool, Flag("--fisher", help="The diagonal Fisher information, for rule fisher.")] = False,
     data: Annotated[str | None, Flag(help="Rows to measure on; by default the run's training rows.")] = None,
     model: Annotated[str | None, Flag(help="The pretrained model, if it has moved.")] = None,
@@ -256,7 +256,7 @@ def statistics_command(
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what some rules of merging need to know of an adapter; a file beside it holds it from then on."""
+    """Measure what some rules of merging need to know of what a run trained; a file beside the weights holds it from then on."""
     from isotune.training.statistics import collect_fisher
 
     if not fisher:

@@ -28,8 +28,6 @@ def check_full(recipe: Recipe) -> None:
     for key in ("targets", "exclude", "overrides"):
         if getattr(recipe, key) != Recipe.model_fields[key].default:
             raise OptionError(f"{key}: method full trains every layer; leave it out, or choose an adapter's method")
-    if recipe.save_second_moments:
-        raise IsotuneError("save_second_moments is for adapters; method full does not write them")
     if recipe.dtype != "float32":
         raise IsotuneError(
             f"dtype: {recipe.dtype} is for a frozen base: most updates of full fine-tuning would be rounded away; "

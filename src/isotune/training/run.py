@@ -245,9 +245,8 @@ def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
     if is_first_process():
         _save(run)
         if run.recipe.save_second_moments:
-            write_second_moments(
-                run.folder.adapter, run.session.model, trainer.optimizer, steps=trainer.state.global_step
-            )
+            where = _trained(run.folder, run.recipe)
+            write_second_moments(where, run.session.model, trainer.optimizer, steps=trainer.state.global_step)
     for name in ("validation", "test"):
         if run.examples[name]:
             metrics |= _measured(run, trainer, name)

@@ -13,6 +13,7 @@ from isotune.statistics.fisher import fisher
 from isotune.statistics.likelihood import Expectation
 from isotune.statistics.second_moment import second_moments
 from isotune.statistics.stored import write_statistic
+from isotune.statistics.whole_model import parameter_fisher
 from isotune.training.data import check_labels
 from isotune.training.evaluation import find_trained, rows_for
 from isotune.training.model_folder import is_model_folder, open_trained
@@ -38,10 +39,10 @@ def collect_fisher(
     force: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Measure the diagonal Fisher information of a run's adapted weights; it is kept in a file beside the adapter.
+    """Measure the diagonal Fisher information of what a run trained; it is kept in a file beside the weights.
 
     Args:
-        path: A run's folder, or its adapter folder, wherever that is now.
+        path: A run's folder, or that of its adapter or model, wherever that is now.
         data: Rows to measure on; by default the run's training rows.
         model: The pretrained model, where it is not what the adapter was trained on by name.
         columns: Column names (`text`, `label`, `prompt`, `completion`) where they differ from the run's.
@@ -50,7 +51,7 @@ def collect_fisher(
             classification and "sample" for causal-lm, and "empirical" for the kind "second_moment".
         kind: What to write it as: with "second_moment", it stands in for Adam's second moments where a run has none.
             It is larger than those by about the number of examples in a batch; see `normalise` of the rule `ota`.
-        batch_size: Examples at a time.
+        batch_size: Examples at a time; of a model that was trained in full, always one.
         seed: Of the examples, and of labels that are drawn.
         force: Use the adapter on a base model that does not look like its own.
         progress: Whether to show anything on standard error.
@@ -66,8 +67,6 @@ def collect_fisher(
     quiet_libraries()
     screen = Screen(progress)
     adapter, recipe = find_trained(Path(path))
-    if is_model_folder(adapter):
-        raise IsotuneError(f"{path} holds a whole model; the Fisher information is measured of an adapter's weights")
     spec = TaskSpec.read(adapter)
     usual: Expectation = "exact" if spec.task == "classification" else "sample"
     expectation = expectation or ("empirical" if kind == "second_moment" else usual)
@@ -83,8 +82,9 @@ def collect_fisher(
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()[:examples]
     chosen = [known[index] for index in order]
     screen.say(f"measuring the Fisher information of {adapter} on {len(chosen)} examples")
-    batches = [session.collator(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
-    found = fisher(session.model, batches, expectation, seed=seed, progress=screen.enabled)
+    measure, size = (parameter_fisher, 1) if is_model_folder(adapter) else (fisher, batch_size)
+    batches = [session.collator(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+    found = measure(session.model, batches, expectation, seed=seed, progress=screen.enabled)
     return write_statistic(adapter, kind, found, examples=len(chosen), expectation=expectation, seed=seed, data=data)
 
 

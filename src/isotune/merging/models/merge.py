@@ -90,7 +90,8 @@ def merge_checkpoints(
         weights: One for each model; by default 1 each, and without a base 1/T each.
         names: What to call the models; by default what tells their paths apart. What is drawn depends on them.
         statistics: For rules that need them, a safetensors file for each model with the statistic of each of its
-            weights (Fisher information, say), by the tensor's name or its layer's path, in the tensor's shape.
+            weights (Fisher information, say), by the tensor's name or its layer's path, in the tensor's shape; by
+            default what a run left in the model's folder.
         seed: For rules that draw.
         dtype: What to store: float32, float16 or bfloat16; by default as the base does.
         max_shard_size: The largest size of a file, such as "5GB"; None for the files that the base has.
@@ -113,7 +114,7 @@ def merge_checkpoints(
     output = check_writable(output, replaces=None)
     stored_as = _dtype(dtype)
     inputs = check_checkpoints(folders, base, names, vocabulary)
-    measured = read_statistics(statistics, inputs) if statistics is not None else []
+    measured = read_statistics(rule.statistic, statistics, inputs) if rule.statistic is not None else []
     entries = [_entry(inputs, name, stored_as) for name in inputs.names]
     shards = by_file(entries, inputs.origin.file_of) if most is None else by_size(entries, most)
     plan = {
@@ -171,7 +172,7 @@ def _weights(rule: Rule, names: Sequence[str], weights: Sequence[float] | None, 
 
 
 def _check_statistics(rule: Rule, names: Sequence[str], statistics: Sequence[str | Path] | None) -> None:
-    if rule.statistic is not None and len(statistics or ()) != len(names):
+    if rule.statistic is not None and statistics is not None and len(statistics) != len(names):
         raise OptionError(
             f"the rule {rule.name!r} needs a statistic of every weight ({rule.statistic}): give statistics=..., one "
             f"safetensors file for each of the {len(names)} models"
