@@ -256,7 +256,7 @@ def statistics_command(
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what some rules of merging need to know of what a run trained; a file beside the weights holds it from then on."""
+    """Measure what some rules of merging need to know of what a run trained; a file beside its weights holds it."""
     from isotune.training.statistics import collect_fisher
 
     if not fisher:
