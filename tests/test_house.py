@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -64,3 +65,9 @@ def test_no_modules_import_each_other() -> None:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(" imports ".join(".".join(name) for name in reversed(error.args[1])))
+
+
+def test_the_map_of_the_house_names_the_rooms_in_their_order() -> None:
+    (rooms,) = re.findall(r"```\n(cli .*?)\(ground\)", (ROOT.parents[1] / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert tuple(line.split()[0] for line in rooms.splitlines()) == ROOMS
+    assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} == set(ROOMS)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from isotune.packed import DENSE
+from isotune.quantised import DENSE
 
 
 class Matrix(nn.Module):

@@ -9,7 +9,7 @@ import weakref
 
 import torch
 
-from isotune.adapters.kept import Kept
+from isotune.adapters.cache import Kept
 
 
 def test_value_is_made_once_for_as_long_as_its_tensors_stay_as_they_are() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tiny import environment
 
-from isotune.comparison import bench, build_comparison, compare
+from isotune.comparison import build_comparison, compare, one_run
 from isotune.comparison.recipe import ComparisonRecipe
 from isotune.comparison.store import Store
 from isotune.errors import DivergedError, IsotuneError
@@ -180,7 +180,7 @@ def test_a_run_that_failed_is_final_until_it_is_retried(
         raise DivergedError("the training loss is nan at step 1")
 
     with monkeypatch.context() as patched:
-        patched.setattr(bench, "train", diverged)
+        patched.setattr(one_run, "train", diverged)
         found = compare(made, progress=False)
     assert (found["units"]["failed"], found["rows"]) == (1, [])
     assert found["without_result"] == ["hra at 300: diverged at every learning rate"]

@@ -16,8 +16,7 @@ from torch import nn
 
 import isotune
 from isotune import HRA, LoRA
-from isotune.diagnostics import diagnose, survey
-from isotune.diagnostics import walk as walking
+from isotune.diagnostics import all_measures, diagnose, survey
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.model.names import adapted_layers
 from isotune.sites import require_site
@@ -116,7 +115,7 @@ def test_without_the_base_what_needs_it_is_none(tmp_path: Path) -> None:
 
 def test_without_spectra_the_base_is_not_decomposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     isotune.save(adapted(stories(), LoRA(rank=2), "attention"), tmp_path)
-    monkeypatch.setattr(walking, "dense_svd", None)
+    monkeypatch.setattr(all_measures, "dense_svd", None)
     found = diagnose(tmp_path, spectral=False)
     assert all(site.change_norm and site.intruders is None for site in found.sites)
 
@@ -130,11 +129,11 @@ def test_each_weight_of_a_base_is_decomposed_once_for_all_adaptations(
         calls.append(tuple(W.shape))
         return dense_svd(W)
 
-    dense_svd = walking.dense_svd
+    dense_svd = all_measures.dense_svd
     isotune.save(adapted(stories(), LoRA(rank=2), "attention"), tmp_path / "one")
     isotune.save(adapted(stories(), HRA(rank=2), "attention"), tmp_path / "two")
     moved(stories()).save_pretrained(tmp_path / "full")
-    monkeypatch.setattr(walking, "dense_svd", counted)
+    monkeypatch.setattr(all_measures, "dense_svd", counted)
     found = survey([tmp_path / name for name in ("one", "two", "full")], STORIES)
     assert len(calls) == 7 * 5  # the attention's four are in all three
     assert [d.kind for d in found.diagnoses] == ["adapter", "adapter", "checkpoint"]

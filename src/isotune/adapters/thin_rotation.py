@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from isotune.adapted_site import AdaptedSite
+from isotune.adapters.cache import Kept
 from isotune.adapters.contract import Rotation, Thin, autocast, before, beside
-from isotune.adapters.kept import Kept
 from isotune.linalg.forms import Form, cheapest
 from isotune.linalg.householder import rotate
 from isotune.linalg.precision import at_least_fp32

@@ -19,7 +19,7 @@ from isotune.checkpoint.as_loaded import AsLoaded, laid_out
 from isotune.errors import CheckpointError
 from isotune.folders import MODEL_CONFIG
 from isotune.matrix import as_matrix
-from isotune.packed import DENSE
+from isotune.quantised import DENSE
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 MINILM = "minilm"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotune.linalg.node import Node
+from isotune.linalg.autograd import Node
 
 
 def dct(x: Tensor) -> Tensor:

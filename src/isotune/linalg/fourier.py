@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotune.linalg.node import Node
+from isotune.linalg.autograd import Node
 
 
 def real_fourier(x: Tensor) -> Tensor:

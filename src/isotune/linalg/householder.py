@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotune.linalg.node import Node
+from isotune.linalg.autograd import Node
 from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.thin import thin_add, without_autocast
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from isotune.linalg.node import Node
+from isotune.linalg.autograd import Node
 
 
 def scattered(values: Tensor, rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> Tensor:

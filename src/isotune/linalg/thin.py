@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isotune.linalg.node import Node, transformed
+from isotune.linalg.autograd import Node, transformed
 
 Where = Literal["before", "beside"]
 

@@ -14,8 +14,8 @@ from isotune.adapters.contract import Adapter
 from isotune.errors import IsotuneError, OptionError
 from isotune.linalg.thin import without_autocast
 from isotune.model.adapted import Adapted
+from isotune.model.batches import arguments_of, batch_bar, evaluating
 from isotune.model.names import adapted_layers
-from isotune.model.passes import arguments_of, batch_bar, evaluating
 from isotune.sites import CONVOLUTIONS, Site, device_of, require_site
 
 

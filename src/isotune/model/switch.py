@@ -16,7 +16,7 @@ from isotune.adapters.mixed import Mixture, Routing, thin_of
 from isotune.errors import IsotuneError, nearest
 from isotune.model.adapted import Adapted
 from isotune.model.names import adapted_layers, changed_modules
-from isotune.packed import is_packed
+from isotune.quantised import is_packed
 from isotune.sites import device_of, require_site
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from isotune.bare import bare_class, own_forward
-from isotune.packed import dequantized, is_packed
+from isotune.quantised import dequantized, is_packed
 from isotune.sites.site import Site
 
 _TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may compute in its own way

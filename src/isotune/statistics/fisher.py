@@ -25,8 +25,8 @@ from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.thin import without_autocast
 from isotune.matrix import Matrix
 from isotune.model.adapted import Adapted, Trained, current
+from isotune.model.batches import arguments_of, batch_bar, evaluating
 from isotune.model.names import base_modules, check_one_weight
-from isotune.model.passes import arguments_of, batch_bar, evaluating
 from isotune.sites import CONVOLUTIONS, Site, device_of, require_site, site_of
 from isotune.statistics.likelihood import Expectation, directions, scores_of
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from isotune.errors import IsotuneError
 from isotune.linalg.precision import at_least_fp32
-from isotune.model.passes import arguments_of, batch_bar, evaluating
+from isotune.model.batches import arguments_of, batch_bar, evaluating
 from isotune.sites import device_of
 from isotune.statistics.likelihood import Expectation, directions, scores_of
 

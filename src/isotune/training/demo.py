@@ -19,8 +19,8 @@ from isotune.errors import DivergedError
 from isotune.intervals import half_width
 from isotune.training.export import base_of
 from isotune.training.folder import RunFolder
-from isotune.training.frozen import frozen_probe
 from isotune.training.models import MINILM
+from isotune.training.pretrained import frozen_probe
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import Recipe, build_recipe
 from isotune.training.run import Result, train

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.errors import DataError, DivergedError, IsotuneError, OptionError
-from isotune.model.passes import evaluating
+from isotune.model.batches import evaluating
 from isotune.training.classifiers import is_classifier
 from isotune.training.data import Row, load_rows, load_splits, sample_rows
 from isotune.training.probe import extract_features, fit_probe

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapted_site import AdaptedSite
+from isotune.adapters.cache import Kept
 from isotune.adapters.contract import WeightAdapter
-from isotune.adapters.kept import Kept
 from isotune.adapters.low_rank.lora import LoRAAdapter
+from isotune.linalg.autograd import transformed
 from isotune.linalg.low_rank import row_squares, row_squares_of_sum, safe_norms
-from isotune.linalg.node import transformed
 from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.thin import without_autocast
 from isotune.sites import Site

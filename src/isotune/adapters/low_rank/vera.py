@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, check_tensors
-from isotune.adapters.projections import RandomProjections
+from isotune.adapters.random_projections import RandomProjections
 from isotune.adapters.settings import Settings, same_settings
 from isotune.adapters.shared import Shared, largest
 from isotune.linalg.random_bases import kaiming_uniform

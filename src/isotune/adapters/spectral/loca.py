@@ -24,8 +24,8 @@ from isotune.adapters.contract import Treatment
 from isotune.adapters.settings import Settings
 from isotune.adapters.spectral.sparse_spectrum import SparseSpectrum, entry_count
 from isotune.errors import OptionError
+from isotune.linalg.autograd import Node
 from isotune.linalg.dct import dct, idct
-from isotune.linalg.node import Node
 from isotune.linalg.sparse import scattered, sparse_product
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from isotune.errors import CheckpointError, OptionError
 from isotune.merging.symmetry.fit import Features, fit_attention, fit_mlp
 from isotune.merging.symmetry.maps import Architecture, Distance, Symmetry, architecture, union
-from isotune.packed import DENSE
+from isotune.quantised import DENSE
 
 Mode = Literal["weights", "activations"]
 

@@ -30,7 +30,7 @@ from isotune.linalg.low_rank import Factored
 from isotune.merging.symmetry.align import Mode, align
 from isotune.merging.symmetry.files import Tensors, rewrite
 from isotune.merging.symmetry.maps import Symmetry, architecture
-from isotune.packed import DENSE
+from isotune.quantised import DENSE
 
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 _COPIED = {".json", ".txt", ".model", ".jinja"}

@@ -20,7 +20,7 @@ from isotune.errors import DivergedError, IsotuneError, NoLowRankFormError
 from isotune.folders import MODEL
 from isotune.training.folder import RunFolder
 from isotune.training.forgetting import Forgetting
-from isotune.training.frozen import frozen_metrics, frozen_probe
+from isotune.training.pretrained import frozen_metrics, frozen_probe
 from isotune.training.probe import Probe
 from isotune.training.progress import quiet_libraries
 from isotune.training.recipe import Recipe
