@@ -98,3 +98,11 @@ def test_a_damaged_config_is_told_when_an_adapter_is_exported(tmp_path: Path) ->
     (tmp_path / "base" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         isotune.export_lora(tmp_path / "adapter", tmp_path / "lora", base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../b.safetensors"}}'])
+def test_a_damaged_index_of_shards_is_told(text: str, tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(CheckpointError, match=r"index.json (cannot be read|names a file outside its folder)"):
+        StoredBase(tmp_path)

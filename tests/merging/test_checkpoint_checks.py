@@ -110,7 +110,7 @@ def fp8(tensors: dict[str, Tensor]) -> None:
 BROKEN = {
     "no weights": Broken(pickled, "holds no model.safetensors"),
     "no config": Broken(lambda folder: (folder / "config.json").unlink(), "it holds no config.json"),
-    "bad config": Broken(lambda folder: (folder / "config.json").write_text("{"), "config.json or the index"),
+    "bad config": Broken(lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
     "truncated": Broken(cut, "it is missing or truncated"),
     "missing shard": Broken(lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), "it is missing or truncated"),
     "quantised": Broken(lambda f: reconfigure(f, quantization_config={"bits": 4}), "before they are quantised"),

@@ -134,7 +134,7 @@ def test_other_tokens_at_the_same_size_are_another_vocabulary(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="align them by weights"):
         transfer(target, STORIES, skilled, tmp_path / "no", mode="activations", tokens=torch.ones(1, 4).long())
     (target / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read"):
         transfer(target, STORIES, skilled, tmp_path / "no")
 
 
@@ -251,5 +251,5 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     (evil / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.norm.weight": "../other.safetensors"}})
     )
-    with pytest.raises(CheckpointError, match=r"names '../other.safetensors', which is no file in that folder"):
+    with pytest.raises(CheckpointError, match=r"names a file outside its folder: ../other.safetensors"):
         transfer(evil, STORIES, STORIES, tmp_path / "out")

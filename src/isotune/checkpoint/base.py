@@ -128,7 +128,7 @@ class StoredBase:
         file = self.folder / MODEL_CONFIG
         try:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-        except ValueError as error:
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from None
 
     @cached_property
@@ -159,7 +159,13 @@ class StoredBase:
     def _index(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            return dict(json.loads(index.read_text())["weight_map"])
+            try:
+                found = {str(key): str(file) for key, file in json.loads(index.read_text())["weight_map"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index} cannot be read: {error!r}") from None
+            if outside := [file for file in found.values() if Path(file).name != file]:
+                raise CheckpointError(f"{index} names a file outside its folder: {outside[0]}")
+            return found
         names = ("model.safetensors", "diffusion_pytorch_model.safetensors")
         file = next((file for name in names if (file := self.folder / name).is_file()), None)
         if file is None:

@@ -101,21 +101,15 @@ def read_model(name: str | Path, label: str) -> StoredModel:
         )
     try:
         stored = StoredBase(name)
-        config = json.loads((stored.folder / MODEL_CONFIG).read_text(encoding="utf-8"))
+        config = stored.config()
     except CheckpointError as error:
-        raise CheckpointError(f"{label}: {error}") from None
-    except FileNotFoundError:
-        raise CheckpointError(f"{label} ({name}) is no model folder: it holds no config.json") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{label} ({name}): config.json or the index of shards cannot be read: {error}"
-        ) from None
+        raise CheckpointError(f"{label} ({name}): {error}") from None
+    if not config:
+        raise CheckpointError(f"{label} ({name}) is no model folder: it holds no {MODEL_CONFIG}")
     headers: dict[str, Header] = {}
     aliases: dict[str, str] = {}
     fingerprint = {}
     for file in sorted(set(stored.file_of.values())):
-        if Path(file).name != file:
-            raise CheckpointError(f"{label} ({name}): its index names a file outside its folder: {file}")
         found, metadata, fingerprint[file] = read_header(stored.folder / file, label)
         headers |= found
         aliases |= {alias: own for alias, own in metadata.items() if own in found and alias not in found}

@@ -13,7 +13,6 @@ of a line a model of one size is. A large growth is worth knowing for another re
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from isotune.checkpoint.base import StoredBase
 from isotune.diagnostics.sources import Source, open_source
 from isotune.diagnostics.weights import Change
 from isotune.errors import CheckpointError, OptionError
-from isotune.folders import MODEL_CONFIG
 from isotune.linalg.leading import leading_svd
 from isotune.linalg.low_rank import Factored, svd
 from isotune.linalg.precision import at_least_fp32
@@ -135,10 +133,7 @@ class _Weights:
 
     def __init__(self, base: StoredBase) -> None:
         self.base = base
-        try:
-            config = json.loads((base.folder / MODEL_CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            config = {}
+        config = base.config()
         self.length = int(config.get("max_position_embeddings") or config.get("n_positions") or _LENGTH)
         # Gemma's normalisations store their gain less one.
         self.offset = 1.0 if str(config.get("model_type", "")).startswith("gemma") else 0.0

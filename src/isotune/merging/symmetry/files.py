@@ -6,10 +6,8 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from isotune.checkpoint.base import StoredBase, read_tensor
@@ -26,13 +24,10 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, name: str | Path) -> None:
         self.base = StoredBase(name)
         self.folder = self.base.folder
-        if outside := [file for file in self.base.file_of.values() if Path(file).name != file]:
-            raise CheckpointError(f"the index of {self.folder} names {outside[0]!r}, which is no file in that folder")
         self.stored_as = {key.removeprefix(PREFIX): key for key in self.base.file_of}
-        try:
-            self.config = json.loads((self.folder / MODEL_CONFIG).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder / 'config.json'} cannot be read: {error}") from None
+        self.config = self.base.config()
+        if not self.config:
+            raise CheckpointError(f"{self.folder} is no model folder: it holds no {MODEL_CONFIG}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored_as)
@@ -46,19 +41,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read."""
-        key = self.stored_as[name]
-        with safe_open(self.folder / self.base.file_of[key], framework="pt") as opened:
-            return tuple(opened.get_slice(key).get_shape())
-
-    def vocabulary(self) -> Any:
-        """The tokens with their ids, as the folder's fast tokenizer has them; None where it has none."""
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            return None
-        try:
-            return json.loads(file.read_text())["model"].get("vocab")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} cannot be read as a tokenizer: {error!r}") from None
+        return tuple(self.base.stored_shape(self.stored_as[name]))
 
 
 def rewrite(file: Path, new: Callable[[str], Tensor | None]) -> None:

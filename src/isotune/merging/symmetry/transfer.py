@@ -25,6 +25,7 @@ from isotune.checkpoint.card import export_card
 from isotune.checkpoint.export import export_lora
 from isotune.checkpoint.files import CARD, check_writable, read_adapter, replaced_folder, write_adapter
 from isotune.checkpoint.stored import PREFIX
+from isotune.checkpoint.vocabularies import token_ids
 from isotune.errors import CheckpointError, OptionError
 from isotune.linalg.low_rank import Factored
 from isotune.merging.symmetry.align import Mode, align
@@ -65,7 +66,7 @@ def transfer(
 
     One tensor of each model is in memory at a time, in fp32; while aligning by weights one half of a block. The
     result has the target's configuration, tokenizer, dtypes and files. Embeddings and head are left as they are where
-    the vocabularies differ (in size, or in the tokens of `tokenizer.json`).
+    the vocabularies differ (in size, or in the tokens of their tokenizers' files).
 
     Args:
         target: The model to add to: a folder of safetensors files, or a hub id.
@@ -192,7 +193,7 @@ def _differing_vocabulary(source: Tensors, target: Tensors) -> bool:
     """Whether the embeddings are of other sizes, or the tokenizers have other tokens."""
     if any(n in source and n in target and source.shape(n) != target.shape(n) for n in _VOCABULARY):
         return True
-    ours, theirs = source.vocabulary(), target.vocabulary()
+    ours, theirs = token_ids(source.folder), token_ids(target.folder)
     return ours is not None and theirs is not None and ours != theirs
 
 
