@@ -2,12 +2,8 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
 from tiny import bert, llama, prompts, rows
 
 from isotune.cli import app

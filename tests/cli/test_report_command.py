@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sweeps import row, summary, write_comparison
 from tiny import write_recipe
 from transformers import AutoModel
 
@@ -15,10 +15,6 @@ import isotune
 from isotune import LoRA
 from isotune.cli.report import write_beside
 from support import adapted
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
-
-from sweeps import row, summary, write_comparison
 
 Command = Callable[..., int]
 

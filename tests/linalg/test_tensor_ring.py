@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from isotune.linalg.tensor_ring import balanced_factors, ring_flops, ring_matrix, ring_products, ring_rows
+from isotune.linalg.tensor_ring import digit_sizes, ring_flops, ring_matrix, ring_products, ring_rows
 
 
 @st.composite
@@ -84,7 +84,7 @@ def test_equal_cores_of_the_identity_over_r_make_the_identity(r: int) -> None:
 
 @given(st.integers(1, 20000), st.integers(1, 6))
 def test_factors_multiply_to_the_number(n: int, count: int) -> None:
-    factors = balanced_factors(n, count)
+    factors = digit_sizes(n, count)
     assert len(factors) == count
     assert math.prod(factors) == n
     assert list(factors) == sorted(factors, reverse=True)
@@ -95,7 +95,7 @@ def test_factors_multiply_to_the_number(n: int, count: int) -> None:
     [(768, 3, (12, 8, 8)), (4096, 3, (16, 16, 16)), (384, 3, (8, 8, 6)), (11008, 3, (43, 16, 16)), (7, 3, (7, 1, 1))],
 )
 def test_factors_are_as_equal_as_the_primes_allow(n: int, count: int, factors: tuple[int, ...]) -> None:
-    assert balanced_factors(n, count) == factors
+    assert digit_sizes(n, count) == factors
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (4, 3, 2), (2, 3, 2, 5)])

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 import yaml
+from tiny import make_bert
 from transformers import AutoModel
 
 import isotune
 from isotune import HRA, LoRA
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "training")]
-
-from tiny import make_bert  # noqa: E402
-
-from support import adapted  # noqa: E402
+from support import adapted
 
 MARK = "# A resolved isotune recipe: `isotune evaluate` and `isotune train --resume` read it.\n"
 

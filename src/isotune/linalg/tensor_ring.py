@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-def balanced_factors(n: int, count: int) -> tuple[int, ...]:
+def digit_sizes(n: int, count: int) -> tuple[int, ...]:
     """`count` factors of n, as equal as its primes allow, the largest first; ones where there are too few primes."""
     factors = [1] * count
     for prime in reversed(_primes(n)):

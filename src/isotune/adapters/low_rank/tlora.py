@@ -28,7 +28,7 @@ from isotune.adapters.contract import WeightAdapter
 from isotune.adapters.settings import Settings
 from isotune.linalg.forms import FLOPS_PER_NUMBER
 from isotune.linalg.precision import at_least_fp32
-from isotune.linalg.tensor_ring import balanced_factors, ring_flops, ring_products, ring_rows
+from isotune.linalg.tensor_ring import digit_sizes, ring_flops, ring_products, ring_rows
 from isotune.linalg.thin import thin_add, without_autocast
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
@@ -77,7 +77,7 @@ class TLoRA(Settings):
         return self.transform_rank**2 * sum(size**2 for size in into) + self.rank**2 * (sum(into) + sum(out))
 
     def _sizes(self, n_in: int, n_out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return balanced_factors(n_in, self.digits), balanced_factors(n_out, self.digits)
+        return digit_sizes(n_in, self.digits), digit_sizes(n_out, self.digits)
 
 
 class TLoRAAdapter(WeightAdapter):
