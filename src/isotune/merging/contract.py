@@ -65,6 +65,8 @@ class Aligned:
 class AnyRule(Options, ABC):
     """What every rule of merging says of itself. Its fields are its options."""
 
+    takes: ClassVar[Literal["changes", "rotations", "adapters", "models"]]
+    """What it is given: the changes of one weight, orthogonal adapters on it, whole adapters, or whole models."""
     symmetric: ClassVar[bool] = True
     """Whether the order of the models does not matter."""
     models: ClassVar[tuple[int, int | None]] = (1, None)
@@ -86,6 +88,7 @@ class Rule(AnyRule):
     with the same seed; inputs stay as they were.
     """
 
+    takes = "changes"
     exact_rank: ClassVar[bool] = True
     """Whether factored changes give a factored change; False for rules on single entries of the weight."""
     linear: ClassVar[bool] = False
@@ -117,6 +120,7 @@ class Rule(AnyRule):
 class RotationRule(AnyRule):
     """A rule on orthogonal adapters, which merges rotations as rotations."""
 
+    takes = "rotations"
     absent: ClassVar[Literal["skip", "identity"]] = "skip"
     """What a model counts as at a layer that it left alone: as nothing, or as a rotation by nothing."""
 

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from isotune.errors import OptionError, nearest
-from isotune.merging.contract import AnyRule, RotationRule, Rule
+from isotune.merging.contract import AnyRule, Rule
 
 BUILT_IN = {
     "sum": "isotune.merging.rules.sum:Sum",
@@ -87,17 +87,12 @@ def rules() -> list[RuleRow]:
 
 def _row(found: type[AnyRule]) -> RuleRow:
     least, most = found.models
-    if issubclass(found, Rule):
-        merges = "changes" if found.exact_rank else "entries"
-    elif issubclass(found, RotationRule):
-        merges = "rotations"
-    else:
-        merges = "models" if found.models == (2, 2) else "adapters"
-    needs = (found.statistic or "").replace("_", " ") if issubclass(found, Rule) else ""
+    own = found if issubclass(found, Rule) else None
+    needs = (own.statistic or "").replace("_", " ") if own else ""
     return RuleRow(
         name=found.name,
         summary=(found.__doc__ or "").strip().splitlines()[0],
-        merges=merges,
+        merges="entries" if own and not own.exact_rank else found.takes,
         models=f"{least} or more" if most is None else str(least) if most == least else f"{least} to {most}",
         ordered=not found.symmetric,
         random=found.random,

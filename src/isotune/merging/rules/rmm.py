@@ -20,6 +20,7 @@ class RMM(AnyRule):
     """Many adapters as a few basis models; `isotune recover` gives any of them back."""
 
     name: ClassVar[str] = "rmm"
+    takes = "adapters"
 
     basis: int | None = Field(None, ge=1, description="Basis models for each layer; 2 where no tolerance is given.")
     tolerance: float | None = Field(

@@ -20,6 +20,7 @@ class Symmetry(AnyRule):
     """Target + scale · π(skilled - base): the models are the target and the skilled one, --base the skilled one's."""
 
     name: ClassVar[str] = "symmetry"
+    takes = "models"
     symmetric: ClassVar[bool] = False
     models: ClassVar[tuple[int, int | None]] = (2, 2)
 
