@@ -32,7 +32,7 @@ def load(
 
     Args:
         model: The base model that the adapter was made for (it may have other adapters).
-        path: An adapter folder written by isotune or by PEFT.
+        path: An adapter folder of isotune or PEFT, or a file of diffusers that holds a LoRA for this model.
         name: The adapter's name on this model.
         trainable: Whether it goes on training.
         force: Load onto a base whose configuration differs from the one that the adapter was made for.
