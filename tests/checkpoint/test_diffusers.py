@@ -139,7 +139,14 @@ def test_the_file_is_inspected_exported_and_merged_like_any_adapter(tmp_path: Pa
     torch.testing.assert_close(one, three)
 
 
-def test_diffusers_own_file_gives_what_diffusers_computes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensors", [{"unet.0.to_q.alpha": torch.tensor(8.0)}, {"unet.0.to_q.alpha": torch.ones(2)}])
+def test_a_file_without_its_factors_is_told(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="damaged"):
+        isotune.load(unet(), write(tmp_path / "lora", tensors))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_diffusers_own_file_gives_what_diffusers_computes(dora: bool, tmp_path: Path) -> None:
     diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
     from peft.utils import get_peft_model_state_dict
 
@@ -152,8 +159,8 @@ def test_diffusers_own_file_gives_what_diffusers_computes(tmp_path: Path) -> Non
         ).eval()  # fmt: skip
 
     theirs = small()
-    targets = ["to_k", "to_q", "to_v", "to_out.0", "conv1"]
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    targets = ["to_k", "to_q", "to_v", "to_out.0", *(["conv1"] if not dora else [])]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False, use_dora=dora)
     theirs.add_adapter(config)
     diffusers.StableDiffusionPipeline.save_lora_weights(
         tmp_path,

@@ -30,8 +30,8 @@ def read_stored(path: str | Path, in_memory: bool = True, known: Collection[str]
     """
     path = Path(path)
     file = diffusers_file(path)
-    config, tensors, header = read_adapter(path) if file is None else (*read_diffusers(file, known), None)
     try:
+        config, tensors, header = read_adapter(path) if file is None else (*read_diffusers(file, known), None)
         if header is not None:
             found = _from_isotune(path, config, tensors, header)
         else:

@@ -55,7 +55,7 @@ def _in_peft_names(file: Path, part: str, found: dict[str, Tensor]) -> tuple[dic
     own, alphas = {}, {}
     for key, tensor in found.items():
         if key.endswith(".alpha"):
-            alphas[_layer(key.removesuffix(".alpha"), part)] = float(tensor)
+            alphas[_layer(key.removesuffix(".alpha"), part)] = tensor.item()
         elif magnitude := re.fullmatch(r"(.+)\.lora_magnitude_vector(?:\.weight)?", key):
             own[f"{PREFIX}{_layer(magnitude.group(1), part)}.lora_magnitude_vector"] = tensor
         elif factor := re.fullmatch(r"(.+?)(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(down|up|A|B)\.weight", key):

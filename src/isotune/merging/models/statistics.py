@@ -31,7 +31,10 @@ class StoredStatistics:
     def key(self, name: str) -> str | None:
         """The name in the file of a tensor's statistic, or None where there is none."""
         spellings = (f"{path}{end}" for path in (name, canonical(name)) for end in ("", ROWS))
-        return next((key for key in spellings if key in self.headers), None)
+        found = next((key for key in spellings if key in self.headers), None)
+        if found is not None and found.endswith(ROWS) and found.removesuffix(ROWS) + COLUMNS not in self.headers:
+            raise CheckpointError(f"{self.label} ({self.file}) are damaged: {found!r} is without its columns")
+        return found
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of the statistic that has this name in the file."""
