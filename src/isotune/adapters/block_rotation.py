@@ -8,10 +8,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Rotation, Side, autocast
+from isotune.adapters.contract import Rotation, Side
 from isotune.adapters.settings import Settings
 from isotune.errors import OptionError
 from isotune.linalg.butterfly import drop_blocks
+from isotune.linalg.precision import autocast
 from isotune.sites import Site
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from isotune.adapters.shared import Shared
 from isotune.errors import IsotuneError, NoWeightError
 from isotune.linalg.low_rank import at_most_full_rank
+from isotune.linalg.precision import autocast
 from isotune.linalg.thin import thin_add, thin_linear
 from isotune.sites import Site
 
@@ -289,14 +290,6 @@ def beside(site: Site, x: Tensor, L: Tensor, R: Tensor, scale: float = 1.0, y: T
     if site.rotates_input:
         return thin_add(x.to(y.dtype), L.to(y.dtype), R.to(y.dtype), y, scale)
     return torch.add(y, site.expand(site.project(x, L.mT), R.mT).to(y.dtype), alpha=scale)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """`x` in the dtype that autocast would compute in, where it is on; indices stay as they are."""
-    kind = x.device.type
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

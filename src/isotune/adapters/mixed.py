@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, Thin, WeightAdapter, autocast
+from isotune.adapters.contract import Adapter, Thin, WeightAdapter
 from isotune.bare import bare_class
 from isotune.errors import IsotuneError
+from isotune.linalg.precision import autocast
 from isotune.sites import CONVOLUTIONS, Site
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from isotune.adapted_site import AdaptedSite
 from isotune.adapters.cache import Kept
-from isotune.adapters.contract import Rotation, Thin, autocast, before, beside
+from isotune.adapters.contract import Rotation, Thin, before, beside
 from isotune.linalg.forms import Form, cheapest
 from isotune.linalg.householder import rotate
-from isotune.linalg.precision import at_least_fp32
+from isotune.linalg.precision import at_least_fp32, autocast
 from isotune.sites import Site
 
 

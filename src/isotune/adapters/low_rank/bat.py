@@ -20,9 +20,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import WeightAdapter, autocast
+from isotune.adapters.contract import WeightAdapter
 from isotune.adapters.settings import Settings, other_kind, same_settings
 from isotune.errors import OptionError, TargetError
+from isotune.linalg.precision import autocast
 from isotune.linalg.shards import block_affine, block_affine_rows
 from isotune.linalg.thin import without_autocast
 from isotune.sites import CONVOLUTIONS, LINEAR, Site

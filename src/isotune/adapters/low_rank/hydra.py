@@ -20,11 +20,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import WeightAdapter, autocast, uniform
+from isotune.adapters.contract import WeightAdapter, uniform
 from isotune.adapters.low_rank.lora import fresh_factors
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
-from isotune.linalg.precision import at_least_fp32
+from isotune.linalg.precision import at_least_fp32, autocast
 from isotune.linalg.thin import without_autocast
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 

@@ -20,11 +20,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import WeightAdapter, autocast, beside
+from isotune.adapters.contract import WeightAdapter, beside
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, rotation
 from isotune.linalg.kronecker import balanced_factors, rotate_kronecker
+from isotune.linalg.precision import autocast
 from isotune.linalg.principal import principal_directions
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from isotune.checkpoint.stored_models import StoredModel, read_model
-from isotune.checkpoint.tensor_kinds import Kinds, is_vocabulary, tensor_kinds
+from isotune.checkpoint.tensor_kinds import Kinds, is_vocabulary
 from isotune.checkpoint.vocabularies import difference, rows_of, token_ids
 from isotune.errors import CheckpointError, OptionError
+from isotune.merging.models.ties import full_config, share_all
 from isotune.merging.names import model_names
 
 Vocabulary = Literal["error", "intersect"]
@@ -90,7 +91,7 @@ def check_checkpoints(
     refuse(problems)
     origin, models = read[0], read if base is None else read[1:]
     others = read[1:]
-    kinds, untied = _share_all(read)
+    kinds, untied = share_all(read)
     for model in read:
         problems += _of_one(model)
     floating = {n for n, h in origin.headers.items() if h.floating and not _COMPUTED.search(n)}
@@ -142,44 +143,6 @@ def _of_one(model: StoredModel) -> list[str]:
     return [f"{model.label} has tensors of a dtype that cannot be merged: {_listed(odd)}"] if odd else []
 
 
-def _share_all(models: Sequence[StoredModel]) -> tuple[Kinds, frozenset[str]]:
-    """Let every model have the names that it ties; the kinds of the first, and what is not tied in all of them."""
-    origin = models[0]
-    kinds, by_ties = _kinds(origin), _ties(origin)
-    ties = [kinds.tied if _ties(model) == by_ties else _kinds(model).tied for model in models]
-    untied = {alias for own in ties for alias in own if any(alias not in other for other in ties)}
-    for model, own in zip(models, ties, strict=True):
-        _share(model, origin, own)
-    for alias in untied & origin.shared.keys():
-        source = origin.shared[alias]
-        origin.headers[alias], origin.file_of[alias] = origin.headers[source], origin.file_of[source]
-    tied = {alias: source for alias, source in kinds.tied.items() if alias not in untied}
-    return replace(kinds, tied=tied), frozenset(untied)
-
-
-def _kinds(model: StoredModel) -> Kinds:
-    return tensor_kinds(model.folder, model.config, {n: h.shape for n, h in model.headers.items()})
-
-
-def _ties(model: StoredModel) -> bool:
-    """Whether its config ties the head to the embeddings."""
-    return bool(_full_config(model).get("tie_word_embeddings"))
-
-
-def _share(model: StoredModel, origin: StoredModel, tied: Mapping[str, str]) -> None:
-    """Find, for tied names, the one that the model stores, and further copies of it."""
-    groups: dict[str, list[str]] = {}
-    for alias, source in tied.items():
-        groups.setdefault(source, [source]).append(alias)
-    for group in groups.values():
-        stored = [name for name in group if name in model.headers]
-        kept = next((name for name in group if name in origin.headers), group[0])
-        if stored:
-            own = kept if kept in stored else stored[0]
-            model.shared |= {name: own for name in group if name not in stored}
-            model.copies[kept] = [name for name in stored if name != own]
-
-
 def _architecture(model: StoredModel, origin: StoredModel) -> list[str]:
     problems = []
     for key in ("model_type", "architectures"):
@@ -188,21 +151,11 @@ def _architecture(model: StoredModel, origin: StoredModel) -> list[str]:
             problems.append(f"{model.label} is another kind of model than {origin.label}: {key} {own}, not {wanted}")
     if problems:
         return problems
-    own, wanted = dict(_flat(_full_config(model))), dict(_flat(_full_config(origin)))
+    own, wanted = dict(_flat(full_config(model))), dict(_flat(full_config(origin)))
     different = [f"{k}={own[k]!r} (not {wanted[k]!r})" for k in wanted if k in own and own[k] != wanted[k]]
     if different:
         return [f"{model.label} has another config than {origin.label}: {', '.join(different)}"]
     return []
-
-
-def _full_config(model: StoredModel) -> Mapping[str, Any]:
-    """The config with the defaults of what it does not say, where transformers knows them."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model.folder).to_dict()
-    except Exception:  # a model type that this version of transformers does not know
-        return model.config
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
