@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import isotune
-from benchmarks.accuracy import BASELINE, BUDGET, DOCS
-from benchmarks.reading import at_budget, number, reading, score, words
-from benchmarks.standings import REFERENCES, Summary, budgets, one_pass, ranked, summaries
+from benchmarks.reading import at_budget, number, score, words
+from benchmarks.standings import REFERENCES, summaries
 from isotune.adapters.registry import BUILT_IN
+from isotune.comparison.results import Summary, ranked
 from isotune.model.catalogue import MethodInfo
 
+DOCS = Path(__file__).parent.parent / "docs"
 PAGE = "choosing.md"
 OPENING = """# Choose a method
 
@@ -45,16 +45,7 @@ def page(docs: Path) -> str:
         parts.append("To make such a comparison on your own data: [Compare](compare.md).")
     for name, summary in summaries(docs).items():
         parts += [f"## {_title(name, summary)}", about(summary), *_links(docs, name)]
-        parts += [at_budget(summary, budget) for budget in budgets(summary)]
-    file = docs / "methods-compared.json"
-    if file.is_file():
-        summary = one_pass(json.loads(file.read_text()), BASELINE)
-        parts += [
-            "## All methods once over",
-            f"Every method on SciCite with all-MiniLM-L6-v2, at {BUDGET:,} parameters, {summary['seeds']} seeds and "
-            f"{summary['trials']} learning rates, but on few rows: [the whole table](methods-compared.md).",
-            *(reading(summary, budget) for budget in budgets(summary)),
-        ]
+        parts += [at_budget(summary, group) for group in summary.groups]
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,7 +85,7 @@ def table_of_text(header: list[str], body: list[list[str]]) -> str:
 
 
 def _title(name: str, summary: Summary) -> str:
-    return f"{summary.get('task', 'comparison').capitalize()} with {summary.get('model', 'a model')}: {name}"
+    return f"{(summary.task or 'comparison').capitalize()} with {summary.model or 'a model'}: {name}"
 
 
 def _links(docs: Path, name: str) -> list[str]:
@@ -107,7 +98,7 @@ def _links(docs: Path, name: str) -> list[str]:
 
 def about(summary: Summary) -> str:
     """What was compared, where, and what stands beside the methods."""
-    where = summary.get("environment", {})
+    where = summary.environment
     made = ", ".join(
         f"{label} {where[key]}"
         for key, label in (("cpu", "on"), ("threads", "threads"), ("isotune_version", "isotune"),
@@ -115,19 +106,21 @@ def about(summary: Summary) -> str:
         if where.get(key) is not None
     )  # fmt: skip
     said = [
-        f"{summary['metric'].capitalize()} ({'higher' if summary['higher_is_better'] else 'lower'} is better), "
-        f"{summary['seeds']} seeds, {summary['trials']} learning rates tried for each method; {made}."
+        f"{summary.metric.capitalize()} ({'higher' if summary.higher_is_better else 'lower'} is better), "
+        f"{summary.seeds} seeds, {summary.trials} learning rates tried for each method; {made}."
     ]
-    for row in ranked(summary, None):
-        kept = [f", {words(key)} {score(found, key)}" for key, found in row.get("forgetting", {}).items()]
-        name = REFERENCES.get(row["method"], row["method"]).capitalize()
-        said.append(f"{name}: {score(row, summary['metric'])}{''.join(kept)}.")
-    for key, measure in summary.get("forgetting", {}).items():
-        base = measure.get("base")
+    if note := (summary.model_extra or {}).get("note"):
+        said.append(note)
+    for standing in ranked([row for row in summary.rows if row.budget is None], summary.higher_is_better):
+        row = standing.row
+        kept = [f", {words(key)} {score(found, key)}" for key, found in row.forgetting.items()]
+        name = REFERENCES.get(row.method, row.method).capitalize()
+        said.append(f"{name}: {score(row.score, summary.metric)}{''.join(kept)}.")
+    for key, measure in summary.forgetting.items():
         said.append(
-            f"Forgetting, *{measure.get('label', key)}*: the base has {number(base, key)}."
-            if base is not None
-            else f"Forgetting: {measure.get('label', key)}."
+            f"Forgetting, *{measure.label}*: the base has {number(measure.base, key)}."
+            if measure.base is not None
+            else f"Forgetting: {measure.label}."
         )
     return " ".join(said)
 

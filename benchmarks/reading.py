@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from benchmarks.standings import Row, Summary, apart, difference, ranked, tied_with_best, worth_of_tuning
+from benchmarks.standings import worth_of_tuning
 from benchmarks.tables import table
-from isotune.intervals import half_width
+from isotune.comparison.results import Group, Measure, Row, Standing, Summary, lead, ranked
+from isotune.intervals import Interval
 
 
-def at_budget(summary: Summary, budget: int) -> str:
+def at_budget(summary: Summary, group: Group) -> str:
     """Table and reading at one budget."""
-    rows, measures = ranked(summary, budget), summary.get("forgetting", {})
-    compared = f"minus {summary['baseline']}"
-    header = ["method", "parameters", "rate", summary["metric"], compared, *map(words, measures), "s a step"]
-    body = [_cells(row, summary, _baseline(summary, rows)) for row in rows]
-    return f"### {budget:,} parameters\n\n{table(header, body)}\n\n{reading(summary, budget)}"
+    compared = f"minus {summary.baseline}"
+    header = ["method", "parameters", "rate", summary.metric, compared, *map(words, summary.forgetting), "s a step"]
+    body = [_cells(standing.row, summary) for standing in group.standings]
+    return f"### {group.budget:,} parameters\n\n{table(header, body)}\n\n{reading(summary, group)}"
 
 
-def _cells(row: Row, summary: Summary, baseline: Row | None) -> list[str]:
-    metric, rate, seconds = summary["metric"], row.get("learning_rate"), row.get("seconds_per_step")
-    options = ", ".join(f"{key}={value}" for key, value in row.get("options", {}).items())
+def _cells(row: Row, summary: Summary) -> list[str]:
+    options = ", ".join(f"{key}={value}" for key, value in row.options.items())
     return [
-        f"{row['method']} {options}".strip(),
-        f"{row['parameters']:,}",
-        "" if rate is None else f"{rate:g}{' (edge)' if row.get('edge') else ''}",
-        score(row, metric),
-        "" if baseline in (None, row) else _difference(row, baseline, metric),
-        *(_kept(row, key) for key in summary.get("forgetting", {})),
-        "" if seconds is None else f"{seconds:.3g}",
+        f"{row.method} {options}".strip(),
+        f"{row.parameters:,}",
+        "" if row.learning_rate is None else f"{row.learning_rate:g}{' (edge)' if row.edge else ''}",
+        score(row.score, summary.metric),
+        score(row.difference, summary.metric, signed=True),
+        *(score(row.forgetting.get(key), key) for key in summary.forgetting),
+        "" if row.seconds_per_step is None else f"{row.seconds_per_step:.3g}",
     ]
 
 
-def reading(summary: Summary, budget: int) -> str:
+def reading(summary: Summary, group: Group) -> str:
     """What the figures at a budget say, a sentence a line."""
-    rows, metric = ranked(summary, budget), summary["metric"]
-    said = [f"The best mean is {_named(rows[:1])}'s, {score(rows[0], metric)}.", *_ties(rows)]
-    baseline = _baseline(summary, rows)
-    if baseline is not None and len(baseline["values"]) > 1:
-        said.append(_against(baseline, rows, summary["higher_is_better"]))
-    said += [_kept_best(rows, key, measure) for key, measure in summary.get("forgetting", {}).items()]
-    if edges := [row for row in rows if row.get("edge")]:
+    rows, metric = [standing.row for standing in group.standings], summary.metric
+    said = [f"The best mean is {_named(rows[:1])}'s, {score(rows[0].score, metric)}.", *_ties(group.standings)]
+    baseline = next((row for row in rows if row.method == summary.baseline), None)
+    if baseline is not None and len(baseline.values) > 1:
+        said.append(_against(baseline, rows, summary.higher_is_better))
+    said += [_kept_best(rows, key, measure) for key, measure in summary.forgetting.items()]
+    if edges := [row for row in rows if row.edge]:
         said.append(f"Best at an end of the range of rates, so perhaps better than shown: {_named(edges)}.")
-    if front := [row for row in rows if row.get("front")]:
+    if front := [row for row in rows if row.front]:
         said.append(f"On the Pareto front of {metric} over parameters, all budgets together: {_named(front)}.")
-    if sum(len(row.get("learning_rates", {})) > 1 for row in rows) > 1:
+    if sum(len(row.learning_rates) > 1 for row in rows) > 1:
         rate, method = worth_of_tuning(rows)
         said.append(
             f"On the validation rows the worst of the tried rates cost a method {number(rate, metric)} (median); the "
@@ -55,60 +52,50 @@ def reading(summary: Summary, budget: int) -> str:
     return "\n".join(f"- {sentence}" for sentence in said)
 
 
-def _ties(rows: list[Row]) -> list[str]:
-    tied, count = tied_with_best(rows), len(rows[0]["values"])
-    behind = [row for row in rows if row not in tied]
+def _ties(standings: Sequence[Standing]) -> list[str]:
+    best, *others = standings
+    tied, behind = ([one.row for one in others if one.tied is same] for same in (True, False))
+    count = len(best.row.values)
     if count < 2:
         return ["With one seed there is no interval, and nothing is told apart."]
-    if len(tied) == 1:
+    if not tied:
         return [f"The {len(behind)} others are told apart from it over {count} seeds."]
-    said = [f"Not told apart from it over {count} seeds: {_named(tied[1:])}."]
+    said = [f"Not told apart from it over {count} seeds: {_named(tied)}."]
     return [*said, f"Told apart, and behind: {_named(behind)}."] if behind else said
 
 
-def _kept_best(rows: list[Row], key: str, measure: dict[str, Any]) -> str:
+def _kept_best(rows: Iterable[Row], key: str, measure: Measure) -> str:
     kept = [
-        {"method": row["method"], "values": row["forgetting"][key]["values"]}
+        Row(method=row.method, seeds=row.seeds, values=row.forgetting[key].values)
         for row in rows
-        if row.get("forgetting", {}).get(key)
+        if key in row.forgetting
     ]
     if not kept:
         return f"Forgetting by {words(key)} was not measured here."
-    kept.sort(key=lambda row: statistics.fmean(row["values"]), reverse=measure["higher_is_better"])
-    return " ".join([f"Least forgotten, by {words(key)}: {_named(kept[:1])}, {score(kept[0], key)}.", *_ties(kept)])
+    standings = ranked(kept, measure.higher_is_better)
+    best = standings[0].row
+    told = f"Least forgotten, by {words(key)}: {_named([best])}, {score(best.score, key)}."
+    return " ".join([told, *_ties(standings)])
 
 
-def _against(baseline: Row, rows: list[Row], higher_is_better: bool) -> str:
-    others = [row for row in rows if row is not baseline]
-    clear = [row for row in others if apart(row, baseline)]
-    better = [row for row in clear if (difference(row, baseline)[0] > 0) == higher_is_better]
+def _against(baseline: Row, rows: Sequence[Row], higher_is_better: bool) -> str:
+    leads = {row.method: lead(row, baseline, higher_is_better) for row in rows if row is not baseline}
+    clear = [row for row in rows if (found := leads.get(row.method)) is not None and not found.holds_zero]
+    better = [row for row in clear if leads[row.method].mean > 0]
     worse = [row for row in clear if row not in better]
     return (
         f"Told apart from {_named([baseline])}: better {_named(better)}, worse {_named(worse)}; "
-        f"{len(others) - len(clear)} of {len(others)} are not."
+        f"{len(leads) - len(clear)} of {len(leads)} are not."
     )
 
 
-def _baseline(summary: Summary, rows: Iterable[Row]) -> Row | None:
-    return next((row for row in rows if row["method"] == summary["baseline"]), None)
-
-
-def _kept(row: Row, key: str) -> str:
-    found = row.get("forgetting", {}).get(key)
-    return score(found, key) if found and found["values"] else ""
-
-
-def score(row: Row, metric: str) -> str:
-    """Mean and 95 % t-interval of the row's values; the mean alone for one value."""
-    values = row["values"]
-    mean = number(statistics.fmean(values), metric)
-    return f"{mean} ± {number(half_width(values), metric)}" if len(values) > 1 else mean
-
-
-def _difference(row: Row, baseline: Row, metric: str) -> str:
-    mean, half = difference(row, baseline)
-    shown = f"{'+' if mean >= 0 else '-'}{number(abs(mean), metric)}"
-    return shown if half is None else f"{shown} ± {number(half, metric)}"
+def score(found: Interval | None, metric: str, signed: bool = False) -> str:
+    """Mean and 95 % t-interval; the mean alone for one value; nothing for None."""
+    if found is None:
+        return ""
+    sign = ("+" if found.mean >= 0 else "-") if signed else ""
+    mean = sign + number(abs(found.mean) if signed else found.mean, metric)
+    return mean if found.half_width is None else f"{mean} ± {number(found.half_width, metric)}"
 
 
 def number(value: float, metric: str) -> str:
@@ -123,4 +110,4 @@ def words(key: str) -> str:
 
 
 def _named(rows: Iterable[Row]) -> str:
-    return ", ".join(f"`{row['method']}`" for row in rows) or "none"
+    return ", ".join(f"`{row.method}`" for row in rows) or "none"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from isotune.intervals import Mean, half_width, quantile
+from isotune.intervals import Interval, half_width, paired, quantile
 
 
 def test_the_interval_is_students() -> None:
@@ -22,4 +22,15 @@ def test_quantiles_are_those_of_the_tables(freedom: int, table: float) -> None:
 
 
 def test_a_single_value_has_no_interval() -> None:
-    assert Mean.of([0.5]).as_dict() == {"values": [0.5], "mean": 0.5, "half_width": None}
+    assert Interval.of([0.5]) == Interval(0.5, None, [0.5])
+
+
+def test_a_difference_is_paired_by_seed_over_those_that_both_have() -> None:
+    found = paired({1: 0.5, 2: 0.75, 3: 1.0}, {3: 0.5, 2: 0.5})
+    assert found == Interval(0.375, half_width([0.25, 0.5]), [0.25, 0.5])
+    assert paired({1: 0.5}, {2: 0.5}) is None
+
+
+def test_only_an_interval_that_leaves_zero_out_excludes_it() -> None:
+    assert [Interval(0.2, half).holds_zero for half in (0.1, 0.2, None)] == [False, True, True]
+    assert -Interval(0.2, 0.1, [0.1, 0.3]) == Interval(-0.2, 0.1, [-0.1, -0.3])

@@ -1,33 +1,43 @@
-"""Means over seeds, with their 95 % t-intervals."""
+"""Means over seeds with their 95 % t-intervals, and differences paired by seed."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Of Student's t at 97.5 %, for 1 to 9 degrees of freedom."""
 
 
 @dataclass(frozen=True)
-class Mean:
-    """The mean of some values, and half the width of its interval (None for a single value)."""
+class Interval:
+    """A mean and half the width of its interval; None where a single value gives none."""
 
-    values: list[float]
     mean: float
-    half_width: float | None
+    half_width: float | None = None
+    values: list[float] = field(default_factory=list)
+    """What it is the mean of, where that is known."""
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """The mean of at least one value."""
-        return cls(list(values), statistics.fmean(values), half_width(values) if len(values) > 1 else None)
+    def of(cls, values: Sequence[float]) -> Interval:
+        """That of at least one value."""
+        return cls(statistics.fmean(values), half_width(values) if len(values) > 1 else None, list(values))
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    @property
+    def holds_zero(self) -> bool:
+        """Whether zero lies in the interval; without an interval nothing excludes it."""
+        return self.half_width is None or abs(self.mean) <= self.half_width
+
+    def __neg__(self) -> Interval:
+        return Interval(-self.mean, self.half_width, [-value for value in self.values])
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
+    """Ours minus theirs over the seeds that both have; None where there is no such seed."""
+    seeds = [seed for seed in ours if seed in theirs]
+    return Interval.of([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import isotune
-from benchmarks import choosing
-from benchmarks.reading import at_budget, reading
-from benchmarks.standings import apart, difference, one_pass, tied_with_best, worth_of_tuning
+from benchmarks import choosing, reading
+from benchmarks.standings import worth_of_tuning
+from isotune.comparison.results import Row, Summary, lead, ranked
+from isotune.intervals import Interval, paired
 
 
-def row(method: str, values: list[float], **more: Any) -> dict[str, Any]:
-    common = {"budget": 1000, "options": {"rank": 4}, "parameters": 1000, "learning_rate": 1e-3, "edge": False}
-    return {"method": method, "values": values, **common, **more}
+def row(method: str, values: list[float], **more: Any) -> Row:
+    common = {"budget": 1000, "options": {"rank": 4}, "parameters": 1000, "learning_rate": 1e-3}
+    return Row(method=method, values=values, **{**common, **more})
 
 
-def summary(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
-    common = {"metric": "accuracy", "higher_is_better": True, "baseline": "lora", "seeds": 3, "trials": 4}
-    return {**common, "task": "classification", "model": "tiny", "rows": list(rows), **more}
+def summary(*rows: Row, **more: Any) -> Summary:
+    common = {"metric": "accuracy", "baseline": "lora", "seeds": 3, "trials": 4, "task": "classification"}
+    for one in rows[1:]:
+        one.difference = paired(one.by_seed, rows[0].by_seed)
+    return Summary(**{**common, "model": "tiny", "rows": list(rows), **more})
+
+
+def said_of(found: Summary) -> str:
+    return reading.reading(found, found.groups[0])
 
 
 LORA = row("lora", [0.80, 0.82, 0.81])
@@ -43,11 +49,13 @@ def test_what_is_recommended_without_figures_can_do_all_that_is_asked() -> None:
 
 
 def test_methods_whose_difference_may_be_zero_are_ties() -> None:
-    assert difference(LORA, TIED)[0] == pytest.approx(-0.02 / 3)
-    assert not apart(LORA, TIED)
-    assert apart(BEHIND, LORA)
-    assert [found["method"] for found in tied_with_best([TIED, LORA, BEHIND])] == ["hra", "lora"]
-    said = reading(summary(LORA, TIED, BEHIND), 1000)
+    assert lead(LORA, TIED, True).mean == pytest.approx(-0.02 / 3)
+    assert [(one.method, one.tied) for one in ranked([LORA, BEHIND, TIED], True)] == [
+        ("hra", True),
+        ("lora", True),
+        ("oft", False),
+    ]
+    said = said_of(summary(LORA, TIED, BEHIND))
     assert "The best mean is `hra`'s, 81.7 ± 3.8." in said
     assert "Not told apart from it over 3 seeds: `lora`." in said
     assert "Told apart, and behind: `oft`." in said
@@ -56,25 +64,28 @@ def test_methods_whose_difference_may_be_zero_are_ties() -> None:
 
 
 def test_one_seed_tells_nothing_apart() -> None:
-    said = reading(summary(row("lora", [0.8]), row("hra", [0.9])), 1000)
+    said = said_of(summary(row("lora", [0.8]), row("hra", [0.9])))
     assert "nothing is told apart" in said
     assert "±" not in said
     alone = row("hra", [0.9, 0.99], seeds=[0, 7])
-    assert difference(alone, LORA) == (pytest.approx(0.1), None), "one seed in common"
+    assert lead(alone, LORA, True) == Interval(pytest.approx(0.1), None, [pytest.approx(0.1)]), "one seed in common"
 
 
 def test_less_is_better_where_the_metric_says_so() -> None:
     low, high = row("hra", [3.1, 3.2, 3.15]), row("lora", [4.1, 4.2, 4.15])
-    said = reading(summary(low, high, metric="perplexity", higher_is_better=False), 1000)
+    said = said_of(summary(low, high, metric="perplexity", higher_is_better=False))
     assert "The best mean is `hra`'s, 3.150 ± 0.124." in said
     assert "better `hra`, worse none" in said
 
 
 def test_the_table_has_differences_and_what_was_forgotten() -> None:
     forgotten = {"probe_accuracy": {"values": [0.9, 0.9, 0.9], "mean": 0.9, "half_width": 0.0}}
-    found = summary(LORA, row("hra", [0.83, 0.84, 0.85], forgetting=forgotten, seconds_per_step=0.25))
-    found["forgetting"] = {"probe_accuracy": {"base": 0.91, "higher_is_better": True, "label": "CLINC150"}}
-    text = at_budget(found, 1000)
+    found = summary(
+        LORA,
+        row("hra", [0.83, 0.84, 0.85], forgetting=forgotten, seconds_per_step=0.25),
+        forgetting={"probe_accuracy": {"base": 0.91, "label": "CLINC150"}},
+    )
+    text = reading.at_budget(found, found.groups[0])
     assert "| hra rank=4 | 1,000 | 0.001 | 84.0 ± 2.5 | +3.0 ± 2.5 | 90.0 ± 0.0 | 0.25 |" in text
     assert "| lora rank=4 | 1,000 | 0.001 | 81.0 ± 2.5 |  |  |  |" in text
     assert "Least forgotten, by probe accuracy: `hra`, 90.0 ± 0.0." in text
@@ -91,8 +102,8 @@ def test_tuning_is_compared_with_the_choice_of_a_method() -> None:
 def test_every_committed_comparison_is_on_the_page(tmp_path: Path) -> None:
     folder = tmp_path / "examples" / "citations"
     folder.mkdir(parents=True)
-    frozen = {"method": "frozen", "budget": None, "values": [0.65], "forgetting": {"similarity": {"values": [1.0]}}}
-    (folder / "summary.json").write_text(json.dumps(summary(LORA, TIED, frozen)))
+    frozen = row("frozen", [0.65], budget=None, forgetting={"similarity": Interval.of([1.0])})
+    (folder / "summary.json").write_text(summary(LORA, TIED, frozen).model_dump_json())
     (folder / "report.html").write_text("")
     (tmp_path / "examples" / "other").mkdir()
     (tmp_path / "examples" / "other" / "summary.json").write_text("{}")
@@ -101,11 +112,4 @@ def test_every_committed_comparison_is_on_the_page(tmp_path: Path) -> None:
     assert "(examples/citations/report.html)." in text
     assert "The frozen base: 65.0, similarity 1.000." in text
     assert "### 1,000 parameters" in text
-    assert "once over" not in text
     assert "(compare.md)" not in text
-
-
-def test_the_pass_over_all_methods_reads_like_a_summary() -> None:
-    file = choosing.DOCS / "methods-compared.json"
-    found = one_pass(json.loads(file.read_text()), "lora")
-    assert "`lora`" in reading(found, choosing.BUDGET)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from isotune.cli import demo as cli_demo
 from isotune.training import demo
 
 
@@ -41,11 +42,16 @@ def test_a_comparison_searches_both_methods_alike_and_reuses_finished_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(demo, "RATES", (1e-3, 4e-3))
+    monkeypatch.setattr(cli_demo, "TRIALS", 2)
     assert command("demo", "--quick", "--seeds", 2, "--output", tmp_path / "compare", "--json") == 0
     first = json.loads(capsys.readouterr().out)
-    assert {name: len(by) for name, by in first["searched"].items()} == {"hra": 2, "lora": 2}
-    assert {name: len(values) for name, values in first["accuracy"].items()} == {"hra": 2, "lora": 2}
+    rows = {row["method"]: row for row in first["rows"]}
+    assert {name: (len(row["learning_rates"]), len(row["values"])) for name, row in rows.items()} == {
+        "hra": (2, 2),
+        "lora": (2, 2),
+        "frozen": (0, 2),
+    }
+    assert rows["hra"]["parameters"] == rows["lora"]["parameters"] == 36_864
     monkeypatch.setattr(demo.Session, "trainer", None)  # no run is trained again
     assert command("demo", "--quick", "--seeds", 2, "--output", tmp_path / "compare", "--json") == 0
     assert json.loads(capsys.readouterr().out) == first

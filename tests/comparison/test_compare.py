@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from tiny import environment
 
 from isotune.comparison import build_comparison, compare, one_run
 from isotune.comparison.recipe import ComparisonRecipe
+from isotune.comparison.results import Summary, Units
 from isotune.comparison.store import Store
 from isotune.errors import DivergedError, IsotuneError
 
@@ -55,7 +55,7 @@ def exact(output: str | Path) -> dict[str, Any]:
     """Of each unit what does not depend on the machine's speed."""
     vague = ("seconds_per_step", "tokens_per_second", "peak_memory_bytes")
     return {
-        name: {key: value for key, value in line["metrics"].items() if key not in vague}
+        name: {key: value for key, value in line.metrics.items() if key not in vague}
         for name, line in Store(output).lines().items()
     }
 
@@ -69,42 +69,42 @@ def alike(output: str | Path) -> dict[str, Any]:
 
 
 def test_every_row_is_sized_searched_measured_and_summarised(whole: ComparisonRecipe) -> None:
-    found = json.loads(Store(whole.output).summary_file.read_text())
-    rows = {row["method"]: row for row in found["rows"]}
+    found = Summary.read(Store(whole.output).summary_file)
+    rows = {row.method: row for row in found.rows}
     assert rows.keys() == {"hra", "lora", "full", "frozen"}
-    assert (rows["hra"]["parameters"], rows["lora"]["parameters"]) == (256, 256)
-    assert found["units"] == {"planned": 17, "done": 17, "failed": 0}
-    assert found["forgetting"].keys() == {"probe_accuracy", "similarity"}
+    assert (rows["hra"].parameters, rows["lora"].parameters) == (256, 256)
+    assert found.units == Units(planned=17, done=17, failed=0)
+    assert found.forgetting.keys() == {"probe_accuracy", "similarity"}
     for name in ("hra", "lora", "full"):
         row = rows[name]
-        assert len(row["values"]) == len(row["runs"]) == 2
-        assert f"{row['learning_rate']:g}" == max(row["learning_rates"], key=row["learning_rates"].get)
-        assert row["seconds_per_step"] > 0
-        assert row["adapter_bytes"] > 1000
-        assert 0 <= row["forgetting"]["similarity"]["mean"] <= 1
-    assert rows["frozen"]["forgetting"]["similarity"]["values"] == [1.0, 1.0]
-    assert rows["hra"]["export_rank"] == 2 * rows["lora"]["export_rank"]
-    assert rows["full"]["export_rank"] is None
-    assert rows["hra"]["difference"]["values"] == [
-        pytest.approx(one - other) for one, other in zip(rows["hra"]["values"], rows["lora"]["values"], strict=True)
+        assert len(row.values) == len(row.runs) == 2
+        assert f"{row.learning_rate:g}" == max(row.learning_rates, key=row.learning_rates.get)
+        assert row.seconds_per_step > 0
+        assert row.adapter_bytes > 1000
+        assert 0 <= row.forgetting["similarity"].mean <= 1
+    assert rows["frozen"].forgetting["similarity"].values == [1.0, 1.0]
+    assert rows["hra"].export_rank == 2 * rows["lora"].export_rank
+    assert rows["full"].export_rank is None
+    assert rows["hra"].difference.values == [
+        pytest.approx(one - other) for one, other in zip(rows["hra"].values, rows["lora"].values, strict=True)
     ]
 
 
 def test_adapters_and_curves_of_the_seeds_are_kept_and_trials_leave_only_their_line(whole: ComparisonRecipe) -> None:
     lines = Store(whole.output).lines()
     runs = {path.name for path in (Path(whole.output) / "runs").iterdir()}
-    kept = {name for name, line in lines.items() if line["kind"] == "seed" and line["method"] != "frozen"}
+    kept = {name for name, line in lines.items() if line.kind == "seed" and line.method != "frozen"}
     assert runs == kept
     for name in kept:
-        folder = Path(whole.output) / lines[name]["run"]
+        folder = Path(whole.output) / lines[name].run
         assert (folder / ("model" if "full" in name else "adapter")).is_dir()
         assert not list(folder.glob("checkpoint-*"))
-        assert any("loss" in entry for entry in lines[name]["curve"])
+        assert any("loss" in entry for entry in lines[name].curve)
 
 
 def test_a_finished_comparison_is_not_run_again(whole: ComparisonRecipe) -> None:
     before = Store(whole.output).results_file.read_bytes()
-    assert compare(whole, progress=False)["units"]["done"] == 17
+    assert compare(whole, progress=False).units.done == 17
     assert Store(whole.output).results_file.read_bytes() == before
 
 
@@ -139,7 +139,7 @@ def test_more_methods_and_seeds_are_added_to_what_is_there(whole: ComparisonReci
     found = compare(more, progress=False)
     after = Store(whole.output).lines()
     assert {name for name in after if name not in before} == {n for n in after if n.startswith("miss")}
-    assert "full" not in [row["method"] for row in found["rows"]]
+    assert "full" not in [row.method for row in found.rows]
 
 
 def test_causal_models_are_compared_by_their_loss(llama: Path, prompts: Path, tmp_path: Path) -> None:
@@ -153,12 +153,12 @@ def test_causal_models_are_compared_by_their_loss(llama: Path, prompts: Path, tm
         }
     )  # fmt: skip
     found = compare(made, progress=False)
-    assert (found["metric"], found["higher_is_better"]) == ("loss", False)
-    rows = {row["method"]: row for row in found["rows"]}
-    assert rows["hra"]["half_width"] is None
-    assert rows["hra"]["mean"] < rows["frozen"]["mean"]
-    assert rows["hra"]["forgetting"]["perplexity"]["mean"] != found["forgetting"]["perplexity"]["base"]
-    assert found["forgetting"]["perplexity"]["higher_is_better"] is False
+    assert (found.metric, found.higher_is_better) == ("loss", False)
+    rows = {row.method: row for row in found.rows}
+    assert rows["hra"].half_width is None
+    assert rows["hra"].mean < rows["frozen"].mean
+    assert rows["hra"].forgetting["perplexity"].mean != found.forgetting["perplexity"].base
+    assert found.forgetting["perplexity"].higher_is_better is False
 
 
 def test_a_method_that_does_not_fit_is_refused_before_anything_is_written(
@@ -182,8 +182,8 @@ def test_a_run_that_failed_is_final_until_it_is_retried(
     with monkeypatch.context() as patched:
         patched.setattr(one_run, "train", diverged)
         found = compare(made, progress=False)
-    assert (found["units"]["failed"], found["rows"]) == (1, [])
-    assert found["without_result"] == ["hra at 300: diverged at every learning rate"]
-    assert compare(made, progress=False)["units"]["failed"] == 1
+    assert (found.units.failed, found.rows) == (1, [])
+    assert found.without_result == ["hra at 300: diverged at every learning rate"]
+    assert compare(made, progress=False).units.failed == 1
     again = compare(made, retry=True, progress=False)
-    assert again["units"] == {"planned": 2, "done": 2, "failed": 0}
+    assert again.units == Units(planned=2, done=2, failed=0)

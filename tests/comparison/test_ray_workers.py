@@ -9,6 +9,7 @@ import torch
 from test_compare import alike, exact, recipe
 
 from isotune.comparison import compare
+from isotune.comparison.results import Units
 from isotune.errors import IsotuneError
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -31,7 +32,7 @@ def test_a_local_ray_of_two_workers_comes_to_the_same_results(bert: Path, rows: 
         "compare__trials": 1,
     }  # fmt: skip
     found = compare(recipe(bert, rows, tmp_path / "ray", **few), workers=2, ray="local", progress=False)
-    assert found["units"] == {"planned": 3, "done": 3, "failed": 0}
+    assert found.units == Units(planned=3, done=3, failed=0)
     assert not ray.is_initialized()
     compare(recipe(bert, rows, tmp_path / "one", **few), progress=False)
     assert exact(tmp_path / "ray") == alike(tmp_path / "one")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from isotune.comparison.recipe import ComparisonRecipe, build_comparison
+from isotune.comparison.results import Line
 from isotune.comparison.store import Store
 from isotune.errors import IsotuneError
 
@@ -20,12 +21,11 @@ def recipe(output: Path, **compare: Any) -> ComparisonRecipe:
     return build_comparison(flags=flags | {f"compare.{key}": value for key, value in compare.items()})
 
 
-def line(unit: str, **metrics: float) -> dict[str, Any]:
-    return {
-        "unit": unit, "kind": "trial", "method": "lora", "budget": 1000, "options": {"rank": 4}, "parameters": 1024,
-        "learning_rate": 1e-3, "seed": 0, "status": "done", "error": None, "metrics": metrics, "seconds": 1.0,
-        "run": None,
-    }  # fmt: skip
+def line(unit: str, **metrics: float) -> Line:
+    return Line(
+        unit=unit, kind="trial", method="lora", budget=1000, options={"rank": 4}, parameters=1024,
+        learning_rate=1e-3, seed=0, status="done", metrics=metrics, seconds=1.0,
+    )  # fmt: skip
 
 
 def test_lines_come_back_and_the_last_of_a_unit_counts(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_lines_come_back_and_the_last_of_a_unit_counts(tmp_path: Path) -> None:
         for one in (line("a", loss=1.0), line("b", loss=2.0), line("a", loss=3.0)):
             store.add(one)
     found = Store(tmp_path / "c").lines()
-    assert {name: one["metrics"]["loss"] for name, one in found.items()} == {"a": 3.0, "b": 2.0}
+    assert {name: one.metrics["loss"] for name, one in found.items()} == {"a": 3.0, "b": 2.0}
 
 
 def test_the_index_answers_queries_and_is_made_anew(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         "has no summary.json yet, and none can be made",
     ),
     "damaged summary": (lambda folder: (folder / "summary.json").write_text('{"rows": ['), "the file is damaged"),
-    "a list as summary": (lambda folder: (folder / "summary.json").write_text("[]"), "holds no JSON object"),
-    "no rows": (lambda folder: (folder / "summary.json").write_text("{}"), "`metric` or `rows` is missing"),
+    "a list as summary": (lambda folder: (folder / "summary.json").write_text("[]"), "is no summary of a comparison"),
+    "no rows": (lambda folder: (folder / "summary.json").write_text("{}"), "it has no metric"),
     "no results": (lambda folder: write_comparison(folder, summary([])), "no unit of the comparison has finished"),
     "a row without a method": (
         lambda folder: write_comparison(folder, summary([row("hra", [0.8])]) | {"rows": [{"values": [1.0]}]}),
@@ -53,7 +53,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "half a line": (
         lambda folder: (write_comparison(folder, summary([row("hra", [0.8])])), _half_line(folder)),
-        "results.jsonl: line 1 is no JSON",
+        "results.jsonl, line 1, is no result of isotune compare",
     ),
     "unfinished run": (lambda folder: write_run(folder / "run", metrics=False), "is not finished: isotune train"),
 }  # fmt: skip
@@ -83,9 +83,11 @@ def test_nothing_and_a_file_are_refused(tmp_path: Path) -> None:
 
 def test_the_last_line_may_be_cut_short_by_a_crash(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "c", summary([row("hra", [0.8, 0.9])]))
-    (folder / "results.jsonl").write_text('{"unit": "a", "kind": "seed", "status": "done"}\n{"unit": "b", "ki')
+    (folder / "results.jsonl").write_text(
+        '{"unit": "a", "kind": "seed", "method": "hra", "status": "done"}\n{"unit": "b", "ki'
+    )
     (found,) = collect([folder]).comparisons
-    assert [unit["unit"] for unit in found.units] == ["a"]
+    assert [unit.unit for unit in found.units] == ["a"]
 
 
 def test_every_kind_of_folder_is_recognised_and_named_apart(tmp_path: Path) -> None:

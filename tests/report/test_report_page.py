@@ -14,13 +14,14 @@ from run_folders import write_run
 from sweeps import diagnosis, row, summary, sweep, write_comparison
 from test_report_data import write_adapter
 
+from isotune.comparison.results import Row, Summary
 from isotune.errors import IsotuneError
 from isotune.report.data import Diagnosis, collect
 from isotune.report.figures.angles import histogram
 from isotune.report.figures.figure import styles, thinned
 from isotune.report.figures.heatmap import place
 from isotune.report.figures.lines import log_axis
-from isotune.report.figures.pareto import apart, front
+from isotune.report.figures.pareto import Cost, apart, front
 from isotune.report.page import build, render
 from isotune.report.sections import sections
 from isotune.report.verdict import judge
@@ -61,7 +62,7 @@ def test_a_sweep_of_two_hundred_units_stays_under_five_megabytes(tmp_path: Path)
 
 def test_the_data_is_in_the_page_for_machines(page: Path, scicite: Path) -> None:
     found = json.loads(element(page.read_text(), "isotune-data"))
-    assert found["comparisons"][0]["summary"] == json.loads((scicite / "summary.json").read_text())
+    assert found["comparisons"][0]["summary"] == Summary.read(scicite / "summary.json").model_dump()
     assert len(found["comparisons"][0]["units"]) == 154
     assert found["verdicts"][0]["ranking"][0]["best"]["method"] == "hra"
     assert {site["site"] for site in found["diagnoses"][0]["sites"]} >= {"encoder.layer.0.attention.self.query"}
@@ -135,7 +136,7 @@ def test_a_single_validation_is_no_curve_and_stands_last(tmp_path: Path) -> None
         {"step": 10, "eval_loss": 1.0, "eval_accuracy": 0.8},
     ]
     units = [
-        {"kind": "seed", "status": "done", "method": "hra", "budget": 10, "seed": seed, "metrics": {}, "curve": curve}
+        {"unit": f"hra-{seed}", "kind": "seed", "status": "done", "method": "hra", "budget": 10, "curve": curve}
         for seed in (1, 2)
     ]
     folder = write_comparison(tmp_path / "c", summary(rows), units)
@@ -181,9 +182,11 @@ def test_without_plotly_the_message_says_what_to_install(
 
 
 def test_the_front_holds_what_nothing_cheaper_beats() -> None:
-    rows = [row("a", [0.8], parameters=10), row("b", [0.7], parameters=20), row("c", [0.9], parameters=30)]
-    assert [r["method"] for r in front(rows, "parameters", True)] == ["a", "c"]
-    assert [r["method"] for r in front(rows, "parameters", False)] == ["a", "b"]
+    scores = {"a": (0.8, 10), "b": (0.7, 20), "c": (0.9, 30)}
+    rows = [Row(method=name, values=[score], parameters=size) for name, (score, size) in scores.items()]
+    cost = Cost("parameters", "parameters", str)
+    assert [row.method for row in front(rows, cost, True)] == ["a", "c"]
+    assert [row.method for row in front(rows, cost, False)] == ["a", "b"]
 
 
 def test_points_of_equal_cost_stand_a_little_apart() -> None:

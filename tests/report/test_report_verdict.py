@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 from sweeps import row, summary
 
+from isotune.comparison.results import Summary
+from isotune.intervals import Interval
 from isotune.report.data import Comparison
-from isotune.report.intervals import estimate, paired
 from isotune.report.verdict import Verdict, compared
 
 CLEAR = {"hra": [0.84, 0.86, 0.85], "lora": [0.80, 0.82, 0.81], "ia3": [0.70, 0.72, 0.71]}
 NOISY = {"hra": [0.84, 0.86, 0.85], "lora": [0.86, 0.83, 0.84], "ia3": [0.70, 0.72, 0.71]}
 
 
-def verdict(rows: list[dict[str, Any]], lines: list[dict[str, Any]] | None = None, **more: Any) -> Verdict:
-    return compared(Comparison(Path("x"), "x", summary(rows, **more), lines or [], None))
+def verdict(rows: list[dict[str, Any]], **more: Any) -> Verdict:
+    return compared(Comparison(Path("x"), "x", Summary.model_validate(summary(rows, **more)), [], None))
 
 
 def scored(scores: dict[str, list[float]], budget: int | None = 1000, **more: Any) -> list[dict[str, Any]]:
@@ -44,7 +45,7 @@ def test_two_that_cannot_be_told_apart_are_said_so_plainly() -> None:
 def test_pairing_finds_a_difference_that_the_intervals_of_the_means_hide() -> None:
     scores = {"hra": [0.71, 0.81, 0.91], "lora": [0.70, 0.80, 0.90]}
     found = verdict(scored(scores))
-    assert estimate(scores["hra"]).half_width > 0.2
+    assert Interval.of(scores["hra"]).half_width > 0.2
     assert "hra is best" in found.headlines[0]
 
 
@@ -54,18 +55,7 @@ def test_seeds_are_paired_by_their_number_and_not_by_their_order() -> None:
         row("lora", [0.70, 0.80, 0.90], 1000, seeds=[1, 2, 3]),
     ]
     assert "hra is best" in verdict(rows).headlines[0]
-    assert "cannot be told apart" in verdict([{**r, "seeds": None} for r in rows]).headlines[0]
-
-
-def test_seeds_come_from_the_units_where_the_rows_do_not_say_them() -> None:
-    rows = scored({"hra": [0.91, 0.81, 0.71], "lora": [0.70, 0.80, 0.90]})
-    units = [
-        {"kind": "seed", "status": "done", "method": r["method"], "budget": 1000, "seed": seed,
-         "metrics": {"test_accuracy": value}}
-        for r, order in zip(rows, ([3, 2, 1], [1, 2, 3]), strict=True)
-        for seed, value in zip(order, r["values"], strict=True)
-    ]  # fmt: skip
-    assert "hra is best" in verdict(rows, units).headlines[0]
+    assert "cannot be told apart" in verdict([{**r, "seeds": []} for r in rows]).headlines[0]
 
 
 def test_one_seed_claims_nothing() -> None:
@@ -155,12 +145,3 @@ def test_only_references_are_no_ranking() -> None:
     found = verdict([row("full", [0.8, 0.9], None), row("frozen", [0.5], None)])
     assert "no adapter has results yet" in found.headlines[0]
     assert found.ranking == []
-
-
-def test_an_estimate_is_a_mean_with_its_interval() -> None:
-    found = estimate([1.0, 2.0, 3.0])
-    assert (found.mean, found.half_width) == (2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-3))
-    assert paired({1: 1.0}, {2: 1.0}) is None
-    assert paired({1: 1.0, 2: 2.0, 3: 9.0}, {2: 1.5, 1: 0.5}) == estimate([0.5, 0.5])
-    assert not estimate([0.1, 0.1]).holds_zero
-    assert estimate([0.1]).holds_zero

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from isotune.cli.output import print_table
 from isotune.cli.report import write_beside
+
+if TYPE_CHECKING:
+    from isotune.comparison.results import Summary
+    from isotune.intervals import Interval
 
 Flag = typer.Option
 
@@ -89,10 +93,10 @@ def compare_command(
         raise typer.Exit(130) from None
     write_beside(Path(built.output), report)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(found.model_dump()))
         return
     show(found)
-    for reason in found["without_result"]:
+    for reason in found.without_result:
         print(reason, file=sys.stderr)
     print(
         f"{built.output}: finished. With what the runs did to the weights: isotune report {built.output}",
@@ -122,39 +126,38 @@ def _show_plan(cells: Any, recipe: Any) -> None:
     )
 
 
-def show(found: dict[str, Any]) -> None:
+def show(found: Summary) -> None:
     """A summary as a table on standard output, best first."""
-    percent = found["metric"] == "accuracy"
-    held_out = list(found["forgetting"])
+    percent = found.metric == "accuracy"
     print_table(
-        f"{found['metric']} on the test rows: mean and {found['confidence']}",
-        ["method", "parameters", "learning rate", found["metric"], f"minus {found['baseline']}", *held_out,
+        f"{found.metric} on the test rows: mean and {found.confidence}",
+        ["method", "parameters", "learning rate", found.metric, f"minus {found.baseline}", *found.forgetting,
          "s a step", "peak MB", "KB stored", "LoRA rank"],
         [
             [
-                f"{row['method']} {'*' if row['front'] else ''}".strip(),
-                f"{row['parameters']:,}",
-                _figure(row["learning_rate"], "{:g}") + (" (edge)" if row["edge"] else ""),
-                _interval(row, percent),
-                _interval(row["difference"], percent, signed=True),
-                *(_interval(row["forgetting"].get(name), name != "perplexity") for name in held_out),
-                _figure(row["seconds_per_step"], "{:.3f}"),
-                _figure(row["peak_memory_bytes"], "{:.0f}", 1e6),
-                _figure(row["adapter_bytes"], "{:.0f}", 1e3),
-                _figure(row["export_rank"], "{}"),
+                f"{row.method} {'*' if row.front else ''}".strip(),
+                f"{row.parameters:,}",
+                _figure(row.learning_rate, "{:g}") + (" (edge)" if row.edge else ""),
+                _interval(row.score, percent),
+                _interval(row.difference, percent, signed=True),
+                *(_interval(row.forgetting.get(name), name != "perplexity") for name in found.forgetting),
+                _figure(row.seconds_per_step, "{:.3f}"),
+                _figure(row.peak_memory_bytes, "{:.0f}", 1e6),
+                _figure(row.adapter_bytes, "{:.0f}", 1e3),
+                _figure(row.export_rank, "{}"),
             ]
-            for row in found["rows"]
+            for row in found.rows
         ],
         "*: no other row is as good with fewer parameters; edge: the best rate is the first or last of those tried",
     )  # fmt: skip
 
 
-def _interval(found: dict[str, Any] | None, percent: bool, signed: bool = False) -> str:
+def _interval(found: Interval | None, percent: bool, signed: bool = False) -> str:
     if found is None:
         return "-"
     scale, digits = (100, 1) if percent else (1, 3)
-    mean = f"{scale * found['mean']:{'+' if signed else ''}.{digits}f}"
-    return mean if found["half_width"] is None else f"{mean} ± {scale * found['half_width']:.{digits}f}"
+    mean = f"{scale * found.mean:{'+' if signed else ''}.{digits}f}"
+    return mean if found.half_width is None else f"{mean} ± {scale * found.half_width:.{digits}f}"
 
 
 def _figure(value: float | None, shape: str, unit: float = 1) -> str:

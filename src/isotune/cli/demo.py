@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from isotune.cli.compare import show
 from isotune.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from isotune.training.demo import Comparison, Demo
+    from isotune.comparison.results import Summary
+    from isotune.training.demo import Demo
 
 Flag = typer.Option
+
+TRIALS = 5
+"""Learning rates that the comparison tries for each method."""
 
 _HELP = """Adapt all-MiniLM-L6-v2 to SciCite: is a citation there for background, a method or a result?
 
@@ -21,8 +26,8 @@ A linear probe first, then HRA, and LoRA with the same number of parameters, bot
 adapter is saved, exported as a LoRA, and both are loaded into fresh models that must predict the same. About five
 minutes on two cores; nothing is downloaded.
 
-With --seeds, a comparison in place of the demonstration: each method's learning rate is searched with the same
-trials, then the best is run with that many other seeds.
+With --seeds, a comparison in place of the demonstration, as isotune compare makes it: each method's learning rate is
+searched with the same trials, then the best is run with that many other seeds.
 """
 
 
@@ -32,14 +37,30 @@ def demo_command(
     seeds: Annotated[int | None, Flag(min=2, max=10, help="Compare HRA and LoRA over this many seeds.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")] = False,
 ) -> None:
-    from isotune.training.demo import QUICK, compare, run_demo
+    from isotune.training.demo import run_demo
 
     if seeds is not None:
-        comparison = compare(output, seeds, rows=QUICK if quick else None)
-        print_json(comparison) if as_json else _show_comparison(comparison)
+        comparison = _compared(output, quick, seeds)
+        print(json.dumps(comparison.model_dump())) if as_json else show(comparison)
         return
     demo = run_demo(output, quick)
     print_json(demo) if as_json else _show_demo(demo)
+
+
+def _compared(output: Path, quick: bool, seeds: int) -> Summary:
+    from isotune.comparison.recipe import build_comparison
+    from isotune.comparison.run import compare
+    from isotune.training.demo import QUICK, settings
+
+    chosen = {
+        "method": {"name": "hra"},
+        "compare.methods": "hra,lora",
+        "compare.seeds": seeds,
+        "compare.trials": TRIALS,
+        "compare.span": [0.3, 6],
+        "compare.full": False,
+    }
+    return compare(build_comparison(flags={**settings(output, QUICK if quick else {}), **chosen}))
 
 
 def _show_demo(demo: Demo) -> None:
@@ -68,29 +89,6 @@ def _show_demo(demo: Demo) -> None:
     print("  isotune train --model minilm --data train.csv --test test.csv --text text --label label --output my-run")
     print("  isotune evaluate my-run --data new.csv --predictions predictions.csv")
     print("  isotune export my-run --to lora --output my-lora")
-
-
-def _show_comparison(found: Comparison) -> None:
-    from isotune.intervals import half_width
-
-    rates = list(found.searched["hra"])
-    print_table(
-        "Learning rates: validation accuracy, seed 0",
-        ["method", *(f"{rate:g}" for rate in rates)],
-        [[name, *(f"{100 * by[rate]:.1f}" for rate in rates)] for name, by in found.searched.items()],
-    )
-    rows = [["linear probe", "-", f"{100 * found.probe_accuracy:.1f}", ""]]
-    for name, rate in found.rate.items():
-        accuracy = [100 * value for value in found.accuracy[name]]
-        mean = f"{statistics.fmean(accuracy):.1f} ± {half_width(accuracy):.1f}"
-        rows.append([name, f"{rate:g}", mean, ", ".join(f"{value:.1f}" for value in accuracy)])
-    difference, interval = found.difference("hra", "lora")
-    print_table(
-        f"SciCite, test accuracy over seeds {found.seeds[0]} to {found.seeds[-1]} (mean, 95 % t-interval)",
-        ["method", "learning rate", "accuracy", "each seed"],
-        rows,
-        f"HRA minus LoRA, paired: {100 * difference:+.1f} ± {100 * interval:.1f} points",
-    )
 
 
 def register(app: typer.Typer) -> None:

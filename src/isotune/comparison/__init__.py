@@ -15,10 +15,22 @@ _HOMES = {
     "Cell": "plan",
     "make_plan": "plan",
     "compare": "run",
+    "Row": "results",
     "Store": "store",
+    "Summary": "results",
     "summarise": "summary",
 }
 
-__all__ = ["Cell", "ComparisonRecipe", "Store", "build_comparison", "compare", "make_plan", "summarise"]
+__all__ = [
+    "Cell",
+    "ComparisonRecipe",
+    "Row",
+    "Store",
+    "Summary",
+    "build_comparison",
+    "compare",
+    "make_plan",
+    "summarise",
+]
 
 __getattr__ = lazy(__name__, _HOMES)

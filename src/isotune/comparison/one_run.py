@@ -13,8 +13,8 @@ import torch
 
 from isotune.checkpoint.export import export_lora
 from isotune.checkpoint.files import TENSORS
-from isotune.comparison.recipe import FROZEN, FULL, ComparisonRecipe, comparison_from
-from isotune.comparison.store import Line
+from isotune.comparison.recipe import ComparisonRecipe, comparison_from
+from isotune.comparison.results import FROZEN, FULL, Line
 from isotune.comparison.units import Unit
 from isotune.errors import DivergedError, IsotuneError, NoLowRankFormError
 from isotune.folders import MODEL
@@ -57,7 +57,7 @@ class Bench:
         try:
             found = self._frozen(unit, output) if unit.cell.method["name"] == FROZEN else self._trained(unit, output)
         except DivergedError as error:
-            found = {"status": "failed", "error": str(error), "metrics": {}, "curve": [], "run": None}
+            found = {"status": "failed", "error": str(error)}
             shutil.rmtree(output, ignore_errors=True)
         except IsotuneError as error:
             raise IsotuneError(f"{unit.name}: {error}") from None
@@ -81,7 +81,6 @@ class Bench:
         _tidy(folder, kept)
         return {
             "status": "done",
-            "error": None,
             "metrics": metrics,
             "curve": curve,
             "run": str(output.relative_to(self.folder)) if kept else None,
@@ -93,7 +92,7 @@ class Bench:
         metrics = dict(self._probe(recipe)[1] if recipe.task == "classification" else frozen_metrics(recipe))
         metrics |= {f"forgetting_{name}": value for name, value in self._base().items()}
         metrics |= {"adapter_bytes": 0, "export_rank": 0}
-        return {"status": "done", "error": None, "metrics": metrics, "curve": [], "run": None}
+        return {"status": "done", "metrics": metrics}
 
     def _probe(self, recipe: Recipe) -> tuple[Probe, dict[str, float]]:
         """A linear probe on a run's rows, and its metrics; the same for all methods."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from isotune.adapters.budget import nearest_to, total_parameters
 from isotune.adapters.registry import method, method_class
-from isotune.comparison.recipe import FROZEN, FULL, ComparisonRecipe, label
+from isotune.comparison.recipe import ComparisonRecipe, label
+from isotune.comparison.results import FROZEN, FULL
 from isotune.errors import IsotuneError
 from isotune.model.targets import find_targets
 from isotune.sites import Site, require_site

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from isotune.comparison.store import Line
+from isotune.comparison.results import Line
 from isotune.comparison.units import Unit
 from isotune.training.progress import Screen
 
@@ -52,9 +52,7 @@ class SweepView:
         self.done += 1
         self.bar.remove_task(self.tasks.pop(unit.name))
         self.refresh()
-        self.screen.say(
-            f"{self.done}/{self.total} {unit.name}: {_said(line)} in {line['seconds']:.0f} s{self._left()}"
-        )
+        self.screen.say(f"{self.done}/{self.total} {unit.name}: {_said(line)} in {line.seconds:.0f} s{self._left()}")
 
     def refresh(self) -> None:
         """Show the time that is left."""
@@ -69,9 +67,9 @@ class SweepView:
 
 
 def _said(line: Line) -> str:
-    if line["status"] == "failed":
-        return f"failed ({line['error']})"
-    found = line["metrics"]
+    if not line.done:
+        return f"failed ({line.error})"
+    found = line.metrics
     names = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "seconds_per_step")
     name = next((name for name in names if name in found), None)
     return f"{name.replace('_', ' ')} {found[name]:.4f}" if name else "done"

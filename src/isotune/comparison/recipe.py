@@ -10,12 +10,10 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from isotune.adapters.registry import method
+from isotune.comparison.results import FROZEN, FULL
 from isotune.errors import IsotuneError
 from isotune.recipes import Section, checked, parse_yaml
 from isotune.training.recipe import ForgettingSettings, Recipe
-
-FULL, FROZEN = "full", "frozen"
-"""Rows beside the methods: all of the model trained, and none of it (the head alone, where there is one)."""
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 

@@ -16,7 +16,8 @@ from isotune.checkpoint.files import write_atomically
 from isotune.comparison.plan import Cell, make_plan
 from isotune.comparison.progress import SweepView
 from isotune.comparison.recipe import ComparisonRecipe
-from isotune.comparison.store import Line, Store
+from isotune.comparison.results import Line, Summary
+from isotune.comparison.store import Store
 from isotune.comparison.summary import belonging, summarise
 from isotune.comparison.units import Unit, planned, ready
 from isotune.comparison.workers import InProcess, Processes, RayWorkers, Workers
@@ -31,7 +32,7 @@ def compare(
     retry: bool = False,
     progress: bool = True,
     plan: list[Cell] | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Run what the comparison still needs, and give its summary, which is also in its folder.
 
     Args:
@@ -72,10 +73,10 @@ def _workers(recipe: ComparisonRecipe, count: int | None, ray: str | None) -> Wo
     return Processes(*given, count) if count and count > 1 else InProcess(*given)
 
 
-def write_summary(store: Store, cells: list[Cell], recipe: ComparisonRecipe) -> dict[str, Any]:
+def write_summary(store: Store, cells: list[Cell], recipe: ComparisonRecipe) -> Summary:
     """Summarise the results so far, and write that beside them."""
     summary = summarise(cells, recipe, store.lines(), environment())
-    write_atomically(store.summary_file, json.dumps(summary, indent=1) + "\n")
+    write_atomically(store.summary_file, json.dumps(summary.model_dump(), indent=1) + "\n")
     return summary
 
 
@@ -113,7 +114,7 @@ class _Sweep:
         screen: Screen,
     ) -> None:
         self.recipe, self.cells, self.store, self.workers = recipe, cells, store, workers
-        self.lines = {n: line for n, line in store.lines().items() if not (retry and line["status"] == "failed")}
+        self.lines = {n: line for n, line in store.lines().items() if line.done or not retry}
         self.running: dict[Future[Line], Unit] = {}
         done = len(belonging(cells, recipe, self.lines))
         self.view = SweepView(screen, planned(cells, recipe), done)

@@ -19,14 +19,13 @@ from typing import IO, Any
 
 from isotune.checkpoint.files import write_atomically
 from isotune.comparison.recipe import ComparisonRecipe, build_comparison
+from isotune.comparison.results import Line
 from isotune.errors import IsotuneError
 from isotune.locks import lock
 
 MARK = "# A resolved isotune comparison: `isotune compare` goes on with it, `isotune report` shows it.\n"
 _EXTENDABLE = ("methods", "budgets", "seeds", "trials", "baseline", "full", "frozen", "cost_steps")
 _COLUMNS = ("unit", "kind", "method", "budget", "parameters", "learning_rate", "seed", "status", "seconds", "run")
-
-Line = dict[str, Any]
 
 
 class Store:
@@ -111,9 +110,9 @@ class Store:
         whole = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]  # a write that was cut short
         for number, line in enumerate(whole, 1):
             try:
-                value = json.loads(line)
-                found[value["unit"]] = value
-            except (ValueError, KeyError, TypeError):
+                value = Line.model_validate(json.loads(line))
+                found[value.unit] = value
+            except ValueError:
                 raise IsotuneError(
                     f"{self.results_file}, line {number}, is no result of isotune compare; remove the line, and the "
                     "unit will be run again"
@@ -123,7 +122,7 @@ class Store:
     def add(self, line: Line) -> None:
         """Append a finished unit; it is on the disk when this returns."""
         assert self._opened is not None
-        self._opened.write(json.dumps(line) + "\n")
+        self._opened.write(json.dumps(line.model_dump()) + "\n")
         self._opened.flush()
         os.fsync(self._opened.fileno())
         with closing(sqlite3.connect(self.index_file)) as index, index:
@@ -147,12 +146,10 @@ class Store:
 
 
 def _insert(index: sqlite3.Connection, line: Line) -> None:
-    row = [*(line.get(name) for name in _COLUMNS), json.dumps(line["options"]), line["error"]]
+    row = [*(getattr(line, name) for name in _COLUMNS), json.dumps(line.options), line.error]
     index.execute(f"insert or replace into results values ({', '.join('?' * len(row))})", row)
-    index.execute("delete from metrics where unit = ?", [line["unit"]])
-    index.executemany(
-        "insert into metrics values (?, ?, ?)", [(line["unit"], *item) for item in line["metrics"].items()]
-    )
+    index.execute("delete from metrics where unit = ?", [line.unit])
+    index.executemany("insert into metrics values (?, ?, ?)", [(line.unit, *item) for item in line.metrics.items()])
 
 
 def _fixed(recipe: ComparisonRecipe) -> dict[str, Any]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from isotune.comparison.plan import Cell
 from isotune.comparison.rates import tried
 from isotune.comparison.recipe import ComparisonRecipe
-from isotune.comparison.store import Line
-
-Kind = Literal["trial", "seed", "cost"]
+from isotune.comparison.results import Kind, Line
 
 
 @dataclass(frozen=True)
@@ -33,17 +31,17 @@ class Unit:
 
     def line(self, **fields: Any) -> Line:
         """Its line in the results."""
-        return {
-            "unit": self.name,
-            "kind": self.kind,
-            "method": self.cell.label,
-            "budget": self.cell.budget,
-            "options": self.cell.options,
-            "parameters": self.cell.parameters,
-            "learning_rate": self.rate,
-            "seed": self.seed,
+        return Line(
+            unit=self.name,
+            kind=self.kind,
+            method=self.cell.label,
+            budget=self.cell.budget,
+            options=self.cell.options,
+            parameters=self.cell.parameters,
+            learning_rate=self.rate,
+            seed=self.seed,
             **fields,
-        }
+        )
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,11 @@ class Search:
 def search_of(cell: Cell, recipe: ComparisonRecipe, lines: Mapping[str, Line]) -> Search:
     """The state of a cell's search in the results `lines`."""
     own = {
-        line["learning_rate"]: score(line)
+        line.learning_rate: score(line)
         for line in lines.values()
-        if line["kind"] == "trial" and line["unit"] == Unit(cell, "trial", line["learning_rate"], recipe.seed).name
+        if line.kind == "trial"
+        and line.learning_rate is not None
+        and line.unit == Unit(cell, "trial", line.learning_rate, recipe.seed).name
     }
     rates, missing = tried(cell, recipe.compare.span, recipe.compare.trials, own)
     scores = {rate: own[rate] for rate in rates if rate in own}
@@ -81,10 +81,8 @@ def search_of(cell: Cell, recipe: ComparisonRecipe, lines: Mapping[str, Line]) -
 
 def score(line: Line) -> float | None:
     """What a trial is chosen by: accuracy on the validation rows, or the negative loss; None where it diverged."""
-    found = line["metrics"]
-    if "validation_accuracy" in found:
-        return float(found["validation_accuracy"])
-    return -float(found["validation_loss"]) if "validation_loss" in found else None
+    accuracy, loss = line.metrics.get("validation_accuracy"), line.metrics.get("validation_loss")
+    return accuracy if accuracy is not None else None if loss is None else -loss
 
 
 def seeds(recipe: ComparisonRecipe) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from isotune.comparison.one_run import run_unit
-from isotune.comparison.store import Line
+from isotune.comparison.results import Line
 from isotune.comparison.units import Unit
 from isotune.errors import IsotuneError
 

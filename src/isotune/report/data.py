@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 from isotune.checkpoint.files import CONFIG
+from isotune.comparison.results import Line, Summary
+from isotune.comparison.store import Store
 from isotune.errors import IsotuneError
 from isotune.folders import HISTORY, MERGE, MODEL, MODEL_CONFIG
 from isotune.merging.reversible.compress import INDEX
@@ -30,31 +32,9 @@ class Comparison:
 
     path: Path
     name: str
-    summary: Json
-    units: list[Json]
+    summary: Summary
+    units: list[Line]
     recipe: str | None
-
-    @property
-    def rows(self) -> list[Json]:
-        """The summary's rows: one for each method at each budget."""
-        return self.summary["rows"]
-
-    def seeds(self, row: Json) -> dict[int, float]:
-        """The row's test scores by seed: as the row says, from the units, or else in the summary's order."""
-        if len(row.get("seeds") or ()) == len(row["values"]):
-            return {int(seed): float(value) for seed, value in zip(row["seeds"], row["values"], strict=True)}
-        metric = f"test_{self.summary['metric']}"
-        found = {
-            int(unit["seed"]): float(unit["metrics"][metric])
-            for unit in self.units
-            if unit.get("kind") == "seed"
-            and unit.get("status") == "done"
-            and (unit.get("method"), unit.get("budget")) == (row["method"], row.get("budget"))
-            and isinstance(unit.get("metrics", {}).get(metric), int | float)
-        }
-        if len(found) == len(row["values"]):
-            return found
-        return dict(enumerate(map(float, row["values"])))
 
 
 @dataclass(frozen=True)
@@ -158,45 +138,33 @@ def _add(found: Collected, path: Path, name: str) -> None:
 
 
 def _comparison(path: Path, name: str) -> Comparison:
-    file = path / "summary.json"
-    summary = read_json(file) if file.is_file() else so_far(path)
-    rows = summary.get("rows")
-    if not isinstance(rows, list) or not isinstance(summary.get("metric"), str):
+    store = Store(path)
+    summary = Summary.read(store.summary_file) if store.summary_file.is_file() else so_far(store)
+    if not any(row.values for row in summary.rows):
         raise IsotuneError(
-            f"{file} is no summary of a comparison: `metric` or `rows` is missing; run isotune compare"
+            f"{store.summary_file} has no results: no unit of the comparison has finished; let isotune compare go on"
         )
-    if not any(isinstance(row, dict) and row.get("values") for row in rows):
-        raise IsotuneError(
-            f"{file} has no results: no unit of the comparison has finished; let isotune compare go on"
-        )
-    for number, row in enumerate(rows, 1):
-        missing = [key for key in ("method", "values") if key not in row]
-        if missing:
-            raise IsotuneError(f"{file}: row {number} has no {' and no '.join(missing)}; the file is damaged")
-    recipe = path / "comparison.yaml"
-    units = _lines(path / "results.jsonl")
-    return Comparison(path, name, summary, units, recipe.read_text(encoding="utf-8") if recipe.is_file() else None)
+    recipe = store.recipe_file.read_text(encoding="utf-8") if store.recipe_file.is_file() else None
+    return Comparison(path, name, summary, list(store.lines().values()), recipe)
 
 
-def so_far(path: Path) -> Json:
+def so_far(store: Store) -> Summary:
     """The summary of a comparison that is still running, or was killed; reads its data and its model for the plan.
 
     Raises IsotuneError where that does not go.
     """
     from isotune.comparison.plan import make_plan
     from isotune.comparison.run import environment
-    from isotune.comparison.store import Store
     from isotune.comparison.summary import summarise
     from isotune.training.progress import quiet_libraries
 
     quiet_libraries()
-    store = Store(path)
     try:
         recipe = store.recipe()
         return summarise(make_plan(recipe), recipe, store.lines(), environment())
     except IsotuneError as error:
         raise IsotuneError(
-            f"the comparison in {path} has no summary.json yet, and none can be made of it: {error}"
+            f"the comparison in {store.path} has no summary.json yet, and none can be made of it: {error}"
         ) from None
 
 
@@ -247,18 +215,3 @@ def read_json(file: Path, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise IsotuneError(f"{file} holds no JSON {'object' if kind is dict else kind.__name__}; the file is damaged")
     return value
-
-
-def _lines(file: Path) -> list[Json]:
-    """JSON lines, the last of which a crash may have cut short."""
-    if not file.is_file():
-        return []
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise IsotuneError(f"{file}: line {number} is no JSON; the file is damaged") from None
-    return [unit for unit in found if isinstance(unit, dict)]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from isotune.comparison.results import FROZEN, FULL, Row
 from isotune.errors import IsotuneError
 from isotune.folders import ADAPTER, MODEL
 from isotune.report import words
 from isotune.report.data import Collected, Comparison, Diagnosis, Json
-from isotune.report.standings import FROZEN, FULL, groups
 
 Diagnose = Callable[[Path, "str | Path | None"], Json]
 Candidate = tuple[str, str, Path, "str | None"]
@@ -74,19 +74,19 @@ def _candidates(collected: Collected) -> Iterator[Candidate]:
 
 def _of_comparison(comparison: Comparison, several: bool) -> Iterator[Candidate]:
     """The first run of each row that is still there: the full fine-tuning, then the best of each budget first."""
-    ranked = [standing.row for group in groups(comparison) for standing in group.standings]
-    full = [row for row in comparison.rows if row["method"] == FULL]
-    budgets = len({row.get("budget") for row in ranked}) > 1
+    ranked = [standing.row for group in comparison.summary.groups for standing in group.standings]
+    full = [row for row in comparison.summary.rows if row.method == FULL]
+    budgets = len({row.budget for row in ranked}) > 1
     for row in [*full, *ranked]:
         folder = _weights(comparison, row)
-        if folder is not None and row["method"] != FROZEN:
-            at = f" at {row['budget']:,}" if budgets and row.get("budget") else ""
+        if folder is not None and row.method != FROZEN:
+            at = f" at {row.budget:,}" if budgets and row.budget else ""
             of = f", {comparison.name}" if several else ""
-            yield f"{words.method_name(row['method'])}{at}{of}", row["method"], folder, None
+            yield f"{words.method_name(row.method)}{at}{of}", row.method, folder, None
 
 
-def _weights(comparison: Comparison, row: Json) -> Path | None:
-    for run in row.get("runs") or ():
+def _weights(comparison: Comparison, row: Row) -> Path | None:
+    for run in row.runs:
         for name in (ADAPTER, MODEL):
             folder = comparison.path / run / name
             if folder.is_dir():

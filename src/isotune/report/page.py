@@ -128,8 +128,8 @@ def _data(collected: Collected, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "comparisons": [
             {
                 "name": one.name,
-                "summary": one.summary,
-                "units": [{k: v for k, v in unit.items() if k != "curve"} for unit in one.units],
+                "summary": one.summary.model_dump(),
+                "units": [unit.model_dump(exclude={"curve"}) for unit in one.units],
             }
             for one in collected.comparisons
         ],

@@ -23,14 +23,9 @@ class Block:
 def reproduce_comparison(comparison: Comparison) -> Iterator[Block]:
     """The command, the versions, the recipe."""
     summary = comparison.summary
-    chosen: Json = {
-        key: summary[key]
-        for key in ("task", "model", "metric", "baseline", "seeds", "trials", "confidence")
-        if key in summary
-    }
-    yield Block(
-        f"{comparison.name}: settings and versions", table=_pairs({**chosen, **(summary.get("environment") or {})})
-    )
+    names = ("task", "model", "metric", "baseline", "seeds", "trials", "confidence")
+    chosen: Json = {name: own for name in names if (own := getattr(summary, name))}
+    yield Block(f"{comparison.name}: settings and versions", table=_pairs({**chosen, **summary.environment}))
     if comparison.recipe is not None:
         yield Block(f"{comparison.name}: run it again", f"isotune compare {comparison.path.name}/comparison.yaml")
         yield Block(f"{comparison.name}: comparison.yaml", comparison.recipe, folded=True)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from isotune.comparison.results import FROZEN, FULL, Row
+from isotune.intervals import Interval
 from isotune.report import words
 from isotune.report.data import Comparison, Diagnosis, Json, RunResult, Weights
-from isotune.report.forgetting import kept, measures
-from isotune.report.intervals import Estimate
-from isotune.report.standings import FROZEN, FULL, groups, score
+from isotune.report.forgetting import measures
 from isotune.report.tables import Cell, Column, Table, simple, text
 
 
 def result_table(comparison: Comparison) -> Table:
     """One line for each row, the best of each budget marked."""
     summary = comparison.summary
-    metric, baseline = summary["metric"], summary.get("baseline")
+    metric, baseline = summary.metric, summary.baseline
     forgotten = measures(comparison)
-    best = [group.best.row for group in groups(comparison)]
-    tied = [standing.row for group in groups(comparison) for standing in group.tied]
+    best = [group.best.row for group in comparison.summary.groups]
+    tied = [standing.row for group in comparison.summary.groups for standing in group.tied]
     columns = [
         Column("method", False),
         Column("options", False),
@@ -27,85 +27,82 @@ def result_table(comparison: Comparison) -> Table:
         Column(metric.replace("_", " "), hint="mean and 95 % interval on the test rows"),
         Column("against the best", False, "at the same budget, by the paired interval"),
         *([Column(f"minus {baseline}", hint="paired over seeds")] if baseline else []),
-        *[Column(measure.label) for measure in forgotten],
+        *[Column(measure.label) for measure in forgotten.values()],
         Column("learning rate"),
         Column("s a step"),
         Column("peak memory"),
         Column("size on disk"),
         Column("export rank"),
     ]
-    table = Table(f"{summary.get('task', 'results')}: every method at every budget", columns)
-    for row in comparison.rows:
-        rate = row.get("learning_rate")
-        edge = "at an end of the range searched" if row.get("edge") else ""
+    table = Table(f"{summary.task or 'results'}: every method at every budget", columns)
+    for row in comparison.summary.rows:
+        rate = row.learning_rate
+        edge = "at an end of the range searched" if row.edge else ""
         table.rows.append(
             [
-                text(words.method_name(row["method"]), "best" if row in best else ""),
-                text(words.options(row.get("options"))),
-                Cell(words.number(row.get("parameters")), row.get("parameters")),
+                text(words.method_name(row.method), "best" if row in best else ""),
+                text(words.options(row.options)),
+                Cell(words.number(row.parameters), row.parameters),
                 _scored(metric, row),
                 text(_standing(row, best, tied)),
                 *([_difference(metric, row, baseline)] if baseline else []),
-                *[_kept(measure.key, row) for measure in forgotten],
+                *[_kept(key, row.forgetting.get(key)) for key in forgotten],
                 Cell(
                     "–" if rate is None else f"{rate:.3g}{' ◂▸' if edge else ''}", rate, "edge" if edge else "", edge
                 ),
-                Cell(words.number(row.get("seconds_per_step")), row.get("seconds_per_step")),
-                Cell(words.memory(row.get("peak_memory_bytes")), row.get("peak_memory_bytes")),
-                Cell(words.memory(row.get("adapter_bytes")), row.get("adapter_bytes")),
-                Cell(words.number(row.get("export_rank")), row.get("export_rank")),
+                Cell(words.number(row.seconds_per_step), row.seconds_per_step),
+                Cell(words.memory(row.peak_memory_bytes), row.peak_memory_bytes),
+                Cell(words.memory(row.adapter_bytes), row.adapter_bytes),
+                Cell(words.number(row.export_rank), row.export_rank),
             ]
         )
     return table
 
 
-def _standing(row: Json, best: Sequence[Json], tied: Sequence[Json]) -> str:
-    if row["method"] in (FULL, FROZEN) or not row["values"]:
+def _standing(row: Row, best: Sequence[Row], tied: Sequence[Row]) -> str:
+    if row.method in (FULL, FROZEN) or not row.values:
         return "–"
     return "best mean" if row in best else "not told apart" if row in tied else "behind"
 
 
-def _scored(metric: str, row: Json) -> Cell:
-    if not row["values"]:
+def _scored(metric: str, row: Row) -> Cell:
+    if not row.values:
         return Cell("no result", None, "failed")
-    found = score(row)
+    found = row.score
     return Cell(words.score(metric, found.mean, found.half_width), found.mean)
 
 
-def _difference(metric: str, row: Json, baseline: str) -> Cell:
-    own = row.get("difference")
-    if not own or own.get("mean") is None:
-        return Cell("baseline" if row["method"] == baseline else "–")
-    found = Estimate(own["mean"], own.get("half_width"))
+def _difference(metric: str, row: Row, baseline: str) -> Cell:
+    found = row.difference
+    if found is None:
+        return Cell("baseline" if row.method == baseline else "–")
     mark = "" if found.holds_zero else "clear"
     title = "the interval holds zero" if found.holds_zero else "the interval excludes zero"
     return Cell(words.score(metric, found.mean, found.half_width, signed=True), found.mean, mark, title)
 
 
-def _kept(key: str, row: Json) -> Cell:
-    found = kept(row, key)
+def _kept(key: str, found: Interval | None) -> Cell:
     return Cell("–") if found is None else Cell(words.score(key, found.mean, found.half_width), found.mean)
 
 
 def unit_table(comparison: Comparison) -> Table:
     """Every unit of work, with its error where it failed."""
-    metric = comparison.summary["metric"]
+    metric = comparison.summary.metric
     lines = []
     for unit in comparison.units:
-        found, failed = unit.get("metrics") or {}, unit.get("status") != "done"
-        rate, budget = unit.get("learning_rate"), unit.get("budget")
-        scores = [found.get(f"{split}_{metric}") for split in ("validation", "test")]
+        scores = [unit.metrics.get(f"{split}_{metric}") for split in ("validation", "test")]
+        failed = f"failed: {unit.error or 'no message'}"
         lines.append(
             [
-                text(str(unit.get("unit"))),
-                text(str(unit.get("kind"))),
-                text(words.method_name(str(unit.get("method")))),
-                Cell(words.number(budget), budget),
-                Cell("–" if rate is None else f"{rate:.3g}", rate),
-                Cell(str(unit.get("seed", "–")), unit.get("seed")),
+                text(unit.unit),
+                text(unit.kind),
+                text(words.method_name(unit.method)),
+                Cell(words.number(unit.budget), unit.budget),
+                _plain(unit.learning_rate, "{:.3g}"),
+                _plain(unit.seed, "{}"),
                 *[Cell(words.score(metric, value), value) for value in scores],
-                Cell(words.number(unit.get("seconds")), unit.get("seconds")),
-                text("done") if not failed else text(f"failed: {unit.get('error') or 'no message'}", "failed long"),
+                Cell(words.number(unit.seconds), unit.seconds),
+                text("done") if unit.done else text(failed, "failed long"),
             ]
         )
     name = metric.replace("_", " ")

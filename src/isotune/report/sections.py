@@ -57,8 +57,8 @@ def sections(collected: Collected) -> list[Section]:
 
 
 def _comparison(comparison: Comparison) -> Iterator[Section]:
-    style = styles([row["method"] for row in comparison.rows])
-    confidence = comparison.summary.get("confidence", "95 % t-interval over seeds")
+    style = styles([row.method for row in comparison.summary.rows])
+    confidence = comparison.summary.confidence
     yield Section(
         "results",
         "Results",
@@ -69,7 +69,7 @@ def _comparison(comparison: Comparison) -> Iterator[Section]:
         [result_table(comparison)],
         score_figures(comparison, style),
     )
-    better = "Up" if comparison.summary.get("higher_is_better", True) else "Down"
+    better = "Up" if comparison.summary.higher_is_better else "Down"
     yield Section(
         "cost",
         "Score and cost",

@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from isotune.comparison.results import FROZEN, FULL, Group, Standing
+from isotune.intervals import Interval
 from isotune.report import words
 from isotune.report.data import Collected, Comparison, Json
 from isotune.report.forgetting import forgetting_findings
-from isotune.report.intervals import Estimate
 from isotune.report.others import adapter_findings, diagnosis_findings, run_verdict
-from isotune.report.standings import FROZEN, FULL, Group, Standing, groups, lead, reference, score
+from isotune.report.words import row_name
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def judge(collected: Collected) -> list[Verdict]:
 
 def compared(comparison: Comparison) -> Verdict:
     """The verdict on a comparison."""
-    found = groups(comparison)
+    found = comparison.summary.groups
     return Verdict(
         _subject(comparison, found),
         [_headline(comparison, group) for group in found] or [_only_references(comparison)],
@@ -68,26 +69,25 @@ def compared(comparison: Comparison) -> Verdict:
 def _subject(comparison: Comparison, found: list[Group]) -> str:
     summary = comparison.summary
     methods = list(dict.fromkeys(standing.method for group in found for standing in group.standings))
-    seeds = max(len(row["values"]) for row in comparison.rows)
+    seeds = max(len(row.values) for row in comparison.summary.rows)
     budgets = [group.budget for group in found if group.budget is not None]
     at = f" at {words.listed([f'{b:,}' for b in budgets])} trainable parameters" if budgets else ""
-    references = [words.method_name(m) for m in (FULL, FROZEN) if reference(comparison, m)]
+    references = [words.method_name(m) for m in (FULL, FROZEN) if comparison.summary.reference(m)]
     beside = f", with {words.listed(references)} beside them" if references else ""
-    searched = summary.get("trials")
-    search = f"; learning rates searched with {words.counted(searched, 'trial')} each" if searched else ""
-    model = f" on {summary['model']}" if summary.get("model") else ""
-    task = f" ({summary['task']})" if summary.get("task") else ""
+    search = f"; learning rates searched with {words.counted(summary.trials, 'trial')} each" if summary.trials else ""
+    model = f" on {summary.model}" if summary.model else ""
+    task = f" ({summary.task})" if summary.task else ""
     return (
         f"{words.counted(len(methods), 'method')}{model}{task}{at}{beside}; "
-        f"{words.counted(seeds, 'seed')} each, test {summary['metric'].replace('_', ' ')}{search}."
+        f"{words.counted(seeds, 'seed')} each, test {summary.metric.replace('_', ' ')}{search}."
     )
 
 
 def _headline(comparison: Comparison, group: Group) -> str:
-    metric, best = comparison.summary["metric"], group.best
+    metric, best = comparison.summary.metric, group.best
     value = _value(metric, best.score)
-    others, tied = group.standings[1:], [standing.method for standing in group.tied]
-    beaten = [standing.method for standing in others if not standing.tied]
+    others = group.standings[1:]
+    tied, beaten = ([standing.method for standing in some] for some in (group.tied, group.beaten))
     if not others:
         said = f"{best.method} reaches {value}"
     elif all(standing.behind is None or standing.behind.half_width is None for standing in others):
@@ -112,9 +112,9 @@ def _at(budget: int | None) -> str:
 
 
 def _only_references(comparison: Comparison) -> str:
-    metric = comparison.summary["metric"]
-    rows = [row for row in comparison.rows if row["values"]]
-    shown = [f"{words.method_name(row['method'])} {_value(metric, score(row))}" for row in rows]
+    metric = comparison.summary.metric
+    rows = [row for row in comparison.summary.rows if row.values]
+    shown = [f"{words.method_name(row.method)} {_value(metric, row.score)}" for row in rows]
     return words.sentence(f"{words.listed(shown)}; no adapter has results yet.")
 
 
@@ -122,47 +122,47 @@ def _cheapest(comparison: Comparison, found: list[Group]) -> list[str]:
     """The fewest parameters that cannot be told apart from the best of all budgets."""
     if len(found) < 2:
         return []
-    higher = comparison.summary.get("higher_is_better", True)
+    higher = comparison.summary.higher_is_better
     everyone = [standing for group in found for standing in group.standings]
     top = max(everyone, key=lambda s: s.score.mean if higher else -s.score.mean)
-    tied = [s for s in everyone if s is top or _tied(lead(comparison, top.row, s.row))]
-    least = min(tied, key=lambda s: (s.row.get("parameters") or 0, -s.score.mean if higher else s.score.mean))
-    metric = comparison.summary["metric"]
+    tied = [s for s in everyone if s is top or _tied(comparison.summary.lead(top.row, s.row))]
+    least = min(tied, key=lambda s: (s.row.parameters or 0, -s.score.mean if higher else s.score.mean))
+    metric = comparison.summary.metric
     if least is top:
-        return [f"The best score overall is {_named(top.row)}, {_value(metric, top.score)}."]
+        return [f"The best score overall is {row_name(top.row)}, {_value(metric, top.score)}."]
     return [
-        f"The best score overall is {_named(top.row)}, {_value(metric, top.score)}; the cheapest that cannot be told "
-        f"apart from it is {_named(least.row)}, {_value(metric, least.score)}."
+        f"The best score overall is {row_name(top.row)}, {_value(metric, top.score)}; the cheapest that cannot be "
+        f"told apart from it is {row_name(least.row)}, {_value(metric, least.score)}."
     ]
 
 
 def _against_references(comparison: Comparison, found: list[Group]) -> list[str]:
     if not found:
         return []
-    metric, said = comparison.summary["metric"], []
-    higher = comparison.summary.get("higher_is_better", True)
+    metric, said = comparison.summary.metric, []
+    higher = comparison.summary.higher_is_better
     top = max((group.best for group in found), key=lambda s: s.score.mean if higher else -s.score.mean)
-    full, frozen = reference(comparison, FULL), reference(comparison, FROZEN)
+    full, frozen = comparison.summary.reference(FULL), comparison.summary.reference(FROZEN)
     if full is not None:
-        margin = lead(comparison, full, top.row)
-        many = (full.get("parameters") or 0) / max(1, top.row.get("parameters") or 1)
+        margin = comparison.summary.lead(full, top.row)
+        many = (full.parameters or 0) / max(1, top.row.parameters or 1)
         size = f" with {words.number(many, 2)} times the parameters" if many > 1 else ""
-        value = _value(metric, score(full))
+        value = _value(metric, full.score)
         if margin is None or margin.half_width is None:
             said.append(f"Full fine-tuning reaches {value}{size}; one seed cannot say whether that differs.")
         elif margin.holds_zero:
-            said.append(f"Full fine-tuning, {value}{size}, cannot be told apart from {_named(top.row)}.")
+            said.append(f"Full fine-tuning, {value}{size}, cannot be told apart from {row_name(top.row)}.")
         else:
             word = "better" if margin.mean > 0 else "worse"
             size_of_it = words.score(metric, abs(margin.mean), margin.half_width, signed=True).lstrip("+")
-            said.append(f"Full fine-tuning, {value}{size}, is {word} than {_named(top.row)} by {size_of_it}.")
+            said.append(f"Full fine-tuning, {value}{size}, is {word} than {row_name(top.row)} by {size_of_it}.")
     if frozen is not None:
-        weak = [s for g in found for s in g.standings if _not_better(lead(comparison, s.row, frozen))]
-        value = _value(metric, score(frozen))
+        weak = [s for g in found for s in g.standings if _not_better(comparison.summary.lead(s.row, frozen))]
+        value = _value(metric, frozen.score)
         said.append(
             f"Without any adaptation the frozen base reaches {value}"
             + (
-                f"; {words.listed([_named(s.row) for s in weak])} cannot be shown to improve on it."
+                f"; {words.listed([row_name(s.row) for s in weak])} cannot be shown to improve on it."
                 if weak
                 else ", and every method clearly improves on it."
             )
@@ -172,38 +172,37 @@ def _against_references(comparison: Comparison, found: list[Group]) -> list[str]
 
 def _speed(found: list[Group]) -> list[str]:
     """The fastest and the slowest step."""
-    timed = [s for group in found for s in group.standings if s.row.get("seconds_per_step")]
-    if len({s.method for s in timed}) < 2:
+    timed = [(s.row.seconds_per_step, s.row) for group in found for s in group.standings if s.row.seconds_per_step]
+    if len({row.method for _, row in timed}) < 2:
         return []
-    fastest, slowest = (f(timed, key=lambda s: s.row["seconds_per_step"]) for f in (min, max))
-    ratio = slowest.row["seconds_per_step"] / fastest.row["seconds_per_step"]
+    (least, fastest), (most, slowest) = (f(timed, key=lambda one: one[0]) for f in (min, max))
     return [
-        f"A training step takes {words.number(fastest.row['seconds_per_step'])} s with {_named(fastest.row)}, the "
-        f"fastest, and {words.number(ratio, 2)} times as long with {_named(slowest.row)}, the slowest."
+        f"A training step takes {words.number(least)} s with {row_name(fastest)}, the fastest, and "
+        f"{words.number(most / least, 2)} times as long with {row_name(slowest)}, the slowest."
     ]
 
 
 def _cautions(comparison: Comparison, found: list[Group]) -> list[str]:
     summary, said = comparison.summary, []
-    units = summary.get("units") or {}
-    planned, done, failed = (units.get(key, 0) for key in ("planned", "done", "failed"))
-    if done + failed < planned:
+    units = summary.units
+    if units.done + units.failed < units.planned:
         said.append(
-            f"The comparison is not finished: {done:,} of {planned:,} units are done, so all of this may change."
+            f"The comparison is not finished: {units.done:,} of {units.planned:,} units are done, so all of this may "
+            "change."
         )
-    if failed:
-        said.append(f"{words.counted(failed, 'unit')} failed; see the list of units.")
-    empty = [_named(row) for row in comparison.rows if not row["values"]]
-    empty += [str(cell) for cell in summary.get("without_result") or ()]
+    if units.failed:
+        said.append(f"{words.counted(units.failed, 'unit')} failed; see the list of units.")
+    empty = [row_name(row) for row in comparison.summary.rows if not row.values]
+    empty += summary.without_result
     if empty:
         said.append(f"No results for {words.listed(empty)}.")
-    edges = [_named(row) for row in comparison.rows if row.get("edge")]
+    edges = [row_name(row) for row in comparison.summary.rows if row.edge]
     if edges:
         said.append(
             f"The best learning rate of {words.listed(edges)} lies at an end of the range that was searched; beyond "
             f"it {'it' if len(edges) == 1 else 'they'} may do better."
         )
-    seeds = max(len(row["values"]) for row in comparison.rows)
+    seeds = max(len(row.values) for row in comparison.summary.rows)
     if seeds == 1:
         said.append("One seed gives no interval: no difference here is known to be more than luck.")
     elif seeds < 5:
@@ -219,34 +218,29 @@ def _for_machines(comparison: Comparison, group: Group) -> Json:
         behind = standing.behind
         return {
             "method": standing.method,
-            "parameters": standing.row.get("parameters"),
+            "parameters": standing.row.parameters,
             "mean": standing.score.mean,
             "half_width": standing.score.half_width,
             "behind": None if behind is None else {"mean": behind.mean, "half_width": behind.half_width},
         }
 
-    beaten = [s for s in group.standings[1:] if not s.tied]
     return {
         "comparison": comparison.name,
-        "metric": comparison.summary["metric"],
+        "metric": comparison.summary.metric,
         "budget": group.budget,
         "best": plain(group.best),
         "tied": [plain(s) for s in group.tied],
-        "beaten": [plain(s) for s in beaten],
+        "beaten": [plain(s) for s in group.beaten],
     }
 
 
-def _tied(margin: Estimate | None) -> bool:
+def _tied(margin: Interval | None) -> bool:
     return margin is None or margin.holds_zero
 
 
-def _not_better(margin: Estimate | None) -> bool:
+def _not_better(margin: Interval | None) -> bool:
     return margin is not None and margin.half_width is not None and (margin.holds_zero or margin.mean < 0)
 
 
-def _value(metric: str, found: Estimate) -> str:
+def _value(metric: str, found: Interval) -> str:
     return words.score(metric, found.mean, found.half_width)
-
-
-def _named(row: Json, several: bool = True) -> str:
-    return words.method_name(row["method"]) + (f" at {row['budget']:,}" if several and row.get("budget") else "")

@@ -7,12 +7,19 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-NAMES = {"full": "full fine-tuning", "frozen": "frozen base"}
+from isotune.comparison.results import FROZEN, FULL, Row
+
+NAMES = {FULL: "full fine-tuning", FROZEN: "frozen base"}
 
 
 def method_name(method: str) -> str:
     """`full` and `frozen` are no methods, and are called by what they are."""
     return NAMES.get(method, method)
+
+
+def row_name(row: Row) -> str:
+    """The method's name, and its budget where it has one."""
+    return method_name(row.method) + (f" at {row.budget:,}" if row.budget else "")
 
 
 def is_share(metric: str) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,12 @@ from torch import Tensor, nn
 
 from isotune.checkpoint.export import export_lora
 from isotune.checkpoint.load import load
-from isotune.errors import DivergedError
-from isotune.intervals import half_width
 from isotune.training.export import base_of
 from isotune.training.folder import RunFolder
 from isotune.training.models import MINILM
 from isotune.training.pretrained import frozen_probe
 from isotune.training.progress import Screen, quiet_libraries
-from isotune.training.recipe import Recipe, build_recipe
+from isotune.training.recipe import build_recipe
 from isotune.training.run import Result, train
 from isotune.training.session import Session
 from isotune.training.tasks import Example
@@ -30,14 +27,11 @@ from isotune.training.tasks import Example
 METHODS: dict[str, dict[str, Any]] = {"hra": {"name": "hra", "rank": 8}, "lora": {"name": "lora", "rank": 4}}
 """HRA of rank 8 and LoRA of rank 4 train the same number of parameters in a square layer."""
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-"""The learning rates that `compare` tries, the same for both methods."""
-
 DEMO = {"data.max_train_rows": 4000}
-"""What the demonstration takes of the 7320 training rows; `compare` takes them all."""
+"""What the demonstration takes of the 7320 training rows."""
 
 QUICK = {"data.max_train_rows": 640, "data.max_eval_rows": 200}
-"""What either takes with `quick`."""
+"""What it takes with `quick`."""
 
 
 @dataclass(frozen=True)
@@ -66,28 +60,6 @@ class Demo:
     """For each way of loading the result again: on how many test rows it predicts what the trained model did."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Methods whose learning rates were searched with the same effort; means over seeds."""
-
-    seeds: list[int]
-    searched: dict[str, dict[float, float]]
-    """Validation accuracy at each learning rate, by method."""
-    rate: dict[str, float]
-    """The rate chosen for each method."""
-    accuracy: dict[str, list[float]]
-    """Test accuracy of each seed at that rate, by method."""
-    runs: dict[str, list[dict[str, Any]]]
-    """All metrics of the same runs."""
-    probe_accuracy: float
-
-    def difference(self, name: str, other: str) -> tuple[float, float]:
-        """Mean of the first method's accuracy minus the second's over the seeds, paired, and its `half_width`."""
-        pairs = zip(self.accuracy[name], self.accuracy[other], strict=True)
-        differences = [one - two for one, two in pairs]
-        return statistics.fmean(differences), half_width(differences)
-
-
 def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> Demo:
     """Probe, HRA and LoRA on SciCite; then HRA's adapter and its exported LoRA, each loaded into a fresh model.
 
@@ -99,8 +71,12 @@ def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> 
     Raises:
         IsotuneError: The demo's package is missing, or the folder holds something else or cannot be written.
     """
-    screen, output = _prepare(progress), Path(output)
-    recipes = {name: _recipe(output / name, options, QUICK if quick else DEMO) for name, options in METHODS.items()}
+    quiet_libraries()
+    screen, output, rows = Screen(progress), Path(output), QUICK if quick else DEMO
+    recipes = {
+        name: build_recipe(flags={**settings(output / name, rows), "method": method, "training.learning_rate": 3e-3})
+        for name, method in METHODS.items()
+    }
     for recipe in recipes.values():
         RunFolder(recipe.output).check(resume=False, overwrite=True)
     screen.say("1. a linear probe on the frozen model: a strong baseline, and the start of both heads")
@@ -134,86 +110,23 @@ def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> 
     )
 
 
-def compare(
-    output: str | Path,
-    seeds: int,
-    methods: Mapping[str, Mapping[str, Any]] = METHODS,
-    rates: Sequence[float] | None = None,
-    rows: Mapping[str, int] | None = None,
-    progress: bool = True,
-) -> Comparison:
-    """Methods over several seeds, each at the learning rate that did best on the validation rows.
-
-    All methods get the same trials: every one of `rates` with seed 0. The seeds that are then compared, 1 to
-    `seeds`, took no part in the search, and the test rows none in either. Finished runs in `output` are reused.
-
-    Args:
-        output: Folder for the runs, one folder each.
-        seeds: How many seeds, 2 to 10.
-        methods: By a name of your choice: the method's own name and its options.
-        rates: The learning rates; by default `RATES`.
-        rows: Fields of the recipe that limit the rows, such as `QUICK`; by default all rows are taken.
-        progress: Whether to show anything on standard error.
-    """
-    screen, output, rows = _prepare(progress), Path(output), dict(rows or {})
-    frozen = frozen_probe(_recipe(output / "probe", METHODS["hra"], rows), screen)
-
-    def run(name: str, rate: float, seed: int) -> dict[str, Any]:
-        folder = output / f"{name}-lr{rate:g}-seed{seed}"
-        # The search looks at the validation rows alone, and what it leads to is measured on the test rows alone.
-        recipe = _recipe(folder, dict(methods[name]), rows, rate, seed, "validation" if seed == 0 else "test")
-        screen.say(f"{name}, learning rate {rate:g}, seed {seed}")
-        return train(recipe, resume=RunFolder(folder).is_run(), progress=progress, probe=frozen.probe).metrics
-
-    def validated(name: str, rate: float) -> float:
-        try:
-            return run(name, rate, 0)["validation_accuracy"]
-        except DivergedError:
-            return 0.0
-
-    searched = {name: {rate: validated(name, rate) for rate in rates or RATES} for name in methods}
-    best = {name: max(found, key=found.__getitem__) for name, found in searched.items()}
-    chosen = list(range(1, seeds + 1))
-    runs = {name: [run(name, best[name], seed) for seed in chosen] for name in methods}
-    accuracy = {name: [found["test_accuracy"] for found in runs[name]] for name in methods}
-    return Comparison(chosen, searched, best, accuracy, runs, frozen.metrics["test_accuracy"])
-
-
-def _prepare(progress: bool) -> Screen:
-    quiet_libraries()
-    return Screen(progress)
-
-
-def _recipe(
-    output: Path,
-    method: dict[str, Any],
-    rows: Mapping[str, int],
-    rate: float = 3e-3,
-    seed: int = 0,
-    only: str | None = None,
-) -> Recipe:
-    """The recipe of one run; `only` "validation" or "test" leaves the other rows out."""
+def settings(output: Path, rows: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a recipe for SciCite; `rows` limits the rows taken, as `DEMO` and `QUICK` do."""
     data = importlib.resources.files("isotune.training") / "scicite"
-    return build_recipe(
-        flags={
-            "model": MINILM,
-            "data.train": str(data / "train.jsonl.gz"),
-            "data.validation": str(data / "validation.jsonl.gz"),
-            "data.test": None if only == "validation" else str(data / "test.jsonl.gz"),
-            "data.max_length": 64,
-            "method": method,
-            "targets": "query-value",
-            "head": "probe",
-            "pooling": "mean",  # as the sentence model was trained
-            "training.num_train_epochs": 1,
-            "training.per_device_train_batch_size": 32,
-            "training.learning_rate": rate,
-            "output": str(output),
-            "seed": seed,
-            **rows,
-        },
-        sets=["data.validation=null"] if only == "test" else [],
-    )
+    return {
+        "model": MINILM,
+        "data.train": str(data / "train.jsonl.gz"),
+        "data.validation": str(data / "validation.jsonl.gz"),
+        "data.test": str(data / "test.jsonl.gz"),
+        "data.max_length": 64,
+        "targets": "query-value",
+        "head": "probe",
+        "pooling": "mean",  # as the sentence model was trained
+        "training.num_train_epochs": 1,
+        "training.per_device_train_batch_size": 32,
+        "output": str(output),
+        **rows,
+    }
 
 
 def _fresh(session: Session) -> Any:

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from isotune.comparison.results import FROZEN, FULL
 from isotune.report import words
 from isotune.report.data import Comparison, Json, RunResult
 from isotune.report.figures.figure import Figure, Plot, Style, axis_name, layout, rounded, scale, styles, thinned
-from isotune.report.standings import FROZEN, FULL, groups
 from isotune.report.tables import Cell, simple
 
 Points = list[tuple[float, float]]
@@ -20,15 +20,15 @@ def curve_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figur
     """One for each budget, with full fine-tuning in each."""
     curves: dict[tuple[str, Any], list[list[Json]]] = defaultdict(list)
     for unit in comparison.units:
-        if unit.get("kind") == "seed" and unit.get("status") == "done" and unit.get("curve"):
-            curves[unit["method"], unit.get("budget")].append(unit["curve"])
+        if unit.kind == "seed" and unit.done and unit.curve:
+            curves[unit.method, unit.budget].append(unit.curve)
     figures = []
-    for budget in [group.budget for group in groups(comparison)] or [None]:
+    for budget in [group.budget for group in comparison.summary.groups] or [None]:
         lines = {m: own for (m, b), own in curves.items() if m != FROZEN and (b == budget or m == FULL)}
         if lines:
             at = f" at {budget:,} parameters" if budget is not None else ""
             named = {words.method_name(method): (style[method], own) for method, own in lines.items()}
-            figures.append(_figure(f"curves-{budget}", f"Learning curves{at}", comparison.summary["metric"], named))
+            figures.append(_figure(f"curves-{budget}", f"Learning curves{at}", comparison.summary.metric, named))
     return figures
 
 

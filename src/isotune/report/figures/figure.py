@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isotune.report.standings import FROZEN, FULL
+from isotune.comparison.results import FROZEN, FULL
 from isotune.report.tables import Table
 
 Plot = dict[str, Any]

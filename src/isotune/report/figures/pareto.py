@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from isotune.comparison.results import FROZEN, FULL, Row
 from isotune.report import words
-from isotune.report.data import Comparison, Json
+from isotune.report.data import Comparison
 from isotune.report.figures.figure import Figure, Plot, Style, axis_name, error_bar, layout, rounded, scale
 from isotune.report.figures.lines import level_lines, log_axis
-from isotune.report.standings import FROZEN, FULL, mean, reference, score
 from isotune.report.tables import Cell, Table, simple
 
 
@@ -22,6 +22,14 @@ class Cost:
     axis: str
     said: Callable[[float], str]
     unit: float = 1.0
+
+    def known(self, row: Row) -> bool:
+        """Whether it was measured of the row."""
+        return bool(getattr(row, self.key)) and math.isfinite(getattr(row, self.key))
+
+    def of(self, row: Row) -> float:
+        """What it was."""
+        return float(getattr(row, self.key))
 
 
 _MIB = 2**20
@@ -36,9 +44,7 @@ def pareto_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figu
     """The score over parameters, and over time or memory, as far as at least two rows know them."""
     drawn: dict[str, tuple[Plot, Table]] = {}
     for cost in _COSTS:
-        rows = [
-            row for row in comparison.rows if row["values"] and row.get(cost.key) and math.isfinite(row[cost.key])
-        ]
+        rows = [row for row in comparison.summary.rows if row.values and cost.known(row)]
         if len(rows) > 1:
             drawn[cost.key] = _plot(comparison, rows, cost, style), _table(comparison, rows, cost)
     figures = []
@@ -52,33 +58,33 @@ def pareto_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figu
     return figures
 
 
-def front(rows: list[Json], key: str, higher: bool) -> list[Json]:
+def front(rows: list[Row], cost: Cost, higher: bool) -> list[Row]:
     """The rows that no other beats at the same cost or less, by rising cost."""
-    best: list[Json] = []
-    for row in sorted(rows, key=lambda r: (r[key], -mean(r) if higher else mean(r))):
-        if not best or (mean(row) > mean(best[-1]) if higher else mean(row) < mean(best[-1])):
+    best: list[Row] = []
+    for row in sorted(rows, key=lambda r: (cost.of(r), -r.score.mean if higher else r.score.mean)):
+        if not best or (row.score.mean > best[-1].score.mean if higher else row.score.mean < best[-1].score.mean):
             best.append(row)
     return best
 
 
-def _plot(comparison: Comparison, rows: list[Json], cost: Cost, style: dict[str, Style]) -> Plot:
-    metric, higher = comparison.summary["metric"], comparison.summary.get("higher_is_better", True)
+def _plot(comparison: Comparison, rows: list[Row], cost: Cost, style: dict[str, Style]) -> Plot:
+    metric, higher = comparison.summary.metric, comparison.summary.higher_is_better
     times, key, unit = scale(metric), cost.key, cost.unit
     # Full fine-tuning, with hundreds of times the parameters, would press all others into one spot.
-    far = key == "parameters" and [row for row in rows if row["method"] == FULL and len(rows) > 2]
-    near = [row for row in rows if not far or row["method"] != FULL]
-    best = front(near, key, higher)
-    at = apart([unit * row[key] for row in near])
+    far = key == "parameters" and [row for row in rows if row.method == FULL and len(rows) > 2]
+    near = [row for row in rows if not far or row.method != FULL]
+    best = front(near, cost, higher)
+    at = apart([unit * cost.of(row) for row in near])
     data: list[Plot] = [
         {
             "type": "scatter", "mode": "lines", "name": "Pareto front", "hoverinfo": "skip",
-            "x": [unit * row[key] for row in best], "y": [rounded(times * mean(row)) for row in best],
+            "x": [unit * cost.of(row) for row in best], "y": [rounded(times * row.score.mean) for row in best],
             "line": {"color": "@muted", "shape": "hv", "width": 1.5, "dash": "dot"},
         }
     ]  # fmt: skip
-    for method in dict.fromkeys(row["method"] for row in near):
-        own, mine = style[method], sorted((r for r in near if r["method"] == method), key=lambda r: r[key])
-        found = [score(row) for row in mine]
+    for method in dict.fromkeys(row.method for row in near):
+        own, mine = style[method], sorted((r for r in near if r.method == method), key=lambda r: cost.of(r))
+        found = [row.score for row in mine]
         name = words.method_name(method)
         data.append(
             {
@@ -87,17 +93,17 @@ def _plot(comparison: Comparison, rows: list[Json], cost: Cost, style: dict[str,
                 "error_y": error_bar([times * (f.half_width or 0) for f in found], own.colour),
                 "marker": {"color": own.colour, "symbol": own.symbol, "size": 10},
                 "text": [
-                    f"{name}: {words.score(metric, f.mean, f.half_width)}, {cost.said(row[key])}"
+                    f"{name}: {words.score(metric, f.mean, f.half_width)}, {cost.said(cost.of(row))}"
                     for f, row in zip(found, mine, strict=True)
                 ],
                 "hovertemplate": "%{text}<extra></extra>",
             }
         )  # fmt: skip
-    frozen = reference(comparison, FROZEN)
-    levels = [(times * mean(frozen), "frozen base")] if frozen and frozen not in rows else []
-    levels += [(times * mean(row), f"full fine-tuning, {row[key]:,} parameters") for row in far or ()]
-    costs = [unit * row[key] for row in near]
-    budgets = sorted({row["budget"] for row in near if row.get("budget")}) if key == "parameters" else []
+    frozen = comparison.summary.reference(FROZEN)
+    levels = [(times * frozen.score.mean, "frozen base")] if frozen and frozen not in rows else []
+    levels += [(times * row.score.mean, f"full fine-tuning, {row.parameters:,} parameters") for row in far or ()]
+    costs = [unit * cost.of(row) for row in near]
+    budgets = sorted({row.budget for row in near if row.budget}) if key == "parameters" else []
     few = 1 < len(budgets) <= 5
     axis = log_axis(costs, at=budgets if few else ()) if key == "parameters" and max(costs) > 1.5 * min(costs) else {}
     return {"data": data, "layout": layout(cost.axis, axis_name(metric), 420, xaxis=axis, **level_lines(levels, 0.5))}
@@ -121,20 +127,20 @@ def apart(costs: Sequence[float]) -> list[float]:
     return places
 
 
-def _table(comparison: Comparison, rows: list[Json], cost: Cost) -> Table:
-    metric, higher = comparison.summary["metric"], comparison.summary.get("higher_is_better", True)
-    best = front(rows, cost.key, higher)
+def _table(comparison: Comparison, rows: list[Row], cost: Cost) -> Table:
+    metric, higher = comparison.summary.metric, comparison.summary.higher_is_better
+    best = front(rows, cost, higher)
     return simple(
         f"Score over {cost.axis}",
         ["method", cost.axis, axis_name(metric), "± (95 %)", "on the front"],
         [
             [
-                words.method_name(row["method"]),
-                Cell(cost.said(row[cost.key]), row[cost.key]),
-                Cell(words.score(metric, mean(row)), mean(row)),
-                Cell(words.score(metric, score(row).half_width), score(row).half_width),
+                words.method_name(row.method),
+                Cell(cost.said(cost.of(row)), cost.of(row)),
+                Cell(words.score(metric, row.score.mean), row.score.mean),
+                Cell(words.score(metric, row.score.half_width), row.score.half_width),
                 "yes" if row in best else "no",
             ]
-            for row in sorted(rows, key=lambda r: r[cost.key])
+            for row in sorted(rows, key=lambda r: cost.of(r))
         ],
     )

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
+from isotune.comparison.results import FULL, Row
 from isotune.report import words
-from isotune.report.data import Comparison, Json
+from isotune.report.data import Comparison
 from isotune.report.figures.figure import Figure, Style, axis_name, layout, rounded, scale
 from isotune.report.figures.lines import log_axis
-from isotune.report.standings import FULL
 from isotune.report.tables import Cell, simple
 
 
 def rate_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figure]:
     """One for each budget; full fine-tuning stands in the first."""
-    rows = [row for row in comparison.rows if row.get("learning_rates")]
-    budgets = sorted({row["budget"] for row in rows if row.get("budget") is not None})
-    sets = [(budget, [r for r in rows if r.get("budget") == budget]) for budget in budgets]
-    full = [row for row in rows if row["method"] == FULL]
-    rest = [row for row in rows if row.get("budget") is None]
-    sets = [(sets[0][0], [*sets[0][1], *full]), *sets[1:]] if sets else [(None, rest)] if rest else []
-    return [_figure(comparison, budget, own, style) for budget, own in sets]
+    rows = [row for row in comparison.summary.rows if row.learning_rates]
+    budgets = sorted({row.budget for row in rows if row.budget is not None})
+    sets: dict[int | None, list[Row]] = {budget: [r for r in rows if r.budget == budget] for budget in budgets}
+    if sets:
+        sets[budgets[0]] += [row for row in rows if row.method == FULL]
+    elif rows:
+        sets[None] = rows
+    return [_figure(comparison, budget, own, style) for budget, own in sets.items()]
 
 
-def tried(row: Json) -> list[tuple[float, float]]:
+def tried(row: Row) -> list[tuple[float, float]]:
     """The rates tried, rising, and their validation scores; trials that failed are left out."""
-    found = [(float(rate), value) for rate, value in row["learning_rates"].items() if value is not None]
+    found = [(float(rate), value) for rate, value in row.learning_rates.items() if value is not None]
     return sorted(found)
 
 
-def _figure(comparison: Comparison, budget: int | None, rows: list[Json], style: dict[str, Style]) -> Figure:
-    metric = comparison.summary["metric"]
+def _figure(comparison: Comparison, budget: int | None, rows: list[Row], style: dict[str, Style]) -> Figure:
+    metric = comparison.summary.metric
     times, data = scale(metric), []
     lines: list[list[Cell | str]] = []
     for row in rows:
-        own, points, name = style[row["method"]], tried(row), words.method_name(row["method"])
-        chosen = row.get("learning_rate")
+        own, points, name = style[row.method], tried(row), words.method_name(row.method)
+        chosen = row.learning_rate
         sizes = [13 if _same(rate, chosen) else 6 for rate, _ in points]
         data.append(
             {
@@ -60,10 +61,10 @@ def _figure(comparison: Comparison, budget: int | None, rows: list[Json], style:
     return Figure(f"rates-{budget}", words.sentence(f"learning rates searched{at}"), {"": plot}, table)
 
 
-def _role(row: Json, rate: float) -> str:
-    if not _same(rate, row.get("learning_rate")):
+def _role(row: Row, rate: float) -> str:
+    if not _same(rate, row.learning_rate):
         return ""
-    return "yes, at an end of the range" if row.get("edge") else "yes"
+    return "yes, at an end of the range" if row.edge else "yes"
 
 
 def _same(one: float, other: float | None) -> bool:

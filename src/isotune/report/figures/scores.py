@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
+from isotune.comparison.results import FROZEN, FULL, Row, ranked
 from isotune.report import words
-from isotune.report.data import Comparison, Json
+from isotune.report.data import Comparison
 from isotune.report.figures.figure import Figure, Plot, Style, axis_name, error_bar, layout, rounded, scale
-from isotune.report.standings import FROZEN, FULL, groups, mean, reference, score
 from isotune.report.tables import Cell, simple
 
 
 def score_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figure]:
     """One for each budget; full fine-tuning and the frozen base stand in each."""
-    metric = comparison.summary["metric"]
-    beside = [row for row in (reference(comparison, FULL), reference(comparison, FROZEN)) if row]
-    found = groups(comparison)
+    metric = comparison.summary.metric
+    beside = [row for row in (comparison.summary.reference(FULL), comparison.summary.reference(FROZEN)) if row]
+    found = comparison.summary.groups
     sets = [(group.budget, [s.row for s in group.standings]) for group in found] or [(None, [])]
     limits = _limits([row for _, rows in sets for row in (*rows, *beside)], scale(metric))
     figures = []
     for budget, rows in sets:
-        ordered = sorted([*rows, *beside], key=mean, reverse=comparison.summary.get("higher_is_better", True))
+        ordered = [s.row for s in ranked([*rows, *beside], comparison.summary.higher_is_better)]
         at = f" at {budget:,} parameters" if budget is not None else ""
         table = simple(
             f"Scores{at}",
             ["method", axis_name(metric), "± (95 %)", "each seed"],
-            [_line(comparison, row, metric) for row in ordered],
+            [_line(row, metric) for row in ordered],
         )
         plot = _plot(ordered, metric, style, limits)
         figures.append(Figure(f"scores-{budget}", words.sentence(f"scores{at}"), {"": plot}, table))
     return figures
 
 
-def _plot(rows: list[Json], metric: str, style: dict[str, Style], limits: list[float]) -> Plot:
+def _plot(rows: list[Row], metric: str, style: dict[str, Style], limits: list[float]) -> Plot:
     times, data = scale(metric), []
     for row in rows:
-        own, found, name = style[row["method"]], score(row), words.method_name(row["method"])
+        own, found, name = style[row.method], row.score, words.method_name(row.method)
         data.append(
             {
-                "type": "scatter", "mode": "markers", "y": [name] * len(row["values"]), "hoverinfo": "skip",
-                "x": [rounded(times * value) for value in row["values"]],
+                "type": "scatter", "mode": "markers", "y": [name] * len(row.values), "hoverinfo": "skip",
+                "x": [rounded(times * value) for value in row.values],
                 "marker": {"symbol": "line-ns-open", "size": 9, "color": own.colour, "opacity": 0.55},
             }
         )  # fmt: skip
@@ -58,21 +58,20 @@ def _plot(rows: list[Json], metric: str, style: dict[str, Style], limits: list[f
     }
 
 
-def _limits(rows: list[Json], times: float) -> list[float]:
+def _limits(rows: list[Row], times: float) -> list[float]:
     """A range that all figures share, so that budgets can be compared."""
-    low = min(min(*row["values"], mean(row) - (score(row).half_width or 0)) for row in rows)
-    high = max(max(*row["values"], mean(row) + (score(row).half_width or 0)) for row in rows)
+    low = min(min(*row.values, row.score.mean - (row.score.half_width or 0)) for row in rows)
+    high = max(max(*row.values, row.score.mean + (row.score.half_width or 0)) for row in rows)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
     return [round(times * (low - margin), 4), round(times * (high + margin), 4)]
 
 
-def _line(comparison: Comparison, row: Json, metric: str) -> list[Cell | str]:
-    found = score(row)
+def _line(row: Row, metric: str) -> list[Cell | str]:
+    found = row.score
     half = found.half_width
-    seeds = comparison.seeds(row).values()
     return [
-        words.method_name(row["method"]),
+        words.method_name(row.method),
         Cell(words.score(metric, found.mean), found.mean),
         Cell("–" if half is None else words.score(metric, half), half),
-        Cell(", ".join(words.score(metric, value) for value in seeds), found.mean),
+        Cell(", ".join(words.score(metric, value) for value in row.values), found.mean),
     ]
