@@ -31,7 +31,7 @@ demo: $(VENV)/.installed-demo,peft
 
 docs: $(VENV)/.installed-docs
 	@echo "== building the documentation into site/"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.installed-demo,peft
 	@echo "== running the benchmarks"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,10 @@ def test_the_navigation_names_every_page_and_only_pages() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site. A warning of the builder's, such as a broken link, is an error."""
-    from mkdocs.commands.build import build
-    from mkdocs.config import load_config
-
+    """The built site."""
     folder = tmp_path_factory.mktemp("site")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = load_config(str(MKDOCS), site_dir=str(folder))
-        assert config.strict
-        config.plugins.on_startup(command="build", dirty=False)
-        try:
-            build(config)
-        finally:
-            config.plugins.on_shutdown()
-            logging.getLogger("mkdocs").handlers.clear()
+    made = subprocess.run([sys.executable, DOCS / "build.py", folder], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
     return folder
 
 
