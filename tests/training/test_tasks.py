@@ -3,40 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from isotune.errors import IsotuneError
 from isotune.training.classifiers import load_classifier
 from isotune.training.modeling_pooled import pool
 from isotune.training.models import load_causal, load_tokenizer
 from isotune.training.probe import extract_features, fit_probe
-from isotune.training.tasks import (
-    Collator,
-    causal_examples,
-    causal_metrics,
-    classification_examples,
-    classification_metrics,
-    token_losses,
-)
+from isotune.training.session import TaskSpec
+from isotune.training.tasks.causal import causal_metrics, token_losses
+from isotune.training.tasks.classification import classification_metrics
+from isotune.training.tasks.collator import Collator
+from isotune.training.tasks.contract import Example
+from isotune.training.tasks.names import TASKS, task_named
 
 EOS = 3
 
 
+def examples_of(task: str, rows: list[dict[str, str]], tokenizer: Any, max_length: int) -> list[Example]:
+    spec = TaskSpec(task, "", ["x"], "auto", max_length, "\n", "float32")
+    return task_named(task).examples(rows, tokenizer, spec)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_methods_are_compared_by_something_that_is_measured(name: str) -> None:
+    task = task_named(name)
+    assert {task.metric, "loss"} <= set(task.metrics)
+    assert task.signed(2.0) == (2.0 if task.higher_is_better else -2.0)
+    timings = {"test_runtime": 1.0, **{f"test_{metric}": 0.5 for metric in task.metrics}}
+    assert task.of_trainer(timings, "test").keys() == timings.keys() - {"test_runtime"}
+
+
+def test_a_task_of_a_later_version_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text(TaskSpec("regression", "m", [], "auto", 8, "", "float32").to_json())
+    with pytest.raises(IsotuneError, match="names the task 'regression'; isotune knows: classification, causal-lm"):
+        TaskSpec.read(tmp_path)
+
+
 def test_the_prompt_is_masked_and_the_completion_closed(llama: Path) -> None:
     tokenizer = load_tokenizer(str(llama))
-    (example,) = causal_examples([{"prompt": "the cat", "completion": "sees a dog"}], tokenizer, 16)
+    (example,) = examples_of("causal-lm", [{"prompt": "the cat", "completion": "sees a dog"}], tokenizer, 16)
     completion = tokenizer("sees a dog")["input_ids"]
     assert example["labels"] == [-100, -100, *completion, EOS]
     assert example["input_ids"] == [*tokenizer("the cat")["input_ids"], *completion, EOS]
-    (short,) = causal_examples([{"prompt": "the old cat", "completion": "sees a dog"}], tokenizer, 5)
+    (short,) = examples_of("causal-lm", [{"prompt": "the old cat", "completion": "sees a dog"}], tokenizer, 5)
     assert short["labels"] == [-100, *completion, EOS]
 
 
 def test_texts_are_packed_into_full_blocks(llama: Path) -> None:
     tokenizer = load_tokenizer(str(llama))
-    blocks = causal_examples([{"text": "the cat sees"}, {"text": "a dog"}, {"text": "a hen"}], tokenizer, 4)
+    blocks = examples_of("causal-lm", [{"text": "the cat sees"}, {"text": "a dog"}, {"text": "a hen"}], tokenizer, 4)
     stream = [i for block in blocks for i in block["input_ids"]]
     assert [len(block["input_ids"]) for block in blocks] == [4, 4, 2]
     assert stream.count(EOS) == 3
@@ -46,7 +66,7 @@ def test_texts_are_packed_into_full_blocks(llama: Path) -> None:
 def test_token_weighted_loss_equals_the_models_own_on_one_batch(llama: Path) -> None:
     tokenizer, model = load_tokenizer(str(llama)), load_causal(str(llama)).eval()
     rows = [{"prompt": "the cat", "completion": "sees a dog"}, {"prompt": "a", "completion": "hen"}]
-    batch = Collator(tokenizer.pad_token_id)(causal_examples(rows, tokenizer, 16))
+    batch = Collator(tokenizer.pad_token_id)(examples_of("causal-lm", rows, tokenizer, 16))
     with torch.no_grad():
         output = model(**batch)
     metrics = causal_metrics(token_losses(output.logits, batch["labels"]).numpy())
@@ -80,7 +100,7 @@ def test_pooling_sees_no_padding_on_either_side(side: str) -> None:
 def test_features_keep_the_order_of_the_rows(bert: Path) -> None:
     tokenizer, model = load_tokenizer(str(bert)), load_classifier(str(bert), ["x", "y"])
     rows = [{"text": text, "label": "x"} for text in ("the old small green cat", "cat", "a dog")]
-    examples, collator = classification_examples(rows, tokenizer, ["x"], 16), Collator(0)
+    examples, collator = examples_of("classification", rows, tokenizer, 16), Collator(0)
     together, _ = extract_features(model, examples, collator, batch_size=2)
     for index, example in enumerate(examples):
         alone, _ = extract_features(model, [example], collator)

@@ -26,6 +26,8 @@ from isotune.training.progress import quiet_libraries
 from isotune.training.recipe import Recipe
 from isotune.training.run import Result, train
 from isotune.training.session import TaskSpec
+from isotune.training.start import starts_from_probe
+from isotune.training.tasks.names import task_named
 
 
 @functools.lru_cache(maxsize=1)
@@ -66,8 +68,7 @@ class Bench:
     def _trained(self, unit: Unit, output: Path) -> dict[str, Any]:
         steps = self.recipe.compare.cost_steps if unit.kind == "cost" else None
         recipe = self.recipe.run(unit.cell.method, unit.rate, unit.seed, output, unit.kind == "seed", steps)
-        probed = recipe.task == "classification" and recipe.head == "probe"
-        probe = self._probe(recipe)[0] if probed else None
+        probe = self._probe(recipe)[0] if starts_from_probe(recipe) else None
         folder = RunFolder(output)
         result = train(recipe, resume=folder.is_run(), progress=False, probe=probe)
         if unit.kind == "seed" and result.model is None:  # killed after the run, before its line
@@ -89,7 +90,7 @@ class Bench:
     def _frozen(self, unit: Unit, output: Path) -> dict[str, Any]:
         """The base model as it is, with a linear probe where the task is to classify."""
         recipe = self.recipe.run({"name": "lora"}, None, unit.seed, output, test=True)
-        metrics = dict(self._probe(recipe)[1] if recipe.task == "classification" else frozen_metrics(recipe))
+        metrics = dict(self._probe(recipe)[1] if task_named(recipe.task).probed else frozen_metrics(recipe))
         metrics |= {f"forgetting_{name}": value for name, value in self._base().items()}
         metrics |= {"adapter_bytes": 0, "export_rank": 0}
         return {"status": "done", "metrics": metrics}

@@ -12,6 +12,7 @@ from isotune.comparison.results import FROZEN, Line, Measure, Row, Summary, Unit
 from isotune.comparison.units import chosen, costs, planned, search_of
 from isotune.intervals import Interval, paired
 from isotune.training.forgetting import HIGHER_IS_BETTER
+from isotune.training.tasks.names import task_named
 
 COSTS = ("seconds_per_step", "tokens_per_second", "peak_memory_bytes")
 """Measured alone, when all runs are done."""
@@ -22,7 +23,8 @@ def summarise(
     cells: Sequence[Cell], recipe: ComparisonRecipe, lines: Mapping[str, Line], environment: Mapping[str, Any]
 ) -> Summary:
     """The summary of what is known so far; rows come best first."""
-    metric, higher = ("accuracy", True) if recipe.task == "classification" else ("loss", False)
+    task = task_named(recipe.task)
+    metric, higher = task.metric, task.higher_is_better
     rows = [row for cell in cells if (row := _row(cell, recipe, lines, f"test_{metric}")) is not None]
     for row in rows:
         others = [one for one in rows if one.method == recipe.baseline and one.budget == row.budget]

@@ -10,6 +10,7 @@ from isotune.comparison.plan import Cell
 from isotune.comparison.rates import tried
 from isotune.comparison.recipe import ComparisonRecipe
 from isotune.comparison.results import Kind, Line
+from isotune.training.tasks.names import task_named
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ class Search:
 
 def search_of(cell: Cell, recipe: ComparisonRecipe, lines: Mapping[str, Line]) -> Search:
     """The state of a cell's search in the results `lines`."""
+    task = task_named(recipe.task)
+
+    def score(line: Line) -> float | None:
+        """What a trial is chosen by; None where it diverged."""
+        value = line.metrics.get(f"validation_{task.metric}")
+        return None if value is None else task.signed(value)
+
     own = {
         line.learning_rate: score(line)
         for line in lines.values()
@@ -77,12 +85,6 @@ def search_of(cell: Cell, recipe: ComparisonRecipe, lines: Mapping[str, Line]) -
     known = {rate: value for rate, value in scores.items() if value is not None}
     best = max(known, key=known.__getitem__) if known and not missing else None
     return Search(rates, scores, missing, best)
-
-
-def score(line: Line) -> float | None:
-    """What a trial is chosen by: accuracy on the validation rows, or the negative loss; None where it diverged."""
-    accuracy, loss = line.metrics.get("validation_accuracy"), line.metrics.get("validation_loss")
-    return accuracy if accuracy is not None else None if loss is None else -loss
 
 
 def seeds(recipe: ComparisonRecipe) -> list[int]:

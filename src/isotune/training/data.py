@@ -10,6 +10,7 @@ import torch
 
 from isotune.errors import DataError, nearest
 from isotune.training.recipe import DataSettings
+from isotune.training.tasks.names import task_named
 
 if TYPE_CHECKING:
     import datasets
@@ -41,11 +42,10 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     if "train" not in source:
         raise DataError(f"{data.train} has no split 'train'; it has: {', '.join(source)}")
     train = read_rows(source["train"], data, task, data.train)
-    labels = _label_names(train, data) if task == "classification" else []
+    labels = task_named(task).labels(train, data)
     test = _named_split(data.test, source, data, task) if data.test else []
     if isinstance(data.validation, float):
-        one_document = task == "causal-lm" and len(train) == 1 and "text" in train[0]
-        cut = _cut_tail if one_document else hold_out
+        cut = _cut_tail if task_named(task).is_one_document(train) else hold_out
         train, validation = cut(train, data.validation, seed)
     else:
         validation = _named_split(data.validation, source, data, task) if data.validation else []
@@ -115,12 +115,7 @@ def read_rows(dataset: datasets.Dataset, data: DataSettings, task: str, where: s
     """
     if not len(dataset):
         raise DataError(f"{where}: there are no rows")
-    if data.prompt is not None and data.completion is not None:
-        columns = {"prompt": [data.prompt], "completion": [data.completion]}
-    else:
-        columns = {"text": [data.text] if isinstance(data.text, str) else data.text}
-        if task == "classification":
-            columns["label"] = [data.label]
+    columns = task_named(task).columns(data)
     for key, names in columns.items():
         for name in names:
             _check_column(name, key, dataset.column_names, where)
@@ -151,20 +146,6 @@ def _named_split(name: str, source: dict[str, datasets.Dataset], data: DataSetti
     if name in source:
         return read_rows(source[name], data, task, f"{data.train}, split {name}")
     return load_rows(name, data, task)
-
-
-def _label_names(rows: list[Row], data: DataSettings) -> list[str]:
-    labels = sorted({row["label"] for row in rows}, key=_number_or_word)
-    if len(labels) < 2:
-        raise DataError(
-            f"{data.train}: every training row has the label {labels[0]!r}; "
-            f"a classification needs at least two (column {data.label!r})"
-        )
-    return labels
-
-
-def _number_or_word(label: str) -> tuple[int, int, str]:
-    return (0, int(label), label) if label.lstrip("-").isdecimal() else (1, 0, label)
 
 
 def _permutation(count: int, seed: int) -> list[int]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 
 from isotune.checkpoint.files import write_atomically
@@ -24,8 +23,9 @@ from isotune.training.forgetting import Forgetting, ForgettingSettings
 from isotune.training.model_folder import open_trained
 from isotune.training.progress import Screen, is_first_process, quiet_libraries
 from isotune.training.recipe import DataSettings, Recipe
-from isotune.training.session import Session, TaskSpec, task_metrics
-from isotune.training.tasks import Example
+from isotune.training.session import Session, TaskSpec
+from isotune.training.tasks.contract import Example
+from isotune.training.tasks.names import task_named
 
 _NO_CHANGES: dict[str, Any] = {}
 
@@ -69,8 +69,7 @@ def evaluate(
     if predictions is not None:
         _check_predictions(Path(predictions))
     rows = rows_for(data, spec, recipe, columns or _NO_CHANGES, ("test", "validation"))
-    if spec.task == "classification":
-        check_labels(rows, spec.labels, "the data")
+    check_labels(rows, spec.labels, "the data")
     held_out = None
     if forgetting is not None:
         screen.say("measuring the pretrained model on the rows of forgetting")
@@ -106,7 +105,7 @@ def measured(
             **machine_arguments(),
         )
         output = session.trainer(arguments).predict(list(examples), metric_key_prefix="test")
-    metrics = task_metrics(output.metrics, "test")
+    metrics = session.task.of_trainer(output.metrics, "test")
     return {name.removeprefix("test_"): value for name, value in metrics.items()}, np.asarray(output.predictions)
 
 
@@ -146,16 +145,10 @@ def _check_predictions(path: Path) -> None:
 
 
 def _predicted(rows: list[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
-    """Each row with its predicted label and that label's probability, or with its loss."""
+    """Each row with what the model says of it."""
     if len(rows) != len(scores):
         raise DataError("packed text has no prediction per row; --predictions needs prompts and completions")
-    if spec.task == "causal-lm":
-        return [{**row, "loss": float(s[0] / max(s[1], 1))} for row, s in zip(rows, scores, strict=True)]
-    probabilities = torch.from_numpy(scores).double().softmax(-1).numpy()
-    return [
-        {**row, "prediction": spec.labels[p.argmax()], "probability": float(p.max())}
-        for row, p in zip(rows, probabilities, strict=True)
-    ]
+    return task_named(spec.task).predicted(rows, scores, spec)
 
 
 def _table(lines: list[dict[str, Any]], suffix: str) -> str:

@@ -24,7 +24,10 @@ from isotune.training.progress import quiet_libraries
 from isotune.training.recipe import DataSettings
 from isotune.training.recipe import ForgettingSettings as ForgettingSettings
 from isotune.training.session import Session, TaskSpec
-from isotune.training.tasks import Collator, Example, causal_metrics, token_losses
+from isotune.training.tasks.causal import causal_metrics, token_losses
+from isotune.training.tasks.collator import Collator
+from isotune.training.tasks.contract import Example
+from isotune.training.tasks.names import task_named
 
 HIGHER_IS_BETTER = {"probe_accuracy": True, "similarity": True, "perplexity": False}
 """The measures."""
@@ -32,7 +35,7 @@ HIGHER_IS_BETTER = {"probe_accuracy": True, "similarity": True, "perplexity": Fa
 
 def settings_for(task: str, rows: str, **columns: str) -> ForgettingSettings:
     """Settings for a single source: of a classification's rows a part is held out, causal-lm is measured on all."""
-    return ForgettingSettings(**{"train" if task == "classification" else "test": rows, **columns})
+    return ForgettingSettings(**{"train" if task_named(task).probed else "test": rows, **columns})
 
 
 class Forgetting:
@@ -80,13 +83,13 @@ class Forgetting:
             IsotuneError: The model is for the other task, or of another width than the base.
             DivergedError: It answers with values that are not finite.
         """
-        classification = self.task == "classification"
-        if is_classifier(model) != classification:
-            wanted = "a classifier" if classification else "a causal language model"
+        probed = task_named(self.task).probed
+        if is_classifier(model) != probed:
+            wanted = "a classifier" if probed else "a causal language model"
             raise IsotuneError(
                 f"forgetting of a {self.task} run is measured on {wanted}, which {type(model).__name__} is not"
             )
-        return self._probed(model) if classification else {"perplexity": self._perplexity(model)}
+        return self._probed(model) if probed else {"perplexity": self._perplexity(model)}
 
     def _probed(self, model: Any) -> dict[str, float]:
         """The probe's accuracy, and the mean cosine of the embeddings with the base's."""
@@ -138,15 +141,16 @@ def _read(settings: ForgettingSettings, task: str) -> tuple[list[Row], list[Row]
         max_train_rows=settings.max_rows,
         max_eval_rows=settings.max_rows,
     )
-    if task == "classification" and settings.train is None:
+    probed = task_named(task).probed
+    if probed and settings.train is None:
         raise OptionError("forgetting.train is missing: a classifier is probed on another task's rows with labels")
-    if task == "causal-lm" and (settings.train is not None or not isinstance(settings.test, str)):
+    if not probed and (settings.train is not None or not isinstance(settings.test, str)):
         raise OptionError(
             "forgetting of a causal-lm run is its perplexity on general text: forgetting.test names the text, and "
             "there is no forgetting.train"
         )
     try:
-        if task == "causal-lm":
+        if not probed:
             rows = load_rows(data.train, data, task)
             return [], sample_rows(rows, settings.max_rows, settings.seed), []
         splits = load_splits(data, task, settings.seed)

@@ -62,7 +62,7 @@ def open_trained(folder: Path, model: str | None = None, force: bool = False) ->
     if model:
         raise IsotuneError(f"{folder} holds a whole model and needs no pretrained one; leave out --model {model}")
     session = Session(replace(spec, model=str(folder)))
-    if spec.task == "classification" and spec.backbone is not None:
+    if session.head and spec.backbone is not None:
         _load_head(session.model, folder / HEAD_FILE)
     return session
 

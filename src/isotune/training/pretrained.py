@@ -12,9 +12,9 @@ from isotune.training.data import load_splits
 from isotune.training.probe import Probe
 from isotune.training.progress import Screen
 from isotune.training.recipe import Recipe
-from isotune.training.session import Session, TaskSpec, task_metrics
+from isotune.training.session import Session, TaskSpec
 from isotune.training.start import session_probe, split_features
-from isotune.training.tasks import Example
+from isotune.training.tasks.contract import Example
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def frozen_metrics(recipe: Recipe) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name in ("validation", "test"):
         if name in examples:
-            metrics |= task_metrics(trainer.evaluate(examples[name], metric_key_prefix=name), name)
+            metrics |= session.task.of_trainer(trainer.evaluate(examples[name], metric_key_prefix=name), name)
     return metrics
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from isotune.training.classifiers import features_as_logits, logits_layer
-from isotune.training.tasks import Collator, Example, classification_metrics
+from isotune.training.tasks.classification import classification_metrics
+from isotune.training.tasks.collator import Collator
+from isotune.training.tasks.contract import Example
 
 STRENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 """L2 strengths tried, on standardised features, strongest first."""

@@ -30,10 +30,10 @@ from isotune.training.probe import Probe
 from isotune.training.progress import ProgressLine, Screen, is_first_process, quiet_libraries
 from isotune.training.recipe import Recipe
 from isotune.training.results import history_of, run_metrics, trainable
-from isotune.training.session import Session, TaskSpec, task_metrics
-from isotune.training.start import calibrate_on, probe_of, start_from
+from isotune.training.session import Session, TaskSpec
+from isotune.training.start import calibrate_on, probe_of, start_from, starts_from_probe
 from isotune.training.statistics import check_keeps_second_moments, write_second_moments
-from isotune.training.tasks import Example
+from isotune.training.tasks.contract import Example
 from isotune.training.trainer import AdapterTrainer, StopOnInterrupt, resume_command
 from isotune.training.weights import load_weights
 
@@ -111,7 +111,7 @@ def train(
             screen.say(f"resuming from {checkpoint.name}" if checkpoint else "no checkpoint yet: from the start")
         else:
             folder.create(recipe)
-    if recipe.task == "classification" and recipe.head == "probe" and checkpoint is None:
+    if starts_from_probe(recipe) and checkpoint is None:
         start_from(run.session, probe or probe_of(run.session, run.examples, screen), screen)
     trainer = _trainer(run)
     if checkpoint is None and wants_calibration(run.session.model):
@@ -185,7 +185,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
         _adapt(session, recipe)
     if recipe.save_second_moments:
         check_informative(session.model)
-    if (pooling := session.spec.pooling) != OWN and recipe.task == "classification":
+    if session.head and (pooling := session.spec.pooling) != OWN:
         screen.say(
             f"pooling {pooling}: the model's own class for classification pools otherwise, so that a class of ours "
             "is taken; transformers opens what is exported of it with trust_remote_code=True"
@@ -274,9 +274,10 @@ def _save(run: _Run) -> None:
 
 def _measured(run: _Run, trainer: AdapterTrainer, name: str) -> dict[str, float]:
     """Metrics on a split; those of the validation rows stand where the last step was validated already."""
+    task = run.session.task
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
     current = last is not None and last["step"] == trainer.state.global_step
     if name == "validation" and last is not None and current and not trainer.args.load_best_model_at_end:
-        return task_metrics({key.replace("eval_", f"{name}_", 1): value for key, value in last.items()}, name)
+        return task.of_trainer({key.replace("eval_", f"{name}_", 1): value for key, value in last.items()}, name)
     with run.screen.console.status(f"evaluating on the {name} rows"):
-        return task_metrics(trainer.evaluate(run.examples[name], metric_key_prefix=name), name)
+        return task.of_trainer(trainer.evaluate(run.examples[name], metric_key_prefix=name), name)

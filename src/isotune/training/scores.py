@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from isotune.training.evaluation import measured
 from isotune.training.folder import RunFolder, adapter_folder
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.session import Session, TaskSpec
-from isotune.training.tasks import Example, classification_examples
+from isotune.training.tasks.contract import Example
 from isotune.training.weight_search import search_weights
 
 _TRIAL = "isotune-merged"
@@ -62,7 +63,7 @@ def searched(
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskRows:
     """What one run was trained for: its rows, and the modules trained in full that belong to it."""
 
     name: str
@@ -115,13 +116,14 @@ class Tasks:
 
     def score(self, adapter: str | Path | None) -> float:
         """The mean over the tasks: of the accuracy, or of minus the loss for language models."""
-        found = self.metrics(adapter).values()
-        return sum(metrics.get("accuracy", -metrics["loss"]) for metrics in found) / len(found)
+        found = self.metrics(adapter)
+        kinds = {rows.name: rows.session.task for rows in self.tasks}
+        return statistics.fmean(kind.signed(found[name][kind.metric]) for name, kind in kinds.items())
 
 
 def _task(
     run: str | Path, name: str, split: str, count: int | None, sessions: dict[tuple[Any, ...], Session]
-) -> Task:
+) -> TaskRows:
     folder = RunFolder(run)
     if not folder.is_run():
         raise IsotuneError(f"{run} is no run's folder, whose {split} rows could be used; give runs of isotune train")
@@ -134,13 +136,10 @@ def _task(
     spec = TaskSpec.read(adapter)
     key = (spec.task, spec.model, spec.pooling, spec.max_length, spec.dtype, spec.separator, spec.backbone)
     session = sessions.setdefault(key, Session(spec)) if key not in sessions else sessions[key]
-    if spec.task == "classification":
-        examples = classification_examples(rows, session.tokenizer, spec.labels, session.max_length)
-    else:
-        examples = session.examples(rows)
+    examples = session.task.examples(rows, session.tokenizer, replace(session.spec, labels=spec.labels))
     # Rows of one length side by side need no padding.
     examples = sorted(examples, key=lambda example: len(example["input_ids"]))
-    return Task(name, session, examples, read_stored(adapter).trained)
+    return TaskRows(name, session, examples, read_stored(adapter).trained)
 
 
 @contextmanager

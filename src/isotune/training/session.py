@@ -8,24 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
 
 from isotune.errors import IsotuneError
 from isotune.folders import TASK
-from isotune.training.classifiers import head_paths, load_classifier, pooling_of
 from isotune.training.data import Row
-from isotune.training.models import load_causal, load_tokenizer
+from isotune.training.models import load_tokenizer
 from isotune.training.recipe import Recipe
-from isotune.training.tasks import (
-    Collator,
-    Example,
-    causal_examples,
-    causal_metrics,
-    classification_examples,
-    classification_metrics,
-    token_losses,
-)
+from isotune.training.tasks.collator import Collator
+from isotune.training.tasks.contract import Example
+from isotune.training.tasks.names import TASKS, task_named
 from isotune.training.trainer import AdapterTrainer
 
 
@@ -56,13 +48,16 @@ class TaskSpec:
         """Read it back. Raises IsotuneError where the adapter was not saved by `isotune train`."""
         file = adapter / TASK
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
+            spec = cls(**json.loads(file.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise IsotuneError(
                 f"{adapter} has no {TASK}: not a run's folder, nor an adapter that isotune train saved"
             ) from None
         except (OSError, ValueError, TypeError) as error:
             raise IsotuneError(f"{file} cannot be read: {error}") from None
+        if spec.task not in TASKS:
+            raise IsotuneError(f"{file} names the task {spec.task!r}; isotune knows: {', '.join(TASKS)}")
+        return spec
 
     def to_json(self) -> str:
         """The file's text."""
@@ -73,24 +68,16 @@ class Session:
     """A pretrained model for a task, with its tokenizer; its `spec` says what "auto" and the defaults came to."""
 
     def __init__(self, spec: TaskSpec) -> None:
-        if spec.task == "classification":
-            self.model: Any = load_classifier(spec.model, spec.labels, spec.pooling, spec.dtype, spec.backbone)
-            self.head = head_paths(self.model)
-            spec = replace(spec, pooling=pooling_of(self.model))
-        else:
-            self.model, self.head = load_causal(spec.model, spec.dtype), []
+        self.task = task_named(spec.task)
+        self.model, self.head, spec = self.task.load(spec)
         self.tokenizer = load_tokenizer(spec.model)
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        self.max_length = _max_length(spec, self.model.config)
-        self.spec = replace(spec, max_length=self.max_length)
+        self.spec = replace(spec, max_length=_max_length(spec, self.model.config))
         self.collator = Collator(self.tokenizer.pad_token_id)
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenise rows for the task."""
-        spec = self.spec
-        if spec.task == "classification":
-            return classification_examples(rows, self.tokenizer, spec.labels, self.max_length)
-        return causal_examples(rows, self.tokenizer, self.max_length, spec.separator)
+        return self.task.examples(rows, self.tokenizer, self.spec)
 
     def trainer(
         self,
@@ -100,15 +87,14 @@ class Session:
         callbacks: Sequence[transformers.TrainerCallback] = (),
     ) -> AdapterTrainer:
         """A trainer that measures what the task asks for."""
-        classification = self.spec.task == "classification"
         return AdapterTrainer(
             model=self.model,
             args=arguments,
             data_collator=self.collator,
             train_dataset=list(train) or None,
             eval_dataset=list(validation) or None,
-            compute_metrics=_classification_metrics if classification else _causal_metrics,
-            preprocess_logits_for_metrics=None if classification else token_losses,
+            compute_metrics=self.task.measured,
+            preprocess_logits_for_metrics=self.task.reduced,
             callbacks=callbacks,
             base_model=self.spec.model,
         )
@@ -121,17 +107,3 @@ def _max_length(spec: TaskSpec, config: Any) -> int:
     if limit and spec.max_length > limit:
         raise IsotuneError(f"data.max_length is {spec.max_length}, but {spec.model} reads at most {limit} tokens")
     return spec.max_length
-
-
-def task_metrics(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    """Of a trainer's metrics, those of the task, without its timings."""
-    names = ("accuracy", "macro_f1", "loss", "perplexity")
-    return {f"{prefix}_{name}": metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
-
-
-def _classification_metrics(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    return classification_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
-
-
-def _causal_metrics(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    return causal_metrics(np.asarray(prediction.predictions))

@@ -20,6 +20,7 @@ from isotune.training.model_folder import is_model_folder, open_trained
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import Recipe
 from isotune.training.session import TaskSpec
+from isotune.training.tasks.names import task_named
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 """Those of `training.optim` that keep whole second moments."""
@@ -68,11 +69,11 @@ def collect_fisher(
     screen = Screen(progress)
     adapter, recipe = find_trained(Path(path))
     spec = TaskSpec.read(adapter)
-    usual: Expectation = "exact" if spec.task == "classification" else "sample"
-    expectation = expectation or ("empirical" if kind == "second_moment" else usual)
+    usual = "empirical" if kind == "second_moment" else task_named(spec.task).expectation
+    expectation = expectation or usual
     rows = rows_for(data, spec, recipe, columns or {}, ("train",))
     if expectation == "empirical":
-        check_labels(rows, spec.labels if spec.task == "classification" else [], "the data")
+        check_labels(rows, spec.labels, "the data")
     else:
         rows = [{key: value for key, value in row.items() if key != "label"} for row in rows]
     session = open_trained(adapter, model, force)

@@ -38,8 +38,8 @@ def run_curves(runs: Sequence[RunResult]) -> list[Figure]:
     if not logged:
         return []
     own = styles([run.name for run in logged])
-    task = str(logged[0].recipe.get("task", "classification"))
-    metric = "accuracy" if task == "classification" else "perplexity"
+    known = {key for run in logged for entry in run.history for key in entry}
+    metric = "accuracy" if "eval_accuracy" in known else "perplexity"
     lines = {run.name: (own[run.name], [run.history]) for run in logged}
     return [_figure("curves-runs", "Learning curves", metric, lines)]
 

@@ -1,0 +1,37 @@
+"""Batches of token sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from isotune.training.tasks.contract import Example
+
+IGNORED = -100
+"""The label of tokens that are not trained on."""
+
+
+class Collator:
+    """Pads a batch of examples on the right to its longest."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Tensors `input_ids`, `attention_mask` of shape (batch, longest), and `labels` where there are some."""
+        longest = max(len(example["input_ids"]) for example in examples)
+        batch = {
+            "input_ids": _padded([example["input_ids"] for example in examples], longest, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(example["input_ids"]) for example in examples], longest, 0),
+        }
+        labels = [example["labels"] for example in examples if "labels" in example]
+        if labels:
+            numbers = isinstance(labels[0], int)
+            batch["labels"] = torch.tensor(labels) if numbers else _padded(labels, longest, IGNORED)
+        return batch
+
+
+def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])

@@ -1,0 +1,14 @@
+"""The tasks by name."""
+
+from __future__ import annotations
+
+from isotune.training.tasks.causal import CausalLM
+from isotune.training.tasks.classification import Classification
+from isotune.training.tasks.contract import Task
+
+TASKS: dict[str, Task] = {"classification": Classification(), "causal-lm": CausalLM()}
+
+
+def task_named(name: str) -> Task:
+    """The task that a recipe or a task.json names; both are checked when they are read."""
+    return TASKS[name]
