@@ -71,3 +71,12 @@ def test_the_map_of_the_house_names_the_rooms_in_their_order() -> None:
     (rooms,) = re.findall(r"```\n(cli .*?)\(ground\)", (ROOT.parents[1] / "CONTRIBUTING.md").read_text(), re.DOTALL)
     assert tuple(line.split()[0] for line in rooms.splitlines()) == ROOMS
     assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} == set(ROOMS)
+
+
+def test_no_class_has_the_name_of_another() -> None:
+    homes: dict[str, list[str]] = {}
+    for file in sorted(ROOT.rglob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sweeps import diagnosis, sweep
 
-from isotune.report.data import Diagnosis, collect
+from isotune.report.data import Diagnosed, collect
 from isotune.report.page import render
 from isotune.report.verdict import judge
 
@@ -102,9 +102,9 @@ def page(scicite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its report, with a full fine-tuning, a LoRA and an HRA diagnosed."""
     collected = collect([scicite])
     collected.diagnoses = [
-        Diagnosis("full fine-tuning", "full", diagnosis("full", intruders=True) | {"kind": "checkpoint"}),
-        Diagnosis("lora", "lora", diagnosis("lora", intruders=True)),
-        Diagnosis("hra", "hra", diagnosis("hra", rotation=True)),
+        Diagnosed("full fine-tuning", "full", diagnosis("full", intruders=True) | {"kind": "checkpoint"}),
+        Diagnosed("lora", "lora", diagnosis("lora", intruders=True)),
+        Diagnosed("hra", "hra", diagnosis("hra", rotation=True)),
     ]
     file = tmp_path_factory.mktemp("page") / "report.html"
     file.write_text(render(collected, judge(collected)), encoding="utf-8")

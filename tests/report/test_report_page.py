@@ -16,7 +16,7 @@ from test_report_data import write_adapter
 
 from isotune.comparison.results import Row, Summary
 from isotune.errors import IsotuneError
-from isotune.report.data import Diagnosis, collect
+from isotune.report.data import Diagnosed, collect
 from isotune.report.figures.angles import histogram
 from isotune.report.figures.figure import styles, thinned
 from isotune.report.figures.heatmap import place
@@ -56,7 +56,7 @@ def test_a_sweep_of_two_hundred_units_stays_under_five_megabytes(tmp_path: Path)
     folder = sweep(tmp_path / "sweep", budgets=(9216, 36864, 73728))
     collected = collect([folder])
     assert len(collected.comparisons[0].units) >= 200
-    collected.diagnoses = [Diagnosis(f"model {i}", "hra", diagnosis(str(i), 24, True, True)) for i in range(12)]
+    collected.diagnoses = [Diagnosed(f"model {i}", "hra", diagnosis(str(i), 24, True, True)) for i in range(12)]
     assert len(render(collected, judge(collected)).encode()) < 5_000_000
 
 

@@ -36,7 +36,7 @@ BUILT_IN = {
     "compose": "isotune.merging.rules.compose:Compose",
     "karcher": "isotune.merging.rules.karcher:Karcher",
     "rmm": "isotune.merging.rules.rmm:RMM",
-    "symmetry": "isotune.merging.rules.symmetry:Symmetry",
+    "symmetry": "isotune.merging.rules.symmetry:TransferRule",
 }
 
 

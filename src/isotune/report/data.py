@@ -64,7 +64,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosed:
     """What `isotune.diagnostics.diagnose` found, and what the page calls it."""
 
     label: str
@@ -79,7 +79,7 @@ class Collected:
     comparisons: list[Comparison] = field(default_factory=list)
     runs: list[RunResult] = field(default_factory=list)
     weights: list[Weights] = field(default_factory=list)
-    diagnoses: list[Diagnosis] = field(default_factory=list)
+    diagnoses: list[Diagnosed] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -10,7 +10,7 @@ from isotune.comparison.results import FROZEN, FULL, Row
 from isotune.errors import IsotuneError
 from isotune.folders import ADAPTER, MODEL
 from isotune.report import words
-from isotune.report.data import Collected, Comparison, Diagnosis, Json
+from isotune.report.data import Collected, Comparison, Diagnosed, Json
 
 Diagnose = Callable[[Path, "str | Path | None"], Json]
 Candidate = tuple[str, str, Path, "str | None"]
@@ -42,7 +42,7 @@ def add_diagnoses(
     for label, method, path, named in found[:most]:
         try:
             data = run(path, base if base is not None else named)
-            collected.diagnoses.append(Diagnosis(label, method or data.get("method") or "unknown", data))
+            collected.diagnoses.append(Diagnosed(label, method or data.get("method") or "unknown", data))
         except IsotuneError as error:
             collected.notes.append(f"{label} was not diagnosed: {error}.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from isotune.report import words
-from isotune.report.data import Diagnosis, Json, RunResult, Weights
+from isotune.report.data import Diagnosed, Json, RunResult, Weights
 
 _SCORES = (
     "test_accuracy",
@@ -89,7 +89,7 @@ def compressed(one: Weights) -> str:
     return f"{one.name}: {many} compressed by rmm, each of which can be recovered{worst}."
 
 
-def diagnosis_findings(diagnoses: Sequence[Diagnosis]) -> list[str]:
+def diagnosis_findings(diagnoses: Sequence[Diagnosed]) -> list[str]:
     """How far the weights moved, and who brought intruder dimensions: each by name, or of many the extremes."""
     if len(diagnoses) <= 6:
         said = [part for one in diagnoses if (part := _moved(one))]
@@ -107,7 +107,7 @@ def diagnosis_findings(diagnoses: Sequence[Diagnosis]) -> list[str]:
     ]
 
 
-def _moved(one: Diagnosis) -> str:
+def _moved(one: Diagnosed) -> str:
     total = one.found.get("total") or {}
     change, count = total.get("relative_change"), total.get("intruders")
     parts = [] if change is None else [words.share(change)]

@@ -8,9 +8,9 @@ from typing import Any
 from isotune.comparison.results import FROZEN, FULL, Row
 from isotune.intervals import Interval
 from isotune.report import words
-from isotune.report.data import Comparison, Diagnosis, Json, RunResult, Weights
+from isotune.report.data import Comparison, Diagnosed, Json, RunResult, Weights
 from isotune.report.forgetting import measures
-from isotune.report.tables import Cell, Column, Table, simple, text
+from isotune.report.tables import Column, Table, TableCell, simple, text
 
 
 def result_table(comparison: Comparison) -> Table:
@@ -42,18 +42,18 @@ def result_table(comparison: Comparison) -> Table:
             [
                 text(words.method_name(row.method), "best" if row in best else ""),
                 text(words.options(row.options)),
-                Cell(words.number(row.parameters), row.parameters),
+                TableCell(words.number(row.parameters), row.parameters),
                 _scored(metric, row),
                 text(_standing(row, best, tied)),
                 *([_difference(metric, row, baseline)] if baseline else []),
                 *[_kept(key, row.forgetting.get(key)) for key in forgotten],
-                Cell(
+                TableCell(
                     "–" if rate is None else f"{rate:.3g}{' ◂▸' if edge else ''}", rate, "edge" if edge else "", edge
                 ),
-                Cell(words.number(row.seconds_per_step), row.seconds_per_step),
-                Cell(words.memory(row.peak_memory_bytes), row.peak_memory_bytes),
-                Cell(words.memory(row.adapter_bytes), row.adapter_bytes),
-                Cell(words.number(row.export_rank), row.export_rank),
+                TableCell(words.number(row.seconds_per_step), row.seconds_per_step),
+                TableCell(words.memory(row.peak_memory_bytes), row.peak_memory_bytes),
+                TableCell(words.memory(row.adapter_bytes), row.adapter_bytes),
+                TableCell(words.number(row.export_rank), row.export_rank),
             ]
         )
     return table
@@ -65,24 +65,24 @@ def _standing(row: Row, best: Sequence[Row], tied: Sequence[Row]) -> str:
     return "best mean" if row in best else "not told apart" if row in tied else "behind"
 
 
-def _scored(metric: str, row: Row) -> Cell:
+def _scored(metric: str, row: Row) -> TableCell:
     if not row.values:
-        return Cell("no result", None, "failed")
+        return TableCell("no result", None, "failed")
     found = row.score
-    return Cell(words.score(metric, found.mean, found.half_width), found.mean)
+    return TableCell(words.score(metric, found.mean, found.half_width), found.mean)
 
 
-def _difference(metric: str, row: Row, baseline: str) -> Cell:
+def _difference(metric: str, row: Row, baseline: str) -> TableCell:
     found = row.difference
     if found is None:
-        return Cell("baseline" if row.method == baseline else "–")
+        return TableCell("baseline" if row.method == baseline else "–")
     mark = "" if found.holds_zero else "clear"
     title = "the interval holds zero" if found.holds_zero else "the interval excludes zero"
-    return Cell(words.score(metric, found.mean, found.half_width, signed=True), found.mean, mark, title)
+    return TableCell(words.score(metric, found.mean, found.half_width, signed=True), found.mean, mark, title)
 
 
-def _kept(key: str, found: Interval | None) -> Cell:
-    return Cell("–") if found is None else Cell(words.score(key, found.mean, found.half_width), found.mean)
+def _kept(key: str, found: Interval | None) -> TableCell:
+    return TableCell("–") if found is None else TableCell(words.score(key, found.mean, found.half_width), found.mean)
 
 
 def unit_table(comparison: Comparison) -> Table:
@@ -97,11 +97,11 @@ def unit_table(comparison: Comparison) -> Table:
                 text(unit.unit),
                 text(unit.kind),
                 text(words.method_name(unit.method)),
-                Cell(words.number(unit.budget), unit.budget),
+                TableCell(words.number(unit.budget), unit.budget),
                 _plain(unit.learning_rate, "{:.3g}"),
                 _plain(unit.seed, "{}"),
-                *[Cell(words.score(metric, value), value) for value in scores],
-                Cell(words.number(unit.seconds), unit.seconds),
+                *[TableCell(words.score(metric, value), value) for value in scores],
+                TableCell(words.number(unit.seconds), unit.seconds),
                 text("done") if unit.done else text(failed, "failed long"),
             ]
         )
@@ -132,12 +132,12 @@ def run_table(runs: Sequence[RunResult]) -> Table:
             [
                 text(run.name),
                 text(words.method_name(str(m.get("method", "–")))),
-                Cell(words.number(count), count),
-                *[Cell(words.score(key, m.get(key)), m.get(key)) for key in scores],
+                TableCell(words.number(count), count),
+                *[TableCell(words.score(key, m.get(key)), m.get(key)) for key in scores],
                 _plain(m.get("learning_rate"), "{:.3g}"),
                 _plain(m.get("steps"), "{:,}"),
                 _plain(m.get("seconds_per_step"), "{:.3g}"),
-                Cell(words.memory(m.get("peak_memory_bytes")), m.get("peak_memory_bytes")),
+                TableCell(words.memory(m.get("peak_memory_bytes")), m.get("peak_memory_bytes")),
                 _plain(m.get("seed"), "{}"),
             ]
         )
@@ -148,8 +148,8 @@ def _is_score(key: str) -> bool:
     return key.startswith(("test_", "validation_")) and key.endswith(("accuracy", "f1", "perplexity", "loss"))
 
 
-def _plain(value: Any, form: str) -> Cell:
-    return Cell("–") if value is None else Cell(form.format(value), value)
+def _plain(value: Any, form: str) -> TableCell:
+    return TableCell("–") if value is None else TableCell(form.format(value), value)
 
 
 def merge_table(merged: Sequence[Weights]) -> Table:
@@ -164,7 +164,7 @@ def merge_table(merged: Sequence[Weights]) -> Table:
                     text(str(merge.get("rule", "rmm" if one.kind == "compressed" else "–"))),
                     text(name),
                     _plain(weight, "{:g}"),
-                    Cell(words.share(merge.get("error")), merge.get("error")),
+                    TableCell(words.share(merge.get("error")), merge.get("error")),
                 ]
             )
     return simple("What was merged", ["result", "rule", "model", "weight", "cut off by the rank"], lines)
@@ -180,7 +180,7 @@ def _models(merge: Json) -> list[tuple[str, float | None]]:
     ]
 
 
-def diagnosis_table(diagnoses: Sequence[Diagnosis]) -> Table:
+def diagnosis_table(diagnoses: Sequence[Diagnosed]) -> Table:
     """One line for each diagnosed model: the totals, side by side."""
     lines = []
     for one in diagnoses:
@@ -193,13 +193,13 @@ def diagnosis_table(diagnoses: Sequence[Diagnosis]) -> Table:
             [
                 text(one.label),
                 text(words.method_name(one.method)),
-                Cell(words.number(total.get("sites", len(sites))), total.get("sites", len(sites))),
-                Cell(words.number(total.get("trainable")), total.get("trainable")),
-                Cell(words.share(total.get("relative_change")), total.get("relative_change")),
-                Cell(words.number(middle), middle),
-                Cell(words.number(count), count),
-                Cell(words.number(where), where),
-                Cell(words.number(max(errors), 2) if errors else "–", max(errors, default=None)),
+                TableCell(words.number(total.get("sites", len(sites))), total.get("sites", len(sites))),
+                TableCell(words.number(total.get("trainable")), total.get("trainable")),
+                TableCell(words.share(total.get("relative_change")), total.get("relative_change")),
+                TableCell(words.number(middle), middle),
+                TableCell(words.number(count), count),
+                TableCell(words.number(where), where),
+                TableCell(words.number(max(errors), 2) if errors else "–", max(errors, default=None)),
             ]
         )
     titles = ["model", "method", "layers", "trainable", "relative change", "effective rank, median", "intruders"]

@@ -16,7 +16,7 @@ from isotune.report.figures.pareto import pareto_figures
 from isotune.report.figures.rates import rate_figures
 from isotune.report.figures.scores import score_figures
 from isotune.report.figures.spectra import MOST_SITES, shown_sites, spectra
-from isotune.report.reproduce import Block, reproduce_comparison, reproduce_run, reproduce_weights
+from isotune.report.reproduce import TextBlock, reproduce_comparison, reproduce_run, reproduce_weights
 from isotune.report.results import diagnosis_table, merge_table, result_table, run_table, unit_table
 from isotune.report.tables import Table
 
@@ -24,7 +24,7 @@ _SIDES: dict[str | None, str] = {"left": "left", "right": "right", "both": "left
 
 
 @dataclass
-class Section:
+class PageSection:
     """A heading, how to read what is beneath it, and that."""
 
     key: str
@@ -36,14 +36,14 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     folded: list[Table] = field(default_factory=list)
     """Tables that are shown on demand."""
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[TextBlock] = field(default_factory=list)
     side_by_side: bool = False
     """Whether the figures show the same of several models."""
 
 
-def sections(collected: Collected) -> list[Section]:
+def sections(collected: Collected) -> list[PageSection]:
     """All sections that have something to show."""
-    found: list[Section] = []
+    found: list[PageSection] = []
     several = len(collected.comparisons) > 1
     for number, comparison in enumerate(collected.comparisons):
         for section in _comparison(comparison):
@@ -56,10 +56,10 @@ def sections(collected: Collected) -> list[Section]:
     return [s for s in found if s.tables or s.figures or s.folded or s.blocks] + [_reproduce(collected)]
 
 
-def _comparison(comparison: Comparison) -> Iterator[Section]:
+def _comparison(comparison: Comparison) -> Iterator[PageSection]:
     style = styles([row.method for row in comparison.summary.rows])
     confidence = comparison.summary.confidence
-    yield Section(
+    yield PageSection(
         "results",
         "Results",
         "Results",
@@ -70,7 +70,7 @@ def _comparison(comparison: Comparison) -> Iterator[Section]:
         score_figures(comparison, style),
     )
     better = "Up" if comparison.summary.higher_is_better else "Down"
-    yield Section(
+    yield PageSection(
         "cost",
         "Score and cost",
         "Cost",
@@ -78,14 +78,14 @@ def _comparison(comparison: Comparison) -> Iterator[Section]:
         "Points of equal cost stand a little apart.",
         figures=pareto_figures(comparison, style),
     )
-    yield Section(
+    yield PageSection(
         "forgetting",
         "Forgetting against gain",
         "Forgetting",
         "How much was learned of the task, across, and how much was kept of the base model, upwards.",
         figures=forgetting_figures(comparison, style),
     )
-    yield Section(
+    yield PageSection(
         "rates",
         "Learning rates searched",
         "Learning rates",
@@ -93,7 +93,7 @@ def _comparison(comparison: Comparison) -> Iterator[Section]:
         "end of its line says that the search may have stopped too early.",
         figures=rate_figures(comparison, style),
     )
-    yield Section(
+    yield PageSection(
         "curves",
         "Learning curves",
         "Curves",
@@ -103,16 +103,18 @@ def _comparison(comparison: Comparison) -> Iterator[Section]:
     )
 
 
-def _runs(collected: Collected) -> Iterator[Section]:
+def _runs(collected: Collected) -> Iterator[PageSection]:
     if collected.runs:
-        yield Section("runs", "Runs", "Runs", "", [run_table(collected.runs)])
-        yield Section("run-curves", "Learning curves of the runs", "Curves", "", figures=run_curves(collected.runs))
+        yield PageSection("runs", "Runs", "Runs", "", [run_table(collected.runs)])
+        yield PageSection(
+            "run-curves", "Learning curves of the runs", "Curves", "", figures=run_curves(collected.runs)
+        )
 
 
-def _weights(collected: Collected) -> Iterator[Section]:
+def _weights(collected: Collected) -> Iterator[PageSection]:
     merged = [one for one in collected.weights if one.merge]
     if merged:
-        yield Section(
+        yield PageSection(
             "merging",
             "Merging",
             "Merging",
@@ -123,12 +125,12 @@ def _weights(collected: Collected) -> Iterator[Section]:
         )
 
 
-def _diagnoses(collected: Collected) -> Iterator[Section]:
+def _diagnoses(collected: Collected) -> Iterator[PageSection]:
     found = collected.diagnoses
     if not found:
         return
     settings: Json = next((d.found["settings"] for d in found if d.found.get("settings")), {})
-    yield Section(
+    yield PageSection(
         "changes",
         "What the adaptation did to the weights",
         "Weights",
@@ -143,7 +145,7 @@ def _diagnoses(collected: Collected) -> Iterator[Section]:
     limited = (
         f" Shown are {MOST_SITES} of {len(layers)} layers: those with intruders and those that changed the most."
     )
-    yield Section(
+    yield PageSection(
         "spectra",
         "Spectra and intruder dimensions",
         "Spectra",
@@ -154,7 +156,7 @@ def _diagnoses(collected: Collected) -> Iterator[Section]:
         figures=drawn,
         side_by_side=True,
     )
-    yield Section(
+    yield PageSection(
         "angles",
         "Rotation angles",
         "Angles",
@@ -164,12 +166,12 @@ def _diagnoses(collected: Collected) -> Iterator[Section]:
     )
 
 
-def _reproduce(collected: Collected) -> Section:
-    blocks: list[Block] = []
+def _reproduce(collected: Collected) -> PageSection:
+    blocks: list[TextBlock] = []
     for comparison in collected.comparisons:
         blocks += reproduce_comparison(comparison)
     for run in collected.runs:
         blocks += reproduce_run(run)
     for one in collected.weights:
         blocks += reproduce_weights(one)
-    return Section("reproduce", "Settings and versions", "Versions", blocks=blocks)
+    return PageSection("reproduce", "Settings and versions", "Versions", blocks=blocks)

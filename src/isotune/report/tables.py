@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A cell's text, what it is sorted by, and a mark: best, edge, failed, front, or none."""
 
     text: str
@@ -38,17 +38,19 @@ class Table:
 
     caption: str
     columns: Sequence[Column]
-    rows: list[list[Cell]] = field(default_factory=list)
+    rows: list[list[TableCell]] = field(default_factory=list)
     sortable: bool = True
 
 
-def text(value: str, mark: str = "", title: str = "") -> Cell:
+def text(value: str, mark: str = "", title: str = "") -> TableCell:
     """A cell that is sorted by what it says."""
-    return Cell(value, value.lower(), mark, title)
+    return TableCell(value, value.lower(), mark, title)
 
 
-def simple(caption: str, titles: Sequence[str], rows: Iterable[Sequence[Cell | str]], sortable: bool = True) -> Table:
+def simple(
+    caption: str, titles: Sequence[str], rows: Iterable[Sequence[TableCell | str]], sortable: bool = True
+) -> Table:
     """A table whose columns are numeric where all their cells are."""
-    cells = [[cell if isinstance(cell, Cell) else text(cell) for cell in row] for row in rows]
+    cells = [[cell if isinstance(cell, TableCell) else text(cell) for cell in row] for row in rows]
     numeric = [all(not isinstance(row[i].value, str) for row in cells) for i in range(len(titles))]
     return Table(caption, [Column(title, flag) for title, flag in zip(titles, numeric, strict=True)], cells, sortable)

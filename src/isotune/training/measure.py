@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import statistics
 import sys
 import time
@@ -17,7 +16,6 @@ from transformers import TrainerCallback
 
 WARM_UP = 3
 """Steps left out of the median while caches fill, where there are more."""
-
 
 T = TypeVar("T")
 
@@ -77,5 +75,11 @@ def peak_memory_bytes() -> int:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

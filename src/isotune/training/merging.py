@@ -19,7 +19,7 @@ from isotune.merging.reversible.adapters import compress_adapters
 from isotune.merging.reversible.compress import Reversible
 from isotune.merging.rules.rmm import RMM
 from isotune.merging.rules.sum import Sum
-from isotune.merging.rules.symmetry import Symmetry
+from isotune.merging.rules.symmetry import TransferRule
 from isotune.merging.symmetry.transfer import Transfer, transfer
 from isotune.training.folder import adapter_folder
 
@@ -75,7 +75,7 @@ def merge_recipe(
     adapters = [holds_adapter(folder) for folder in folders]
     if not any(adapters) and all(folder.is_dir() for folder in folders):
         return _full_models(recipe, rule, resume, search, progress)
-    if isinstance(rule, Symmetry):
+    if isinstance(rule, TransferRule):
         raise OptionError("rule symmetry merges full models; of an adapter, transfer_adapter in Python makes another")
     if resume:
         raise OptionError(
@@ -110,7 +110,7 @@ def _full_models(
         raise OptionError("--search measures adapters on the rows of their runs; it cannot search for full models")
     if recipe.rank is not None or recipe.modules is not None:
         raise OptionError("--rank and --modules are for adapters, and these are full models; leave them out")
-    if isinstance(rule, Symmetry):
+    if isinstance(rule, TransferRule):
         if set(recipe.weights) != {1.0}:
             raise OptionError(
                 "weights have no meaning for rule symmetry; --set scale=0.5 says how much of the skill is added"

@@ -15,7 +15,7 @@ from isotune.checkpoint.read import holds_adapter, read_stored
 from isotune.checkpoint.vocabularies import difference, token_ids
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.folders import MODEL_CONFIG
-from isotune.merging.adapters.inputs import Inputs, Model
+from isotune.merging.adapters.inputs import AdapterInputs, Model
 from isotune.merging.adapters.ortha import ortha_conflicts
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.names import model_names
@@ -95,7 +95,7 @@ def read_models(
     return [model for model in found if model is not None]
 
 
-def check_models(inputs: Inputs, rule: AnyRule, force: bool) -> list[str]:
+def check_models(inputs: AdapterInputs, rule: AnyRule, force: bool) -> list[str]:
     """Raise CheckpointError, with everything that is wrong in it, unless the rule can merge these adapters.
 
     Returns notes on what differs among them and may well be meant so.
@@ -144,7 +144,7 @@ def _tokenizers(models: Sequence[Model]) -> Iterator[str]:
             yield f"the tokenizer of {name} is not that of {first}, {different}; say --force if that does not matter"
 
 
-def _shapes(inputs: Inputs) -> Iterator[str]:
+def _shapes(inputs: AdapterInputs) -> Iterator[str]:
     if not inputs.paths:
         yield "none of these adapters adapts a layer: they only hold modules trained in full"
     for path in inputs.paths:
@@ -177,7 +177,7 @@ def _shapes(inputs: Inputs) -> Iterator[str]:
                 )
 
 
-def _layers(inputs: Inputs, rule: AnyRule) -> Iterator[str]:
+def _layers(inputs: AdapterInputs, rule: AnyRule) -> Iterator[str]:
     """What only shows when an adapter is rebuilt: one layer of each model stands for its others."""
     if not isinstance(rule, Rule):
         return
@@ -198,7 +198,7 @@ def _layers(inputs: Inputs, rule: AnyRule) -> Iterator[str]:
                 yield f"rule {rule.name} needs equal ranks, and {path!r} has {', '.join(map(str, ranks))}"
 
 
-def _notes(inputs: Inputs) -> Iterator[str]:
+def _notes(inputs: AdapterInputs) -> Iterator[str]:
     first = inputs.models[0]
     for other in inputs.models[1:]:
         if set(other.paths) != set(first.paths):

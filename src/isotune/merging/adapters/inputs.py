@@ -72,7 +72,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class AdapterInputs:
     """Several adapters, whose layers are walked in the order of the first adapter that has them."""
 
     models: Sequence[Model]

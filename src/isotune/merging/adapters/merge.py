@@ -23,7 +23,7 @@ from isotune.errors import CheckpointError, OptionError
 from isotune.folders import MERGE, TASK
 from isotune.linalg.low_rank import Factored, from_dense, truncated
 from isotune.merging.adapters.checks import check_models, check_options, read_models
-from isotune.merging.adapters.inputs import Inputs, Model
+from isotune.merging.adapters.inputs import AdapterInputs, Model
 from isotune.merging.adapters.modules import merged_modules, task_file
 from isotune.merging.contract import AnyRule, Change, RotationRule, Rule, size
 from isotune.merging.registry import rule as rule_by_name
@@ -152,7 +152,7 @@ def open_adapters(
     modules: str | None = None,
     seed: int = 0,
     force: bool = False,
-) -> tuple[Inputs, State, list[str]]:
+) -> tuple[AdapterInputs, State, list[str]]:
     """What `merge` starts from: the adapters, the modules trained in full to keep, and notes. Raises as it does."""
     if not isinstance(rule, Rule | RotationRule):
         raise OptionError(f"rule {rule.name} does not give one adapter; isotune merge --rule {rule.name} is for it")
@@ -177,14 +177,14 @@ def open_inputs(
     base: str | Path | None = None,
     seed: int = 0,
     force: bool = False,
-) -> tuple[Inputs, list[str]]:
+) -> tuple[AdapterInputs, list[str]]:
     """The adapters, checked against each other and the rule, and notes on how they differ."""
     models = read_models(adapters, names, weights, None)
     stored_base = _base(models, base)
     models = [replace(m, stored=m.stored.completed(stored_base)) for m in models]
     if stored_base is not None:
         models = [replace(m, parts=type(m.parts)(m.stored, stored_base)) for m in models]
-    inputs = Inputs(models, stored_base, seed, rule.statistic if isinstance(rule, Rule) else None)
+    inputs = AdapterInputs(models, stored_base, seed, rule.statistic if isinstance(rule, Rule) else None)
     return inputs, check_models(inputs, rule, force)
 
 
@@ -198,7 +198,7 @@ def _base(models: Sequence[Model], base: str | Path | None) -> StoredBase | None
 
 
 def _changes(
-    rule: Rule, inputs: Inputs, rank: int | None, advance: Any
+    rule: Rule, inputs: AdapterInputs, rank: int | None, advance: Any
 ) -> tuple[Parts, dict[str, float], dict[str, float]]:
     """The merged change of every layer as a LoRA, the error of its rank, and its norm."""
     found, errors, norms = {}, {}, {}
@@ -234,7 +234,7 @@ def _lora(site: Site, factors: Factored, factor: float) -> tuple[Site, Settings,
     return site, settings, settings.adapter(A, B, site)
 
 
-def _rotations(rule: RotationRule, inputs: Inputs, advance: Any) -> Parts:
+def _rotations(rule: RotationRule, inputs: AdapterInputs, advance: Any) -> Parts:
     found: Parts = {}
     for path in inputs.paths:
         site, first, _ = inputs.owners(path)[0].adapter(path)

@@ -30,7 +30,7 @@ _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.h\.\d+\.att
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ModelInputs:
     """Models that can be merged."""
 
     origin: StoredModel
@@ -63,7 +63,7 @@ def check_checkpoints(
     base: str | Path | None = None,
     names: Sequence[str] | None = None,
     vocabulary: Vocabulary = "error",
-) -> Inputs:
+) -> ModelInputs:
     """Check that models have the same architecture, tensors, shapes, kinds of dtypes, and tokens.
 
     Only configs, tokenizers and the headers of safetensors files are read.
@@ -97,7 +97,7 @@ def check_checkpoints(
     floating = {n for n, h in origin.headers.items() if h.floating and not _COMPUTED.search(n)}
     merged = frozenset(n for n in floating if kinds.tied.get(n) not in origin.headers)
     copied = frozenset(origin.headers.keys() - floating)
-    found = Inputs(origin, tuple(models), kinds, merged, copied, (), untied, ())
+    found = ModelInputs(origin, tuple(models), kinds, merged, copied, (), untied, ())
     rows: dict[str, Tensor | None] = {}
     notes: list[str] = []
     if untied:
@@ -166,7 +166,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _tensors(model: StoredModel, inputs: Inputs, vocabulary: Vocabulary) -> list[str]:
+def _tensors(model: StoredModel, inputs: ModelInputs, vocabulary: Vocabulary) -> list[str]:
     """Missing and extra tensors, other shapes (all of them), and integers where there should be floats."""
     origin, problems = inputs.origin, []
     missing = [name for name in inputs.merged if not model.holds(name)]
@@ -246,7 +246,7 @@ def _is_vocabulary(model: StoredModel, name: str) -> bool:
     return name in model.headers and is_vocabulary(name, model.headers[name].shape, size)
 
 
-def _dtypes(model: StoredModel, inputs: Inputs) -> list[str]:
+def _dtypes(model: StoredModel, inputs: ModelInputs) -> list[str]:
     pairs = {
         (model.header(name).code, inputs.origin.headers[name].code) for name in inputs.merged if model.holds(name)
     }

@@ -24,7 +24,7 @@ from isotune.errors import OptionError
 from isotune.folders import MERGE, MODEL_CONFIG
 from isotune.merging.adapters.checks import check_options
 from isotune.merging.contract import AnyRule, Rule
-from isotune.merging.models.checks import Inputs, Vocabulary, check_checkpoints, no_space, refuse
+from isotune.merging.models.checks import ModelInputs, Vocabulary, check_checkpoints, no_space, refuse
 from isotune.merging.models.statistics import read_statistics
 from isotune.merging.models.tensorwise import Tensorwise
 from isotune.merging.models.unfinished import Unfinished
@@ -188,7 +188,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return None if dtype is None else DTYPES[name]
 
 
-def _entry(inputs: Inputs, name: str, stored_as: torch.dtype | None) -> Entry:
+def _entry(inputs: ModelInputs, name: str, stored_as: torch.dtype | None) -> Entry:
     header = inputs.origin.headers[name]
     assert header.dtype is not None
     return Entry(name, stored_as if stored_as and header.floating else header.dtype, header.shape)

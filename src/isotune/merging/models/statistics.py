@@ -12,7 +12,7 @@ from torch import Tensor
 from isotune.checkpoint.files import STATISTICS, Statistic
 from isotune.checkpoint.stored_models import Header, StoredModel, read_header
 from isotune.errors import CheckpointError
-from isotune.merging.models.checks import Inputs, refuse
+from isotune.merging.models.checks import ModelInputs, refuse
 from isotune.statistics.stored import COLUMNS, HOW_TO_MAKE, ROWS, RankOne, canonical
 
 
@@ -58,7 +58,9 @@ class StoredStatistics:
         return found
 
 
-def read_statistics(kind: Statistic, files: Sequence[str | Path] | None, inputs: Inputs) -> list[StoredStatistics]:
+def read_statistics(
+    kind: Statistic, files: Sequence[str | Path] | None, inputs: ModelInputs
+) -> list[StoredStatistics]:
     """The statistics of each model, by their headers: those in the files or, without, in the models' folders.
 
     Raises CheckpointError where there are none, or they do not fit the model.

@@ -13,9 +13,9 @@ from isotune.checkpoint.streaming import Entry, Shard, write_shard
 from isotune.errors import CheckpointError
 from isotune.matrix import as_matrix
 from isotune.merging.contract import Aligned, Rule, dense
-from isotune.merging.models.checks import Inputs
+from isotune.merging.models.checks import ModelInputs
 from isotune.merging.models.statistics import StoredStatistics
-from isotune.merging.models.unfinished import Merged, Unfinished
+from isotune.merging.models.unfinished import MergedTensor, Unfinished
 from isotune.merging.run import Run
 
 
@@ -24,7 +24,7 @@ class Tensorwise:
 
     def __init__(
         self,
-        inputs: Inputs,
+        inputs: ModelInputs,
         statistics: Sequence[StoredStatistics],
         rule: Rule,
         weights: Sequence[float],
@@ -96,7 +96,7 @@ class Tensorwise:
             factor = 1.0
             found = self.merged(name)
             change, same = found or (None, None)
-            merged = self.done.tensors[name] = None if found is None else Merged(same)
+            merged = self.done.tensors[name] = None if found is None else MergedTensor(same)
         self.advance(entry.nbytes)
         if merged is None or change is None:
             result = origin.tensor(name)
@@ -112,9 +112,9 @@ class Tensorwise:
             )
         return result
 
-    def _keep(self, file: str, change: Tensor, same: str | None) -> Merged:
+    def _keep(self, file: str, change: Tensor, same: str | None) -> MergedTensor:
         entry = Entry("change", change.dtype, tuple(change.shape))
-        return Merged(same, file, write_shard(self.unfinished.changes / file, [entry], lambda _: change, {}))
+        return MergedTensor(same, file, write_shard(self.unfinished.changes / file, [entry], lambda _: change, {}))
 
     def _forget_changes(self, shard: Shard) -> list[Path]:
         """The files of changes that went into a finished file, which are not needed any more."""
@@ -122,7 +122,7 @@ class Tensorwise:
         for entry in shard.entries:
             if (merged := self.done.tensors.get(entry.name)) and merged.file:
                 used.append(self.unfinished.changes / merged.file)
-                self.done.tensors[entry.name] = Merged(merged.same)
+                self.done.tensors[entry.name] = MergedTensor(merged.same)
         return used
 
     def merged(self, name: str) -> tuple[Tensor, str | None] | None:
@@ -193,7 +193,7 @@ class Tensorwise:
         found[rows >= 0] = W[rows[rows >= 0]].to(found.dtype)
         return found
 
-    def kept(self, merged: Merged) -> Tensor:
+    def kept(self, merged: MergedTensor) -> Tensor:
         """A merged change that was kept on disk."""
         assert merged.file is not None
         with safe_open(self.unfinished.changes / merged.file, framework="pt") as opened:

@@ -22,7 +22,7 @@ from isotune.locks import lock
 from isotune.merging.run import Norms
 
 
-class Merged(NamedTuple):
+class MergedTensor(NamedTuple):
     """A tensor that some model changed."""
 
     same: str | None
@@ -38,8 +38,8 @@ class Done:
 
     shards: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each finished file of the output."""
-    tensors: dict[str, Merged | None] = field(default_factory=dict)
-    """Merged tensors; None for those that no model changed."""
+    tensors: dict[str, MergedTensor | None] = field(default_factory=dict)
+    """MergedTensor tensors; None for those that no model changed."""
     norms: Norms = field(default_factory=Norms)
 
 
@@ -136,5 +136,5 @@ def _read(file: Path) -> Any:
 def _done(read: Any) -> Done | None:
     if read is None:
         return None
-    tensors = {name: None if found is None else Merged(*found) for name, found in read["tensors"].items()}
+    tensors = {name: None if found is None else MergedTensor(*found) for name, found in read["tensors"].items()}
     return Done(read["shards"], tensors, Norms(**read["norms"]))

@@ -16,7 +16,7 @@ from pydantic import Field
 from isotune.merging.contract import AnyRule
 
 
-class Symmetry(AnyRule):
+class TransferRule(AnyRule):
     """Target + scale · π(skilled - base): the models are the target and the skilled one, --base the skilled one's."""
 
     name: ClassVar[str] = "symmetry"

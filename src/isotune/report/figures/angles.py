@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 
 from isotune.report import words
-from isotune.report.data import Diagnosis
+from isotune.report.data import Diagnosed
 from isotune.report.figures.figure import Figure, Plot, layout
-from isotune.report.tables import Cell, simple
+from isotune.report.tables import TableCell, simple
 
 BINS = 36
 
 
-def angle_histograms(diagnoses: Sequence[Diagnosis]) -> list[Figure]:
+def angle_histograms(diagnoses: Sequence[Diagnosed]) -> list[Figure]:
     """One for each diagnosis of rotations; the axes are the same in all."""
     turned = [(d, found) for d in diagnoses if (found := angles(d))]
     most = max((max(histogram(found)) for _, found in turned), default=0)
@@ -37,14 +37,14 @@ def angle_histograms(diagnoses: Sequence[Diagnosis]) -> list[Figure]:
         table = simple(
             f"Rotation angles of {diagnosis.label}",
             ["", "degrees"],
-            [[n, Cell(f"{v:.2f}", v)] for n, v in (("least", low), ("median", middle), ("largest", high))],
+            [[n, TableCell(f"{v:.2f}", v)] for n, v in (("least", low), ("median", middle), ("largest", high))],
         )
         title = f"{diagnosis.label}: {words.counted(len(found), 'angle')}"
         figures.append(Figure(f"angles-{number}", title, {"": plot}, table))
     return figures
 
 
-def angles(diagnosis: Diagnosis) -> list[float]:
+def angles(diagnosis: Diagnosed) -> list[float]:
     """All layers' angles in degrees, rising."""
     found = [angle for site in diagnosis.found["sites"] for angle in site.get("angles") or ()]
     return sorted(math.degrees(abs(angle)) for angle in found)

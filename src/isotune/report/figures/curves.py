@@ -10,7 +10,7 @@ from isotune.comparison.results import FROZEN, FULL
 from isotune.report import words
 from isotune.report.data import Comparison, Json, RunResult
 from isotune.report.figures.figure import Figure, Plot, Style, axis_name, layout, rounded, scale, styles, thinned
-from isotune.report.tables import Cell, simple
+from isotune.report.tables import TableCell, simple
 
 Points = list[tuple[float, float]]
 Line = tuple[str, Style, list[Points]]
@@ -68,7 +68,7 @@ def _figure(key: str, title: str, metric: str, lines: Mapping[str, tuple[Style, 
         f"{title}: the last value",
         ["", *columns],
         [
-            [label, *(Cell(words.number(ends[c].get(label), 4), ends[c].get(label)) for c in columns)]
+            [label, *(TableCell(words.number(ends[c].get(label), 4), ends[c].get(label)) for c in columns)]
             for label in lines
         ],
     )

@@ -8,7 +8,7 @@ from isotune.report.data import Comparison
 from isotune.report.figures.figure import Figure, Plot, Style, axis_name, error_bar, layout, rounded, scale
 from isotune.report.figures.lines import level_lines
 from isotune.report.forgetting import measures
-from isotune.report.tables import Cell, simple
+from isotune.report.tables import TableCell, simple
 
 
 def forgetting_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figure]:
@@ -53,10 +53,10 @@ def _figure(comparison: Comparison, key: str, measure: Measure, style: dict[str,
         [
             [
                 words.method_name(row.method),
-                Cell(words.number(row.budget), row.budget),
-                Cell(words.score(metric, row.score.mean - start, signed=bool(frozen)), row.score.mean - start),
-                Cell(words.score(key, value.mean), value.mean),
-                Cell(words.score(key, value.half_width), value.half_width),
+                TableCell(words.number(row.budget), row.budget),
+                TableCell(words.score(metric, row.score.mean - start, signed=bool(frozen)), row.score.mean - start),
+                TableCell(words.score(key, value.mean), value.mean),
+                TableCell(words.score(key, value.half_width), value.half_width),
             ]
             for row, value in ((row, row.forgetting[key]) for row in rows)
         ],

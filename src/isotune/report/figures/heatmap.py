@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from isotune.report import words
-from isotune.report.data import Diagnosis
+from isotune.report.data import Diagnosed
 from isotune.report.figures.figure import Figure, Plot, layout, rounded
-from isotune.report.tables import Cell, simple
+from isotune.report.tables import TableCell, simple
 
 _MEASURES = [
     ("change_norm", "relative change", 100.0, "%"),
@@ -18,7 +18,7 @@ _MEASURES = [
 ]
 
 
-def heat_maps(diagnoses: Sequence[Diagnosis]) -> list[Figure]:
+def heat_maps(diagnoses: Sequence[Diagnosed]) -> list[Figure]:
     """One figure for each diagnosis; a measure has one colour scale in all of them."""
     most = {key: _most(diagnoses, key) for key, *_ in _MEASURES}
     figures = []
@@ -48,12 +48,12 @@ def place(path: str) -> tuple[int | None, str]:
     return int(parts[numbers[0]]), ".".join(parts[numbers[0] + 1 :])
 
 
-def _most(diagnoses: Sequence[Diagnosis], key: str) -> float | None:
+def _most(diagnoses: Sequence[Diagnosed], key: str) -> float | None:
     found = [v for d in diagnoses for site in d.found["sites"] if (v := value(site, key)) is not None]
     return max(found) if found else None
 
 
-def _plot(diagnosis: Diagnosis, key: str, times: float, unit: str, most: float | None) -> Plot:
+def _plot(diagnosis: Diagnosed, key: str, times: float, unit: str, most: float | None) -> Plot:
     sites = diagnosis.found["sites"]
     places = [place(site["site"]) for site in sites]
     kinds = list(dict.fromkeys(kind for _, kind in places))
@@ -81,7 +81,7 @@ def _scaled(site: dict[str, Any] | None, key: str, times: float) -> float | None
     return None if found is None else rounded(times * found, 4)
 
 
-def site_table(diagnosis: Diagnosis) -> Any:
+def site_table(diagnosis: Diagnosed) -> Any:
     """Every layer with its measures."""
     titles = ["layer", "W", "trainable", "relative change", "share", "rank", "effective rank", "intruders"]
     return simple(
@@ -90,14 +90,14 @@ def site_table(diagnosis: Diagnosis) -> Any:
         [
             [
                 site["site"],
-                Cell(f"{site.get('out_features')} × {site.get('in_features')}", site.get("out_features")),
-                Cell(words.number(site.get("trainable")), site.get("trainable")),
-                Cell(words.share(site.get("change_norm")), site.get("change_norm")),
-                Cell(words.share(site.get("share")), site.get("share")),
-                Cell(words.number(site.get("change_rank")), site.get("change_rank")),
-                Cell(words.number(site.get("effective_rank")), site.get("effective_rank")),
-                Cell(words.number(value(site, "intruders")), value(site, "intruders")),
-                Cell(words.number(site.get("orthogonality_error"), 2), site.get("orthogonality_error")),
+                TableCell(f"{site.get('out_features')} × {site.get('in_features')}", site.get("out_features")),
+                TableCell(words.number(site.get("trainable")), site.get("trainable")),
+                TableCell(words.share(site.get("change_norm")), site.get("change_norm")),
+                TableCell(words.share(site.get("share")), site.get("share")),
+                TableCell(words.number(site.get("change_rank")), site.get("change_rank")),
+                TableCell(words.number(site.get("effective_rank")), site.get("effective_rank")),
+                TableCell(words.number(value(site, "intruders")), value(site, "intruders")),
+                TableCell(words.number(site.get("orthogonality_error"), 2), site.get("orthogonality_error")),
             ]
             for site in diagnosis.found["sites"]
         ],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from isotune.report import words
 from isotune.report.data import Weights
 from isotune.report.figures.figure import Figure, Plot, layout, rounded
-from isotune.report.tables import Cell, simple
+from isotune.report.tables import TableCell, simple
 
 
 def merge_figures(weights: Sequence[Weights]) -> list[Figure]:
@@ -30,7 +30,7 @@ def merge_figures(weights: Sequence[Weights]) -> list[Figure]:
             [
                 [
                     path,
-                    Cell(str(rank), rank),
+                    TableCell(str(rank), rank),
                     _cell((merge.get("norms") or {}).get(path)),
                     _cell((merge.get("errors") or {}).get(path)),
                 ]
@@ -52,5 +52,5 @@ def _bars(names: dict[str, str], values: dict[str, float], title: str) -> Plot:
     return {"data": [trace], "layout": layout(title, "", height, yaxis=axis, showlegend=False)}
 
 
-def _cell(value: float | None) -> Cell:
-    return Cell(words.number(value), value)
+def _cell(value: float | None) -> TableCell:
+    return TableCell(words.number(value), value)

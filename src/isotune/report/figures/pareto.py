@@ -11,7 +11,7 @@ from isotune.report import words
 from isotune.report.data import Comparison
 from isotune.report.figures.figure import Figure, Plot, Style, axis_name, error_bar, layout, rounded, scale
 from isotune.report.figures.lines import level_lines, log_axis
-from isotune.report.tables import Cell, Table, simple
+from isotune.report.tables import Table, TableCell, simple
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ def _table(comparison: Comparison, rows: list[Row], cost: Cost) -> Table:
         [
             [
                 words.method_name(row.method),
-                Cell(cost.said(cost.of(row)), cost.of(row)),
-                Cell(words.score(metric, row.score.mean), row.score.mean),
-                Cell(words.score(metric, row.score.half_width), row.score.half_width),
+                TableCell(cost.said(cost.of(row)), cost.of(row)),
+                TableCell(words.score(metric, row.score.mean), row.score.mean),
+                TableCell(words.score(metric, row.score.half_width), row.score.half_width),
                 "yes" if row in best else "no",
             ]
             for row in sorted(rows, key=lambda r: cost.of(r))

@@ -7,7 +7,7 @@ from isotune.report import words
 from isotune.report.data import Comparison
 from isotune.report.figures.figure import Figure, Style, axis_name, layout, rounded, scale
 from isotune.report.figures.lines import log_axis
-from isotune.report.tables import Cell, simple
+from isotune.report.tables import TableCell, simple
 
 
 def rate_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figure]:
@@ -31,7 +31,7 @@ def tried(row: Row) -> list[tuple[float, float]]:
 def _figure(comparison: Comparison, budget: int | None, rows: list[Row], style: dict[str, Style]) -> Figure:
     metric = comparison.summary.metric
     times, data = scale(metric), []
-    lines: list[list[Cell | str]] = []
+    lines: list[list[TableCell | str]] = []
     for row in rows:
         own, points, name = style[row.method], tried(row), words.method_name(row.method)
         chosen = row.learning_rate
@@ -48,8 +48,8 @@ def _figure(comparison: Comparison, budget: int | None, rows: list[Row], style: 
         lines += [
             [
                 name,
-                Cell(f"{rate:.3g}", rate),
-                Cell(words.score(metric, value), value),
+                TableCell(f"{rate:.3g}", rate),
+                TableCell(words.score(metric, value), value),
                 _role(row, rate),
             ]
             for rate, value in points

@@ -6,7 +6,7 @@ from isotune.comparison.results import FROZEN, FULL, Row, ranked
 from isotune.report import words
 from isotune.report.data import Comparison
 from isotune.report.figures.figure import Figure, Plot, Style, axis_name, error_bar, layout, rounded, scale
-from isotune.report.tables import Cell, simple
+from isotune.report.tables import TableCell, simple
 
 
 def score_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figure]:
@@ -66,12 +66,12 @@ def _limits(rows: list[Row], times: float) -> list[float]:
     return [round(times * (low - margin), 4), round(times * (high + margin), 4)]
 
 
-def _line(row: Row, metric: str) -> list[Cell | str]:
+def _line(row: Row, metric: str) -> list[TableCell | str]:
     found = row.score
     half = found.half_width
     return [
         words.method_name(row.method),
-        Cell(words.score(metric, found.mean), found.mean),
-        Cell("–" if half is None else words.score(metric, half), half),
-        Cell(", ".join(words.score(metric, value) for value in row.values), found.mean),
+        TableCell(words.score(metric, found.mean), found.mean),
+        TableCell("–" if half is None else words.score(metric, half), half),
+        TableCell(", ".join(words.score(metric, value) for value in row.values), found.mean),
     ]

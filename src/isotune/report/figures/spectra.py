@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from isotune.report import words
-from isotune.report.data import Diagnosis, Json
+from isotune.report.data import Diagnosed, Json
 from isotune.report.figures.figure import Figure, Plot, layout, rounded
 from isotune.report.figures.lines import log_axis
-from isotune.report.tables import Cell, Table, simple
+from isotune.report.tables import Table, TableCell, simple
 
 MOST_SITES = 48
 
 
-def spectra(diagnoses: Sequence[Diagnosis]) -> list[Figure]:
+def spectra(diagnoses: Sequence[Diagnosed]) -> list[Figure]:
     """One figure for each diagnosis that saw the base, with a choice of layers: those that changed the most."""
     known = [d for d in diagnoses if any(site.get("adapted_values") for site in d.found["sites"])]
     sites = shown_sites(known)
@@ -30,7 +30,7 @@ def spectra(diagnoses: Sequence[Diagnosis]) -> list[Figure]:
     return figures
 
 
-def shown_sites(diagnoses: Sequence[Diagnosis]) -> list[str]:
+def shown_sites(diagnoses: Sequence[Diagnosed]) -> list[str]:
     """The layers to show: all, or of many those with intruders and the largest change, in the model's order."""
     weight: dict[str, float] = {}
     for diagnosis in diagnoses:
@@ -42,7 +42,7 @@ def shown_sites(diagnoses: Sequence[Diagnosis]) -> list[str]:
     return [site for site in weight if site in kept]
 
 
-def _most_invaded(diagnoses: Sequence[Diagnosis], sites: Sequence[str]) -> str:
+def _most_invaded(diagnoses: Sequence[Diagnosed], sites: Sequence[str]) -> str:
     """The layer to be shown first: of those that all models have, the one with the most intruders."""
     counts = dict.fromkeys(sites, 0)
     for diagnosis in diagnoses:
@@ -52,7 +52,7 @@ def _most_invaded(diagnoses: Sequence[Diagnosis], sites: Sequence[str]) -> str:
     return max(counts, key=lambda site: counts[site], default="")
 
 
-def _range(diagnoses: Sequence[Diagnosis], path: str) -> list[float]:
+def _range(diagnoses: Sequence[Diagnosed], path: str) -> list[float]:
     """The least and the largest value of a layer's spectra in all models, which are drawn on one scale."""
     sites = [site for diagnosis in diagnoses for site in diagnosis.found["sites"] if site["site"] == path]
     keys = ("weight_values", "adapted_values", "change_values")
@@ -105,7 +105,7 @@ def _likeness(similarity: Sequence[float], j: int) -> str:
     return f", similarity to the base's nearest {similarity[j - 1]:.2f}" if j <= len(similarity) else ""
 
 
-def _table(diagnosis: Diagnosis, sites: Sequence[Json], threshold: float | None) -> Table:
+def _table(diagnosis: Diagnosed, sites: Sequence[Json], threshold: float | None) -> Table:
     below = f" (similarity below {threshold:g})" if threshold is not None else ""
     lines = []
     for site in sites:
@@ -116,8 +116,10 @@ def _table(diagnosis: Diagnosis, sites: Sequence[Json], threshold: float | None)
                 _largest(site.get("weight_values")),
                 _largest(site.get("adapted_values")),
                 _largest(site.get("change_values")),
-                Cell(", ".join(map(str, site.get("intruders") or [])) or "none", len(site.get("intruders") or [])),
-                Cell(words.number(min(similarity), 2) if similarity else "–", min(similarity, default=None)),
+                TableCell(
+                    ", ".join(map(str, site.get("intruders") or [])) or "none", len(site.get("intruders") or [])
+                ),
+                TableCell(words.number(min(similarity), 2) if similarity else "–", min(similarity, default=None)),
             ]
         )
     titles = [
@@ -131,5 +133,5 @@ def _table(diagnosis: Diagnosis, sites: Sequence[Json], threshold: float | None)
     return simple(f"Singular values, {diagnosis.label}", titles, lines)
 
 
-def _largest(values: Sequence[float] | None) -> Cell:
-    return Cell(words.number(values[0]), values[0]) if values else Cell("–")
+def _largest(values: Sequence[float] | None) -> TableCell:
+    return TableCell(words.number(values[0]), values[0]) if values else TableCell("–")
