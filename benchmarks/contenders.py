@@ -10,8 +10,8 @@ import peft
 from torch import nn
 
 import isotune
+from isotune.adapters.peft.dialect import NotInPEFTError, dialect_of
 from isotune.adapters.registry import method_class
-from isotune.adapters.settings import NotInPEFTError
 from isotune.errors import OptionError
 
 CONTENDERS = (
@@ -65,7 +65,7 @@ def settings_of(method: str, rank: int) -> isotune.Settings:
 def peft_form(settings: isotune.Settings) -> dict[str, Any] | None:
     """The fields of PEFT's config for the same method with the same options; None where PEFT has no such form."""
     try:
-        fields = settings.peft_config({"layer": settings})
+        fields = dialect_of(type(settings)).config({"layer": settings})
     except NotInPEFTError:
         return None
     return {"peft_type": settings.peft_type, **fields}

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import isotune
 from isotune.adapters.low_rank.dora import DoRA, DoRAAdapter
+from isotune.adapters.peft.dialect import dialect_of
 from isotune.errors import OptionError, TargetError
 from isotune.sites import require_site
 from laws.suite import LAWS, check_law
@@ -225,7 +226,7 @@ def test_stored_dora_is_claimed_before_lora_and_lora_itself_stays_lora(tmp_path:
 def test_other_variants_of_lora_with_dora_are_refused_by_name() -> None:
     config = {"r": 4, "lora_alpha": 4, "use_dora": True, "lora_bias": True}
     with pytest.raises(OptionError, match="dora: this PEFT adapter uses lora_bias=True, which dora cannot express"):
-        DoRA.from_peft_config(config, "query")
+        dialect_of(DoRA).read(config, "query")
 
 
 def test_lora_export_is_refused_and_pefts_layout_is_not(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import isotune
 from both_ways import assert_isotune_loads, assert_peft_loads, by_peft, tiny_gpt2
 from isotune.adapters.low_rank.ia3 import IA3
+from isotune.adapters.peft.dialect import dialect_of
 from isotune.bare import bare
 from isotune.checkpoint.files import CONFIG
 from isotune.errors import OptionError
@@ -116,7 +117,7 @@ def test_inputs_of_a_convolution_with_a_kernel_are_refused() -> None:
 
 def test_older_configs_without_feedforward_layers_scale_outputs() -> None:
     config = {"feedforward_modules": None}
-    assert IA3.from_peft_config(config, "a.b") == IA3(side="out")
+    assert dialect_of(IA3).read(config, "a.b") == IA3(side="out")
 
 
 def test_unfolding_restores_what_pefts_unmerging_divides_by_zero(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 import isotune
 from isotune.adapters.orthogonal.oft import OFT
+from isotune.adapters.peft.dialect import NotInPEFTError, dialect_of
 from isotune.errors import IsotuneError, OptionError
 from isotune.linalg.cayley import rotation
 from isotune.sites import require_site
@@ -264,12 +265,12 @@ def test_what_peft_cannot_say_is_saved_as_isotunes_own(options: dict[str, Any], 
     config = (tmp_path / "adapter_config.json").read_text()
     assert '"peft_type": "ISOTUNE_OFT"' in config
     assert torch.equal(output(isotune.load(stories(), tmp_path).eval()), output(model))
-    with pytest.raises(isotune.adapters.settings.NotInPEFTError, match=why):
-        OFT.peft_config({"": OFT(**options)})
+    with pytest.raises(NotInPEFTError, match=why):
+        dialect_of(OFT).config({"": OFT(**options)})
 
 
 def test_official_radius_becomes_pefts_where_the_size_is_known() -> None:
-    assert OFT.peft_config({"": OFT(block=8, eps=0.01)})["eps"] == pytest.approx(0.64)
+    assert dialect_of(OFT).config({"": OFT(block=8, eps=0.01)})["eps"] == pytest.approx(0.64)
 
 
 def test_series_of_fewer_than_three_terms_is_refused(tmp_path: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 
-from isotune.adapters.settings import Settings, other_kind
-from isotune.sites import LINEAR, Site
+from isotune.adapters.settings import Settings
 
 
 class RandomProjections(Settings):
@@ -28,28 +25,3 @@ class RandomProjections(Settings):
     @property
     def stores_shared(self) -> bool:
         return self.save_projection
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        return other_kind(site, *LINEAR)
-
-    def common_peft_fields(self) -> dict[str, Any]:
-        """The options above in PEFT's config."""
-        return {
-            "r": self.rank,
-            "projection_prng_key": self.projection_seed,
-            "save_projection": self.save_projection,
-            f"{self.name}_dropout": self.dropout,
-            "bias": "none",
-            "init_weights": True,
-        }
-
-    @classmethod
-    def common_options(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """The options above from PEFT's config."""
-        return {
-            "rank": config["r"],
-            "projection_seed": config["projection_prng_key"],
-            "save_projection": config["save_projection"],
-            "dropout": config[f"{cls.name}_dropout"],
-        }

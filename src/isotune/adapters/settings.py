@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,16 +32,10 @@ class Settings(Options, ABC):
     """Trainable parameters at a site with default options, in terms of `rank`, `n_in` and `n_out`."""
     exempt: ClassVar[dict[str, str]] = {}
     """Laws that the method cannot keep, by test name, each with the reason."""
-    peft_type: ClassVar[str | None] = None
-    """PEFT's name for the method, where PEFT has it."""
-    peft_aliases: ClassVar[dict[str, str]] = {}
-    """Names that `peft_type` had in older versions of PEFT, each with the prefix of the tensors' names then."""
+    dialect: ClassVar[str] = ""
+    """Where its form in PEFT is, `package.module:Class` (a `Dialect`); empty where PEFT does not have it."""
     size_option: ClassVar[str | None] = "rank"
     """The whole-number option that decides how many parameters are trained; None where no option does."""
-    peft_prefix: ClassVar[str] = ""
-    """What the names of its tensors start with in PEFT's files; by default the method's name."""
-    own_tensors: ClassVar[frozenset[str]] = frozenset()
-    """Tensors on disk that PEFT does not know, kept so that isotune restores the adapter bit for bit."""
 
     @property
     def identity_at_start(self) -> bool:
@@ -85,53 +79,6 @@ class Settings(Options, ABC):
     @abstractmethod
     def parameter_count(self, site: Site) -> int:
         """Trainable parameters at a site, of which only the kind and the sizes count."""
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        """The fields of PEFT's config that describe `settings` (by module path).
-
-        Raises NotInPEFTError where PEFT has no way to say it.
-        """
-        raise NotInPEFTError(f"PEFT has no method {cls.name!r}")
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        """Why PEFT's form of the method computes something else on this site; None where it does not."""
-        return None
-
-    def differs_in_peft(self, site: Site) -> str | None:
-        """Why PEFT, given `peft_config`, would put another adapter on this site; None where it would not."""
-        return None
-
-    @classmethod
-    def claims_peft_config(cls, config: dict[str, Any]) -> bool:
-        """Whether a PEFT config of this type is this method's, where several share the type (LORA does)."""
-        return False
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> Settings:
-        """The settings of the layer at `path` in a PEFT checkpoint. Raises OptionError for what is not supported."""
-        raise OptionError(f"{cls.name!r} cannot be read from a PEFT checkpoint")
-
-
-class NotInPEFTError(Exception):
-    """PEFT cannot express these settings; the message says why."""
-
-
-def same_settings(settings: Mapping[str, Settings]) -> Any:
-    """The settings of all layers (by path), for a method of which PEFT has one set of options for all of them.
-
-    Raises NotInPEFTError where they differ.
-    """
-    first, *others = settings.values()
-    if any(other != first for other in others):
-        raise NotInPEFTError(f"PEFT's {first.peft_type} has one set of options for all layers")
-    return first
-
-
-def other_kind(site: Site, *kinds: str) -> str | None:
-    """Why PEFT does not adapt the site, where it adapts these kinds only; None for a site of these kinds."""
-    return None if site.kind in kinds else f"is of the kind {site.kind}, which PEFT does not adapt with this method"
 
 
 def check_rank(rank: int, limit: int, what: str) -> None:

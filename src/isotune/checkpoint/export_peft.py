@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from isotune.adapters.peft.dialect import NotInPEFTError, dialect_of
 from isotune.adapters.registry import method_class
-from isotune.adapters.settings import NotInPEFTError
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, replaced_folder, write_adapter
 from isotune.checkpoint.read import read_stored
@@ -25,7 +25,7 @@ def export_peft(adapter: str | Path, path: str | Path) -> Path:
         raise CheckpointError(
             f"{adapter} has no form that PEFT loads ({_why_not(stored)}); try isotune export --to lora"
         )
-    own = method_class(stored.method).own_tensors
+    own = dialect_of(method_class(stored.method)).own_tensors
     states = {**stored.state, **stored.trained}
     tensors = {
         f"{PREFIX}{p}.{key}": tensor for p, state in states.items() for key, tensor in state.items() if key not in own
@@ -47,7 +47,7 @@ def _why_not(stored: StoredAdapter) -> str:
         if "refused" in entry:
             return f"{p} {entry['refused']}"
     try:
-        method_class(stored.method).peft_config(stored.settings)
+        dialect_of(method_class(stored.method)).config(stored.settings)
     except NotInPEFTError as error:
         return str(error)
     return "its config says so"

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from isotune.adapters.peft.dialect import dialect_of
 from isotune.adapters.registry import method_class
 from isotune.checkpoint.files import CONFIG, TENSORS, read_adapter
 from isotune.checkpoint.read_diffusers import diffusers_file, read_diffusers
@@ -87,7 +88,7 @@ def _from_isotune(
     if not sites:
         return StoredAdapter(path, config, header, {}, {}, trained, {})
     method = method_class(header["method"])
-    if config["peft_type"] not in (method.peft_type, own_type(method.name)):
+    if config["peft_type"] not in (dialect_of(method).peft_type, own_type(method.name)):
         raise CheckpointError(
             f"{path}: the config says {config['peft_type']!r}, but the tensors are those of {method.name!r}; "
             "the folder mixes two adapters"

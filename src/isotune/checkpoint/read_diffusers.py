@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from isotune.adapters.patterns import common_and_rest
+from isotune.adapters.peft.patterns import common_and_rest
 from isotune.checkpoint.files import check_finite, read_tensors
 from isotune.checkpoint.stored import PREFIX
 from isotune.errors import CheckpointError

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from isotune.adapters.peft.dialect import Dialect, dialect_of
 from isotune.adapters.registry import method_class, method_names
-from isotune.adapters.settings import Settings
 from isotune.checkpoint.stored import PREFIX, State, StoredAdapter, check_shared, split_shared, with_rows
 from isotune.errors import CheckpointError, OptionError
 
@@ -20,9 +20,9 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 
 def read_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> StoredAdapter:
     """What PEFT's config and tensors say. Raises as `read_stored` does."""
-    method = _method_of(config, path)
-    prefix = method.peft_prefix or f"{method.name}_"
-    prefix_there = method.peft_aliases.get(config["peft_type"], prefix)
+    dialect = _dialect_of(config, path)
+    prefix = dialect.prefix
+    prefix_there = dialect.aliases.get(config["peft_type"], prefix)
     if config.get("bias", "none") != "none":
         raise OptionError(f"its config has bias={config['bias']!r}; trained biases are not supported")
     state: State = defaultdict(dict)
@@ -59,7 +59,7 @@ def read_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
             )
     names = _own_names(state)
     others = {key: value for key, value in config.items() if key != "trainable_token_indices"}
-    settings = {own: method.from_peft_config(others, p) for p, own in names.items()}
+    settings = {own: dialect.read(others, p) for p, own in names.items()}
     state = {own: state[p] for p, own in names.items()}
     if not settings:
         raise CheckpointError(f"{path} is incomplete: it has no tensors of its type, {config['peft_type']!r}")
@@ -72,7 +72,7 @@ def read_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 def _of_an_adapter(name: str) -> bool:
     """Whether the tensor of this name would be one of some method that PEFT has."""
-    prefixes = tuple(method_class(method).peft_prefix or f"{method}_" for method in method_names())
+    prefixes = tuple(dialect_of(method_class(name)).prefix for name in method_names())
     return any(part.startswith(prefixes) for part in name.split("."))
 
 
@@ -91,14 +91,14 @@ def _own_names(paths: Iterable[str]) -> dict[str, str]:
     return {p: f"{p}.in_proj_weight" if p in whole else p.replace(inner, ".out_proj") for p in paths}
 
 
-def _method_of(config: dict[str, Any], path: Path) -> type[Settings]:
-    """The method that claims the config, or the first of its type."""
+def _dialect_of(config: dict[str, Any], path: Path) -> Dialect:
+    """That of the method which claims the config, or of the first of its type."""
     peft_type = config["peft_type"]
-    known = [method_class(name) for name in method_names()]
-    of_type = [m for m in known if peft_type == m.peft_type or peft_type in m.peft_aliases]
+    known = [dialect_of(method_class(name)) for name in method_names()]
+    of_type = [one for one in known if peft_type == one.peft_type or peft_type in one.aliases]
     if of_type:
-        return next((m for m in of_type if m.claims_peft_config(config)), of_type[0])
-    types = dict.fromkeys(t for m in known for t in (m.peft_type, *m.peft_aliases) if t)
+        return next((one for one in of_type if one.claims(config)), of_type[0])
+    types = dict.fromkeys(name for one in known for name in (one.peft_type, *one.aliases) if name)
     raise CheckpointError(
         f"{path} is a PEFT adapter of type {peft_type!r}; the types that can be read are: {', '.join(types)}"
     )

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter
+from isotune.adapters.peft.dialect import NotInPEFTError, dialect_of
 from isotune.adapters.registry import method_class
-from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.adapters.settings import Settings
 from isotune.checkpoint.base_record import BaseRecord
 from isotune.checkpoint.card import adapter_card
 from isotune.checkpoint.files import CARD, FORMAT, replaced_folder, write_adapter
@@ -153,13 +154,14 @@ def _config(
     method = method_class(next(iter(settings.values())).name) if settings else None
     common = peft_fields({p: entry["kind"] for p, entry in entries.items()}, trained, base)
     if method is not None and reason is None:
+        dialect = dialect_of(method)
         try:
             for p, (site, own, _) in parts.items():
-                if why := entries[p].get("refused") or own.refused_by_peft(site) or own.differs_in_peft(site):
+                if why := entries[p].get("refused") or dialect.refused(site) or dialect.differs(own, site):
                     raise NotInPEFTError(f"{p} {why}")
-                if site.kind in CONVOLUTIONS - {"conv2d"} and method.peft_type != "LORA":
+                if site.kind in CONVOLUTIONS - {"conv2d"} and dialect.peft_type != "LORA":
                     raise NotInPEFTError(f"{p} is of the kind {site.kind}, which PEFT adapts with LoRA and DoRA only")
-            return {"peft_type": method.peft_type, **common, **method.peft_config(settings)}, None
+            return {"peft_type": dialect.peft_type, **common, **dialect.config(settings)}, None
         except NotInPEFTError as error:
             reason = str(error)
     return {

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Adapter
+from isotune.adapters.peft.dialect import NotInPEFTError, dialect_of
 from isotune.adapters.registry import method_class, method_names
-from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.adapters.settings import Settings
 from isotune.errors import IsotuneError, OptionError
 from isotune.model.attach import build_adapters
 from isotune.sites import CONVOLUTIONS, LinearSite, Site, require_site
@@ -186,7 +187,8 @@ def _exact_rank(site: Site, adapter: Adapter) -> int | None:
 
 def _in_peft(settings: Settings, site: Site) -> bool:
     try:
-        return bool(settings.peft_config({"probe": settings})) and settings.refused_by_peft(site) is None
+        dialect = dialect_of(type(settings))
+        return bool(dialect.config({"probe": settings})) and dialect.refused(site) is None
     except NotInPEFTError:
         return False
 

@@ -14,14 +14,14 @@ Cost for n rows: 2 r in out flops for W', or 2 n in out beside the layer's own, 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import WeightAdapter
-from isotune.adapters.settings import Settings, other_kind, same_settings
+from isotune.adapters.settings import Settings
 from isotune.errors import OptionError, TargetError
 from isotune.linalg.precision import autocast
 from isotune.linalg.shards import block_affine, block_affine_rows
@@ -36,10 +36,8 @@ class BAT(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "rank * n_out"
+    dialect: ClassVar[str] = "isotune.adapters.peft.miss:BATDialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "B starts at zero; nothing is drawn"}
-    peft_type: ClassVar[str | None] = "MISS"
-    peft_aliases: ClassVar[dict[str, str]] = {"BONE": "bone_"}
-    peft_prefix: ClassVar[str] = "miss_"
 
     rank: int = Field(64, gt=0, description="Size of the blocks, which must divide the layer's inputs and outputs.")
 
@@ -62,22 +60,6 @@ class BAT(Settings):
 
     def parameter_count(self, site: Site) -> int:
         return self.rank * site.out_features
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        return {"r": same_settings(settings).rank, "init_weights": "bat", "bias": "none"}
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        return other_kind(site, "linear")
-
-    @classmethod
-    def claims_peft_config(cls, config: dict[str, Any]) -> bool:
-        return config.get("init_weights") == "bat"
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> BAT:
-        return cls(rank=config["r"])
 
 
 class BATAdapter(WeightAdapter):

@@ -11,7 +11,7 @@ r (in + out) + 1. Cost for n rows: 2 n r (in + out) flops.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank
 from isotune.adapters.low_rank.lora import fresh_factors
-from isotune.adapters.patterns import common_and_rest, value_at
-from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.adapters.settings import Settings
 from isotune.linalg.precision import at_least_fp32
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
@@ -34,7 +33,7 @@ class DeLoRA(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "rank * (n_in + n_out) + 1"
-    peft_type: ClassVar[str | None] = "DELORA"
+    dialect: ClassVar[str] = "isotune.adapters.peft.delora:DeLoRADialect"
 
     rank: int = Field(8, gt=0, description="Rank of W' - W.")
     boundary: float = Field(15.0, gt=0, description="Size of the change to start from; the paper's lambda.")
@@ -51,31 +50,6 @@ class DeLoRA(Settings):
 
     def parameter_count(self, site: Site) -> int:
         return self.rank * (site.in_features + site.out_features) + 1
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        layers = {path: s for path, s in settings.items() if isinstance(s, DeLoRA)}
-        dropouts = {s.dropout for s in layers.values()}
-        if len(dropouts) > 1:
-            raise NotInPEFTError("PEFT's DeLoRA has one dropout for all layers")
-        rank, rank_pattern = common_and_rest({path: s.rank for path, s in layers.items()})
-        boundary, lambda_pattern = common_and_rest({path: s.boundary for path, s in layers.items()})
-        return {
-            "r": rank, "delora_lambda": boundary, "rank_pattern": rank_pattern, "lambda_pattern": lambda_pattern,
-            "module_dropout": dropouts.pop(), "bias": "none", "init_weights": True,
-        }  # fmt: skip
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        return None if site.kind == "linear" else f"is of the kind {site.kind}, which PEFT's DeLoRA does not adapt"
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> DeLoRA:
-        return cls(
-            rank=value_at(config.get("rank_pattern") or {}, path, config["r"]),
-            boundary=value_at(config.get("lambda_pattern") or {}, path, config["delora_lambda"]),
-            dropout=config.get("module_dropout", 0.0),
-        )
 
 
 class DeLoRAAdapter(LowRank):

@@ -12,7 +12,7 @@ output. `detach_norm=False` gives the derivative. Dropout falls on B A only, not
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -31,11 +31,11 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "rank * (n_in + n_out) + n_out"
+    dialect: ClassVar[str] = "isotune.adapters.peft.lora:DoRADialect"
     exempt: ClassVar[dict[str, str]] = {
         "gradients_are_derivatives": "as in the paper, g is a constant in the backward pass; it holds with "
         "detach_norm=False, which a test of its own shows"
     }
-    peft_prefix: ClassVar[str] = "lora_"
 
     detach_norm: bool = Field(
         True, description="Hold the row norms constant in the backward pass, as the paper does."
@@ -54,18 +54,6 @@ class DoRA(LoRA):
 
     def parameter_count(self, site: Site) -> int:
         return super().parameter_count(site) + site.out_features
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        return super().peft_config(settings) | {"use_dora": True}
-
-    @classmethod
-    def claims_peft_config(cls, config: dict[str, Any]) -> bool:
-        return bool(config.get("use_dora"))
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> LoRA:
-        return super().from_peft_config({**config, "use_dora": False}, path)
 
 
 class DoRAAdapter(RowScaledAdapter):

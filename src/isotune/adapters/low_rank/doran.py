@@ -14,7 +14,7 @@ which DoRA cannot bring back, trains like any other.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from isotune.adapters.low_rank.dora import DoRA
 from isotune.adapters.low_rank.lora import LoRAAdapter
 from isotune.adapters.low_rank.row_scaled import RowScaledAdapter
-from isotune.adapters.settings import NotInPEFTError
 from isotune.sites import Site
 
 
@@ -33,8 +32,7 @@ class DoRAN(DoRA):
 
     name: ClassVar[str] = "doran"
     formula: ClassVar[str] = "rank * (n_in + n_out) + n_out + 1"
-    peft_type: ClassVar[str | None] = None
-    peft_prefix: ClassVar[str] = ""
+    dialect: ClassVar[str] = ""
 
     tau: float = Field(0.1, gt=0, description="The number to start from, to compare with the lengths of W's rows.")
     tau_per_row: bool = Field(False, description="Learn one number for each row, in place of one for the layer.")
@@ -46,10 +44,6 @@ class DoRAN(DoRA):
 
     def parameter_count(self, site: Site) -> int:
         return super().parameter_count(site) + (site.out_features if self.tau_per_row else 1)
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        raise NotInPEFTError(f"PEFT has no method {cls.name!r}")
 
 
 class DoRANAdapter(RowScaledAdapter):

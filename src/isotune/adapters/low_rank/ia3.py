@@ -11,15 +11,14 @@ arXiv 2205.05638. Parameters: out, or in. Cost for n rows: 2 n out, or 2 n in, f
 
 from __future__ import annotations
 
-import re
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Side, WeightAdapter
-from isotune.adapters.settings import NotInPEFTError, Settings, other_kind
+from isotune.adapters.settings import Settings
 from isotune.errors import OptionError
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
@@ -31,8 +30,8 @@ class IA3(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "n_out"
+    dialect: ClassVar[str] = "isotune.adapters.peft.ia3:IA3Dialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "l starts at one; nothing is drawn"}
-    peft_type: ClassVar[str | None] = "IA3"
 
     side: Side = Field(
         "out",
@@ -55,22 +54,6 @@ class IA3(Settings):
 
     def parameter_count(self, site: Site) -> int:
         return site.in_features if self._side_at(site.kind) == "in" else site.out_features
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        inputs = sorted(path for path, s in settings.items() if isinstance(s, IA3) and s.side == "in")
-        config = {"feedforward_modules": inputs, "init_ia3_weights": True}
-        if any(_is_feedforward(config, path) != (path in inputs) for path in settings):
-            raise NotInPEFTError("PEFT would scale inputs of a layer whose path ends in the path of such a one")
-        return config
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        return other_kind(site, *LINEAR, "conv2d")
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> IA3:
-        return cls(side="in" if _is_feedforward(config, path) else "out")
 
 
 class IA3Adapter(WeightAdapter):
@@ -104,9 +87,3 @@ class IA3Adapter(WeightAdapter):
         column = site.kind not in CONVOLUTIONS and self.side == "out"
         shape = (-1, 1) if column else (1, -1, *(1,) * (-1 - site.features))
         return {"ia3_l": self.l.detach().view(shape)}
-
-
-def _is_feedforward(config: dict[str, Any], path: str) -> bool:
-    """PEFT's rule: a regular expression for the whole path, or endings of it."""
-    modules = config["feedforward_modules"] or []
-    return bool(re.fullmatch(modules, path)) if isinstance(modules, str) else path.endswith(tuple(modules))

@@ -10,16 +10,14 @@ Cost for n rows: 2 n r (in + out) flops.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter, LowRank, check_tensors, uniform
-from isotune.adapters.patterns import common_and_rest, value_at
-from isotune.adapters.settings import NotInPEFTError, Settings, check_rank
-from isotune.errors import OptionError
+from isotune.adapters.settings import Settings, check_rank
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
@@ -30,7 +28,7 @@ class LoRA(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 2e-3
     formula: ClassVar[str] = "rank * (n_in + n_out)"
-    peft_type: ClassVar[str | None] = "LORA"
+    dialect: ClassVar[str] = "isotune.adapters.peft.lora:LoRADialect"
 
     rank: int = Field(8, gt=0, description="Rank of W' - W.")
     alpha: float | None = Field(None, gt=0, description="Scaling numerator; the default is the rank, so that s = 1.")
@@ -64,45 +62,6 @@ class LoRA(Settings):
 
     def parameter_count(self, site: Site) -> int:
         return self.rank * (site.in_features + site.out_features)
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        layers = {path: s for path, s in settings.items() if isinstance(s, LoRA)}
-        if len({(s.rslora, s.dropout) for s in layers.values()}) > 1:
-            raise NotInPEFTError("PEFT's LoRA has one kind of scaling and one dropout for all layers")
-        first = next(iter(layers.values()))
-        rank, rank_pattern = common_and_rest({path: s.rank for path, s in layers.items()})
-        alpha, alpha_pattern = common_and_rest({path: s.resolved_alpha for path, s in layers.items()})
-        return {
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": rank_pattern,
-            "alpha_pattern": alpha_pattern,
-            "use_rslora": first.rslora,
-            "lora_dropout": first.dropout,
-            "bias": "none",
-            "init_lora_weights": True,
-        }
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> LoRA:
-        unsupported = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
-                       "alora_invocation_tokens", "use_qalora", "corda_config", "eva_config", "arrow_config",
-                       "velora_config")  # fmt: skip
-        asked = [f"{name}={config[name]!r}" for name in unsupported if config.get(name)]
-        if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-            # Such a start also changes the base weight, which an adapter folder does not hold.
-            asked.append(f"init_lora_weights={config['init_lora_weights']!r}")
-        if asked:
-            raise OptionError(
-                f"{cls.name}: this PEFT adapter uses {', '.join(asked)}, which {cls.name} cannot express"
-            )
-        return cls(
-            rank=value_at(config.get("rank_pattern") or {}, path, config["r"]),
-            alpha=value_at(config.get("alpha_pattern") or {}, path, config["lora_alpha"]),
-            rslora=config.get("use_rslora", False),
-            dropout=config.get("lora_dropout", 0.0),
-        )
 
 
 class LoRAAdapter(LowRank):

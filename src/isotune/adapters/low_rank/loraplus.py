@@ -24,7 +24,6 @@ class LoRAPlus(LoRA):
 
     name: ClassVar[str] = "loraplus"
     learning_rate: ClassVar[float] = 5e-4
-    peft_prefix: ClassVar[str] = "lora_"
 
     ratio: float = Field(16.0, gt=0, description="B's learning rate over A's; the paper's lambda.")
 

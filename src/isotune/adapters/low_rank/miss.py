@@ -12,14 +12,14 @@ Cost for n rows: n in additions and 2 n r out flops, half of LoRA's.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank
-from isotune.adapters.settings import Settings, check_rank, other_kind, same_settings
+from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
 from isotune.linalg.shards import shard_columns, shard_sum
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
@@ -32,9 +32,8 @@ class MiSS(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "rank * n_out"
+    dialect: ClassVar[str] = "isotune.adapters.peft.miss:MiSSDialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "D starts at zero; nothing is drawn"}
-    peft_type: ClassVar[str | None] = "MISS"
-    peft_aliases: ClassVar[dict[str, str]] = {"BONE": "bone_"}
 
     rank: int = Field(64, gt=0, description="Width of a shard of inputs; the rank of W' - W.")
     mini: int | None = Field(
@@ -54,29 +53,6 @@ class MiSS(Settings):
 
     def parameter_count(self, site: Site) -> int:
         return self.rank * (self.mini or site.out_features)
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        own = same_settings(settings)
-        return {
-            "r": own.rank,
-            "miss_dropout": own.dropout,
-            "mini_r": own.mini or 1,
-            "init_weights": "mini" if own.mini else True,
-            "bias": "none",
-        }
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        return other_kind(site, "linear")
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> MiSS:
-        return cls(
-            rank=config["r"],
-            mini=config["mini_r"] if config.get("init_weights") == "mini" else None,
-            dropout=config.get("miss_dropout", 0.0),
-        )
 
 
 class MiSSAdapter(LowRank):

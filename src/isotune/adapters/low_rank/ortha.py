@@ -43,7 +43,6 @@ class OrthA(LoRA):
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "with a slot or a concept, A is the same for every seed: that is its purpose"
     }
-    peft_prefix: ClassVar[str] = "lora_"
 
     basis_seed: int = Field(0, ge=0, description="Seed of the basis; the same for all adapters to be merged.")
     slot: int | None = Field(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, check_tensors
 from isotune.adapters.random_projections import RandomProjections
-from isotune.adapters.settings import NotInPEFTError, Settings, same_settings
 from isotune.adapters.shared import Shared, largest
 from isotune.linalg.random_bases import bfloat_bases, ternary_bases
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
@@ -38,10 +37,10 @@ class RandLoRA(RandomProjections):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "ceil(min(n_in, n_out) / rank) * (rank + min(n_in, n_out))"
+    dialect: ClassVar[str] = "isotune.adapters.peft.random_projections:RandLoRADialect"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "the random bases are shared and have a seed of their own, an option"
     }
-    peft_type: ClassVar[str | None] = "RANDLORA"
 
     rank: int = Field(32, gt=0, le=2**16, description="Rank of each basis; the larger, the fewer parameters.")
     alpha: float | None = Field(None, gt=0, description="Scaling numerator; the default is 20 rank.")
@@ -81,28 +80,6 @@ class RandLoRA(RandomProjections):
     def parameter_count(self, site: Site) -> int:
         m = min(site.in_features, site.out_features)
         return self._bases_for(m) * (self.rank + m)
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        own = same_settings(settings)
-        if not own.legacy_pairing:
-            raise NotInPEFTError("PEFT pairs RandLoRA's bases in another order than the paper (legacy_pairing=True)")
-        if own.over_root:
-            raise NotInPEFTError("PEFT's RandLoRA does not divide by the root of the number of bases")
-        return own.common_peft_fields() | {
-            "randlora_alpha": own.resolved_alpha,
-            "sparse": own.bases == "sparse",
-            "very_sparse": own.bases == "very sparse",
-        }
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> RandLoRA:
-        return cls(
-            alpha=config["randlora_alpha"],
-            bases="very sparse" if config["very_sparse"] else "sparse" if config["sparse"] else "uniform",
-            legacy_pairing=True,
-            **cls.common_options(config),
-        )
 
 
 class RandLoRAAdapter(LowRank):

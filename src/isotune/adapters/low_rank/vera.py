@@ -12,7 +12,7 @@ Cost for n rows: 2 n r (in + out) flops.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, check_tensors
 from isotune.adapters.random_projections import RandomProjections
-from isotune.adapters.settings import Settings, same_settings
 from isotune.adapters.shared import Shared, largest
 from isotune.linalg.random_bases import kaiming_uniform
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
@@ -33,10 +32,10 @@ class VeRA(RandomProjections):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank + n_out"
+    dialect: ClassVar[str] = "isotune.adapters.peft.random_projections:VeRADialect"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "the random matrices are shared and have a seed of their own, an option"
     }
-    peft_type: ClassVar[str | None] = "VERA"
 
     rank: int = Field(256, gt=0, le=2**16, description="Rank of W' - W.")
     start: float = Field(0.1, gt=0, description="What the entries of d start from.")
@@ -53,15 +52,6 @@ class VeRA(RandomProjections):
 
     def parameter_count(self, site: Site) -> int:
         return self.rank + site.out_features
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        own = same_settings(settings)
-        return own.common_peft_fields() | {"d_initial": own.start}
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> VeRA:
-        return cls(start=config["d_initial"], **cls.common_options(config))
 
 
 class VeRAAdapter(LowRank):

@@ -14,7 +14,7 @@ Parameters: m in (b - 1) / 2 + out. Cost for n rows: 2 n in b m + O(m in b²) fl
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from isotune.adapters.block_rotation import BlockRotation, BlockSettings
 from isotune.adapters.contract import Side, check_tensors
-from isotune.adapters.peft_limits import uneven_convolution
-from isotune.adapters.settings import Settings, same_settings
 from isotune.errors import OptionError
 from isotune.linalg.butterfly import rotate_butterfly
 from isotune.linalg.cayley import above_diagonal, rotation, skew, upper_of
@@ -40,8 +38,8 @@ class BOFT(BlockSettings):
     learning_rate: ClassVar[float] = 1e-3
     size_option: ClassVar[str | None] = "block"
     formula: ClassVar[str] = "7 * n_in + n_out"
+    dialect: ClassVar[str] = "isotune.adapters.peft.boft:BOFTDialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "it starts from zeros; nothing is drawn"}
-    peft_type: ClassVar[str | None] = "BOFT"
 
     block: int | None = Field(
         None, gt=1, description="Size of a block; by default 8, or what is possible near it on the rotated side."
@@ -76,39 +74,6 @@ class BOFT(BlockSettings):
         d = site.out_features if site.kind == "embedding" else site.in_features
         b, m = self.sizes(d)
         return m * (d // b) * above_diagonal(b) + (site.out_features if self.magnitude else 0)
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        s = same_settings(settings)
-        return {
-            "boft_block_size": 0 if s.blocks else s.block or BLOCK,
-            "boft_block_num": s.blocks or 0,
-            "boft_n_butterfly_factor": s.factors or FACTORS,
-            "boft_dropout": s.dropout,
-            "bias": "none",
-            "init_weights": True,
-        }
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        if site.kind in ("gpt2_conv1d", "embedding"):
-            return f"is of the kind {site.kind}, which PEFT's BOFT does not adapt"
-        return uneven_convolution(site)
-
-    def differs_in_peft(self, site: Site) -> str | None:
-        b, m = self.sizes(site.in_features)
-        if m != (self.factors or FACTORS) or not (self.blocks or b == (self.block or BLOCK)):
-            return f"has blocks of {b} and factors={m}, because its width allows no others; PEFT has one size for all"
-        return None
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> BOFT:
-        return cls(
-            block=config.get("boft_block_size") or None,
-            blocks=config.get("boft_block_num") or None,
-            factors=config.get("boft_n_butterfly_factor", 1),
-            dropout=config.get("boft_dropout", 0.0),
-        )
 
 
 class BOFTAdapter(BlockRotation):

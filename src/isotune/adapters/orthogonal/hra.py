@@ -12,15 +12,14 @@ NeurIPS 2024, arXiv 2405.17484. Parameters: r in. Cost for n rows: 4 n in r + 2 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Side, check_tensors
-from isotune.adapters.peft_limits import uneven_convolution
-from isotune.adapters.settings import NotInPEFTError, Settings, check_rank
+from isotune.adapters.settings import Settings, check_rank
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.errors import OptionError
 from isotune.linalg.householder import (
@@ -42,8 +41,7 @@ class HRA(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "rank * n_in"
-    peft_type: ClassVar[str | None] = "HRA"
-    own_tensors: ClassVar[frozenset[str]] = frozenset({"hra_u_trained", "hra_u_anchor"})
+    dialect: ClassVar[str] = "isotune.adapters.peft.hra:HRADialect"
 
     rank: int = Field(8, gt=0, description="Number of reflections; the rank of W' - W.")
     side: Side = Field("in", description="Rotate the layer's input or its output; an embedding's output always.")
@@ -103,29 +101,6 @@ class HRA(Settings):
 
     def parameter_count(self, site: Site) -> int:
         return self.rank * (site.in_features if self._side_at(site.kind) == "in" else site.out_features)
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        layers = [s for s in settings.values() if isinstance(s, HRA)]
-        if any(s.side == "out" for s in layers):
-            raise NotInPEFTError("PEFT's HRA rotates the input side only")
-        # Anchored reflections are stored as the 2r plain ones that they amount to.
-        shapes = {(2 * s.rank, False) if s.resolved_start == "anchored" else (s.rank, s.strict) for s in layers}
-        if len(shapes) > 1:
-            raise NotInPEFTError("PEFT's HRA has one rank for all layers")
-        rank, strict = shapes.pop()
-        return {"r": rank, "apply_GS": strict, "bias": "none", "init_weights": True}
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        if site.kind in ("gpt2_conv1d", "embedding"):
-            return f"is of the kind {site.kind}, which PEFT's HRA does not adapt"
-        return uneven_convolution(site)
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> HRA:
-        # PEFT's start is forgotten: the tensors that follow decide where U is.
-        return cls(rank=config["r"], strict=config.get("apply_GS", False), start="random")
 
 
 class HRAAdapter(ThinRotation):

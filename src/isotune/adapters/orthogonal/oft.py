@@ -14,7 +14,7 @@ Finetuning Made Scalable", 2025, arXiv 2506.19847. Parameters: in (b - 1) / 2. C
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from isotune.adapters.block_rotation import BlockRotation, BlockSettings
 from isotune.adapters.contract import Side, check_tensors
-from isotune.adapters.peft_limits import terms_for_peft, terms_from_peft
-from isotune.adapters.settings import NotInPEFTError, Settings, same_settings
 from isotune.errors import OptionError
 from isotune.linalg.butterfly import nearest_divisor, rotate_blocks
 from isotune.linalg.cayley import above_diagonal, rotation
@@ -40,9 +38,8 @@ class OFT(BlockSettings):
     learning_rate: ClassVar[float] = 1e-3
     size_option: ClassVar[str | None] = "block"
     formula: ClassVar[str] = "n_in * 15 // 2"
+    dialect: ClassVar[str] = "isotune.adapters.peft.oft:OFTDialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "it starts from zeros; nothing is drawn"}
-    peft_type: ClassVar[str | None] = "OFT"
-    own_tensors: ClassVar[frozenset[str]] = frozenset({"oft_magnitude"})
 
     block: int | None = Field(
         None, gt=1, description="Size of a block, a divisor of the rotated side; by default the one nearest to 16."
@@ -86,53 +83,6 @@ class OFT(BlockSettings):
         d = site.out_features if site.kind == "embedding" else site.in_features
         b = self.size(d)
         return (1 if self.share else d // b) * above_diagonal(b) + (site.out_features if self.magnitude else 0)
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        s = same_settings(settings)
-        if s.magnitude:
-            raise NotInPEFTError("PEFT's OFT has no magnitudes")
-        eps = s.eps
-        if eps is not None and s.radius == "official":
-            if s.block is None or s.nearest:
-                raise NotInPEFTError(
-                    "PEFT's radius of COFT depends on the size of the blocks, which differs by layer"
-                )
-            eps = eps * s.block**2
-        return {
-            "r": s.blocks or 0,
-            "oft_block_size": 0 if s.blocks else s.block or BLOCK,
-            "block_share": s.share,
-            **terms_for_peft(s.terms),
-            "coft": eps is not None,
-            "eps": 6e-5 if eps is None else eps,
-            "module_dropout": s.dropout,
-            "bias": "none",
-            "init_weights": True,
-        }
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        if site.kind == "gpt2_conv1d":
-            return "is of the kind conv1d, which PEFT's OFT does not adapt"
-        if site.kind == "conv2d" and site.layer.kernel_size != (1, 1):
-            return "is a convolution with a kernel above 1, whose patches PEFT's OFT sums up before it convolves them"
-        return None
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> OFT:
-        if "oft_block_size" not in config:
-            raise OptionError("it is from a PEFT before 0.14, whose OFT had other parameters; train it anew")
-        return cls(
-            block=config["oft_block_size"] or None,
-            blocks=config.get("r") or None,
-            nearest=True,
-            share=config.get("block_share", False),
-            terms=terms_from_peft(config, default=True),
-            eps=config.get("eps", 6e-5) if config.get("coft") else None,
-            radius="peft",
-            dropout=config.get("module_dropout", 0.0),
-        )
 
 
 class OFTAdapter(BlockRotation):

@@ -13,15 +13,14 @@ Parameters: r (r - 1) / 2 + 2 r. Cost for n rows: 2 n r (in + out) flops; the st
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, check_tensors
-from isotune.adapters.peft_limits import terms_for_peft, terms_from_peft
-from isotune.adapters.settings import Settings, check_rank, same_settings
+from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, cayley, cayley_neumann, skew, upper_of
 from isotune.linalg.precision import at_least_fp32
@@ -36,9 +35,8 @@ class PSOFT(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 2e-3
     formula: ClassVar[str] = "rank * (rank + 3) // 2"
+    dialect: ClassVar[str] = "isotune.adapters.peft.psoft:PSOFTDialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "it starts from W's SVD; nothing is drawn"}
-    peft_type: ClassVar[str | None] = "PSOFT"
-    own_tensors: ClassVar[frozenset[str]] = frozenset({"psoft_A", "psoft_B"})
 
     rank: int = Field(16, gt=0, description="How many singular directions are rotated; the rank of W' - W.")
     orthogonal: bool = Field(True, description="Keep R a rotation; otherwise any r x r matrix is trained.")
@@ -87,45 +85,6 @@ class PSOFT(Settings):
     def parameter_count(self, site: Site) -> int:
         return (above_diagonal(self.rank) if self.orthogonal else self.rank**2) + self.rank * (
             self.scale_in + self.scale_out
-        )
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        s = same_settings(settings)
-        return {
-            "r": s.rank,
-            "psoft_alpha": s.rank,
-            "psoft_dropout": s.dropout,
-            "ab_svd_init": "psoft_init" if s.basis == "orthonormal" else "pissa_init",
-            "psoft_svd": s.svd,
-            "psoft_svd_lowrank_niter": s.iterations,
-            "random_seed": s.svd_seed,
-            "psoft_orth": s.orthogonal,
-            "psoft_mag_b": s.scale_out,
-            "psoft_mag_a": s.scale_in,
-            **terms_for_peft(s.terms),
-            "cayley_neumann_eps": s.largest if s.terms else None,
-            "init_weights": True,
-        }
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        return None if site.kind == "linear" else f"is of the kind {site.kind}, which PEFT's PSOFT does not adapt"
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> PSOFT:
-        return cls(
-            rank=config["r"],
-            orthogonal=config.get("psoft_orth", True),
-            scale_out=config.get("psoft_mag_b", True),
-            scale_in=config.get("psoft_mag_a", True),
-            basis="balanced" if config.get("ab_svd_init") == "pissa_init" else "orthonormal",
-            terms=terms_from_peft(config, default=False),
-            largest=config.get("cayley_neumann_eps"),
-            svd=config.get("psoft_svd", "full"),
-            iterations=config.get("psoft_svd_lowrank_niter", 10),
-            svd_seed=config.get("random_seed", 0),
-            dropout=config.get("psoft_dropout", 0.0),
         )
 
 

@@ -13,14 +13,14 @@ arXiv 2409.00119. Parameters: out, 2 out or 4 out. Cost for n rows: 3 n out flop
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import WeightAdapter
-from isotune.adapters.settings import NotInPEFTError, Settings
+from isotune.adapters.settings import Settings
 from isotune.errors import OptionError
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
@@ -34,7 +34,7 @@ class RoAd(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "n_out"
-    peft_type: ClassVar[str | None] = "ROAD"
+    dialect: ClassVar[str] = "isotune.adapters.peft.road:RoAdDialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "θ = 0 and α = 1 at every start"}
 
     variant: Variant = Field(
@@ -65,22 +65,6 @@ class RoAd(Settings):
 
     def parameter_count(self, site: Site) -> int:
         return self.variant * site.out_features
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        shapes = {(s.variant, s.group_size) for s in settings.values() if isinstance(s, RoAd)}
-        if len(shapes) > 1:
-            raise NotInPEFTError("PEFT's RoAd has one variant and one group size for all layers")
-        variant, group_size = shapes.pop()
-        return {"variant": f"road_{variant}", "group_size": group_size, "init_weights": True}
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        return None if site.kind == "linear" else f"is of the kind {site.kind}, which PEFT's RoAd does not adapt"
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> RoAd:
-        return cls(variant=int(config["variant"].removeprefix("road_")), group_size=config["group_size"])
 
 
 class RoAdAdapter(WeightAdapter):

@@ -16,14 +16,14 @@ the start a pass over the data with 2 in² flops a row, one in x in inverse and 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from isotune.adapters.spectral.principal import Principal, PrincipalSettings, Sizes
-from isotune.errors import IsotuneError, OptionError
+from isotune.errors import IsotuneError
 from isotune.linalg.triplets import Fuse, context_triplets, fused, singular_triplets
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
@@ -32,6 +32,8 @@ Mode = Literal["ipm", "kpm"]
 
 class CorDA(PrincipalSettings):
     """W' = W + s (B A - B0 A0): LoRA from the triplets of W that matter most (or least) to given data."""
+
+    dialect: ClassVar[str] = "isotune.adapters.peft.principal:CorDADialect"
 
     name: ClassVar[str] = "corda"
     # An embedding's inputs are one-hot rows, whose covariance is as large as the vocabulary is wide, squared.
@@ -45,18 +47,6 @@ class CorDA(PrincipalSettings):
 
     def shell(self, site: Site) -> CorDAAdapter:
         return CorDAAdapter(self.sizes(site), self.mode == "kpm", self.sigma_fuse, self.damping)
-
-    @classmethod
-    def claims_peft_config(cls, config: dict[str, Any]) -> bool:
-        return str(config.get("init_lora_weights")).startswith("corda")
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> CorDA:
-        raise OptionError(
-            "corda: PEFT's folder does not hold what its start was computed from, so that neither PEFT nor isotune "
-            "can load it without that data; store it in PEFT as a plain LoRA, with "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...), and load that"
-        )
 
 
 class CorDAAdapter(Principal):

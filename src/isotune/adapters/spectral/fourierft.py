@@ -12,17 +12,15 @@ FFT of the weight, whichever is cheaper.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.settings import NotInPEFTError, Settings
-from isotune.adapters.spectral.sparse_spectrum import MOST, SparseSpectrum, entry_count
+from isotune.adapters.settings import Settings
+from isotune.adapters.spectral.sparse_spectrum import SparseSpectrum, entry_count
 from isotune.linalg.fourier import real_fourier, real_fourier_transpose
 from isotune.linalg.sparse import scattered, sparse_product
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
@@ -36,10 +34,10 @@ class FourierFT(Settings):
     learning_rate: ClassVar[float] = 5e-2
     size_option: ClassVar[str | None] = "n_frequency"
     formula: ClassVar[str] = "1000"
+    dialect: ClassVar[str] = "isotune.adapters.peft.fourierft:FourierFTDialect"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "it starts from zeros, at frequencies that its own option `seed` draws, as in PEFT"
     }
-    peft_type: ClassVar[str | None] = "FOURIERFT"
 
     n_frequency: int | None = Field(
         None, gt=0, description="Number of coefficients; by default 1000, or all of a smaller weight's."
@@ -62,43 +60,6 @@ class FourierFT(Settings):
 
     def parameter_count(self, site: Site) -> int:
         return entry_count(self.n_frequency, site.in_features, site.out_features)
-
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        layers = {path: s for path, s in settings.items() if isinstance(s, FourierFT)}
-        if len({(s.scale, s.seed) for s in layers.values()}) > 1:
-            raise NotInPEFTError("PEFT's FourierFT has one scaling and one seed for all layers")
-        counts = {path: s.n_frequency or MOST for path, s in layers.items()}
-        common = Counter(counts.values()).most_common(1)[0][0]
-        pattern = {path: n for path, n in counts.items() if n != common}
-        if any(_matching(pattern, path, common) != n for path, n in counts.items()):
-            raise NotInPEFTError("PEFT's n_frequency_pattern would give one layer the number of another's")
-        first = next(iter(layers.values()))
-        return {
-            "n_frequency": common,
-            "n_frequency_pattern": pattern,
-            "scaling": first.scale,
-            "random_loc_seed": first.seed,
-            "init_weights": first.start == "zero",
-            "bias": "none",
-        }
-
-    @classmethod
-    def refused_by_peft(cls, site: Site) -> str | None:
-        if site.kind in CONVOLUTIONS:
-            return "is a convolution, which PEFT's FourierFT does not adapt"
-        if site.in_features * site.out_features < MOST:
-            return f"has fewer than {MOST} weights, where PEFT's FourierFT refuses its default number of frequencies"
-        return None
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> FourierFT:
-        return cls(
-            n_frequency=_matching(config.get("n_frequency_pattern") or {}, path, config["n_frequency"]),
-            scale=config["scaling"],
-            seed=config["random_loc_seed"],
-            start="zero" if config.get("init_weights", False) else "random",
-        )
 
 
 class FourierFTAdapter(SparseSpectrum):
@@ -141,9 +102,3 @@ class FourierFTAdapter(SparseSpectrum):
 def drawn_cells(n: int, cells: int, seed: int) -> Tensor:
     """The first n of a random permutation of `cells` cells, as PEFT draws them."""
     return torch.randperm(cells, generator=torch.Generator().manual_seed(seed))[:n].clone()
-
-
-def _matching(pattern: dict[str, int], path: str, default: int) -> int:
-    """PEFT's rule: the first key that, as a regular expression, matches the path after a dot, or else the path."""
-    key = next((key for key in pattern if re.match(rf".*\.{key}$", path)), path)
-    return pattern.get(key, default)

@@ -11,7 +11,7 @@ Parameters: r (in + out). Cost for n rows: 4 n r (in + out) flops; at the start 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,14 +24,12 @@ from isotune.sites import Site
 class OLoRA(PrincipalSettings):
     """W' = W + s (B A - B0 A0): LoRA from the QR decomposition of W."""
 
+    dialect: ClassVar[str] = "isotune.adapters.peft.principal:OLoRADialect"
+
     name: ClassVar[str] = "olora"
 
     def shell(self, site: Site) -> OLoRAAdapter:
         return OLoRAAdapter(self.sizes(site))
-
-    @classmethod
-    def claims_peft_config(cls, config: dict[str, Any]) -> bool:
-        return str(config.get("init_lora_weights")).lower() == "olora"
 
 
 class OLoRAAdapter(PrincipalOfPEFT):

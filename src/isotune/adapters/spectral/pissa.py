@@ -12,8 +12,7 @@ about 4 out in r (niter + 1) flops when randomised.
 
 from __future__ import annotations
 
-import re
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -27,6 +26,8 @@ from isotune.sites import Site
 class PiSSA(PrincipalSettings):
     """W' = W + s (B A - B0 A0): LoRA from the largest singular triplets of W."""
 
+    dialect: ClassVar[str] = "isotune.adapters.peft.principal:PiSSADialect"
+
     name: ClassVar[str] = "pissa"
 
     niter: int | None = Field(
@@ -35,18 +36,6 @@ class PiSSA(PrincipalSettings):
 
     def shell(self, site: Site) -> PiSSAAdapter:
         return PiSSAAdapter(self.sizes(site), self.niter)
-
-    @classmethod
-    def claims_peft_config(cls, config: dict[str, Any]) -> bool:
-        return _niter(config) is not None
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> PiSSA:
-        # PEFT draws a randomised start anew, and differently, whenever it loads one: no two of its models are equal
-        # to the bit, and this one is none of them, but as near.
-        niter = _niter(config)
-        plain = super().from_peft_config(config, path)
-        return cls(**plain.model_dump(exclude={"niter"}), niter=int(niter) if niter else None)
 
 
 class PiSSAAdapter(PrincipalOfPEFT):
@@ -65,9 +54,3 @@ class PiSSAAdapter(PrincipalOfPEFT):
         else:
             U, S, Vh = random_triplets(W, r, self.niter, generator or torch.Generator())
         self.place(*fused(U, S / self.scale, Vh))
-
-
-def _niter(config: dict[str, Any]) -> str | None:
-    """The iterations that a PEFT config names ("" for the full SVD), None where it is no PiSSA."""
-    found = re.fullmatch(r"pissa(?:_niter_(\d+))?", str(config.get("init_lora_weights")))
-    return (found.group(1) or "") if found else None

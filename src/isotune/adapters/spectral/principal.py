@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -43,11 +43,10 @@ class PrincipalSettings(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 5e-4
     formula: ClassVar[str] = "rank * (n_in + n_out)"
+    dialect: ClassVar[str] = "isotune.adapters.peft.principal:PrincipalDialect"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "the start is a decomposition of W, which is the same for every seed"
     }
-    peft_type: ClassVar[str | None] = "LORA"
-    peft_prefix: ClassVar[str] = "lora_"
 
     rank: int = Field(8, gt=0, description="Rank of the part of W that is trained; W' - W has twice that.")
     alpha: float | None = Field(None, gt=0, description="Numerator of the scale s; the default makes s one.")
@@ -79,23 +78,11 @@ class PrincipalSettings(Settings):
     def parameter_count(self, site: Site) -> int:
         return self.rank * (site.in_features + site.out_features)
 
-    @classmethod
-    def peft_config(cls, settings: dict[str, Settings]) -> dict[str, Any]:
-        return LoRA.peft_config(
-            {path: s.as_lora() for path, s in settings.items() if isinstance(s, PrincipalSettings)}
-        )
-
     def as_lora(self) -> LoRA:
         """The plain LoRA that is stored."""
         rank = 2 * self.rank
         alpha = self.scale * (math.sqrt(rank) if self.rslora else rank)
         return LoRA(rank=rank, alpha=alpha, rslora=self.rslora, dropout=self.dropout)
-
-    @classmethod
-    def from_peft_config(cls, config: dict[str, Any], path: str) -> PrincipalSettings:
-        # Everything but the start is as in plain LoRA.
-        plain = LoRA.from_peft_config({**config, "init_lora_weights": True}, path)
-        return cls(rank=plain.rank, alpha=plain.alpha, rslora=plain.rslora, dropout=plain.dropout)
 
 
 class Principal(LowRank):

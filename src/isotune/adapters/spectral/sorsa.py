@@ -31,7 +31,7 @@ class SORSA(PrincipalSettings):
     name: ClassVar[str] = "sorsa"
     learning_rate: ClassVar[float] = 2e-4
     formula: ClassVar[str] = "rank * (n_in + n_out + 1)"
-    own_tensors: ClassVar[frozenset[str]] = frozenset({"lora_B_trained", "lora_sigma"})
+    dialect: ClassVar[str] = "isotune.adapters.peft.principal:SORSADialect"
 
     gamma: float = Field(
         0.05,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from isotune.adapters.settings import NotInPEFTError
+from isotune.adapters.peft.dialect import NotInPEFTError
 from isotune.errors import OptionError
 from isotune.sites import Site
 
