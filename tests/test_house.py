@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -80,3 +81,35 @@ def test_no_class_has_the_name_of_another() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
     assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
+SHAPED_ROOMS = ("adapters", "diagnostics", "linalg", "merging", "sites", "statistics")
+SHAPE = re.compile(r"\([^()]*(,| x )[^()]*\)|\((Σ )?\w+\)|\bshapes?\b|\bnumber\b|\bscalar\b")
+"""How a docstring names a shape: (m, n), (out x r), (k), or in words."""
+
+
+def public(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The public functions, and the public methods of public classes, by name."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public(node.body, f"{node.name}.")
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+
+
+def takes_tensors(function: ast.FunctionDef) -> bool:
+    """Whether a tensor, or a sequence of them, goes in or comes out; tables of them by name have many shapes."""
+    arguments = [one.annotation for one in (*function.args.args, *function.args.kwonlyargs)]
+    said = " ".join(ast.unparse(note) for note in (*arguments, function.returns) if note is not None)
+    return "Tensor" in re.findall(r"\w+", re.sub(r"(dict|Mapping|Callable)\[[^]]*\]*", "", said))
+
+
+def test_functions_of_tensors_name_their_shapes() -> None:
+    silent = [
+        f"{file.relative_to(ROOT)}: {name}"
+        for room in SHAPED_ROOMS
+        for file in sorted((ROOT / room).rglob("*.py"))
+        for name, function in public(ast.parse(file.read_text()).body)
+        if takes_tensors(function) and (said := ast.get_docstring(function)) and not SHAPE.search(said)
+    ]
+    assert silent == []

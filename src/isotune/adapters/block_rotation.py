@@ -39,7 +39,7 @@ class BlockSettings(Settings):
         return ("out", site.out_features) if site.kind == "embedding" else ("in", site.in_features)
 
     def scale(self, site: Site) -> Tensor | None:
-        """The scale of every output to start from, where one is trained."""
+        """The scale of every output (out) to start from, where one is trained."""
         return torch.ones(site.out_features) if self.magnitude else None
 
 

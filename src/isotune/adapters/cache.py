@@ -24,7 +24,7 @@ class Kept(Generic[T]):
         self._value: T | None = None
 
     def get(self, of: Sequence[Tensor], make: Callable[[], T], dtype: torch.dtype | None = None) -> T:
-        """What `make` makes from the tensors `of`, and for this dtype."""
+        """What `make` makes from the tensors `of`, of any shape, and for this dtype."""
         state = [dtype, *((t._version, t.dtype, t.device) for t in of)]
         value = self._value
         if value is None or state != self._state or any(ref() is not t for ref, t in zip(self._of, of, strict=True)):

@@ -56,11 +56,11 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, site: Site, *args: Any, **kwargs: Any) -> Any:
-        """The site's output with the change, computed the cheap way."""
+        """The site's output with the change, computed the cheap way: of x (..., in) the y (..., out)."""
 
     @abstractmethod
     def reference(self, x: Tensor, site: Site, *args: Any, **kwargs: Any) -> Any:
-        """The same, computed the slow and obvious way: what every law compares with."""
+        """The same of the same x (..., in), the slow and obvious way: what every law compares with."""
 
     def weight(self, W: Tensor) -> Tensor:
         """The changed weight (out, in), exactly, in W's dtype. Raises NoWeightError where the change has none."""
@@ -161,11 +161,11 @@ class WeightAdapter(Adapter):
         """The changed weight (out, in), exactly, in W's dtype."""
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
-        """The site's output with the changed weight; by default the dense way."""
+        """The site's output (..., out) with the changed weight; by default the dense way."""
         return self.reference(x, site)
 
     def reference(self, x: Tensor, site: Site) -> Tensor:
-        """The site with the changed weight in the place of its own."""
+        """The site's output (..., out) with the changed weight in the place of its own."""
         return site.forward_with(x, self.weight(site.weight), self.bias(site.bias))
 
 
@@ -186,12 +186,12 @@ class Branch(Adapter):
         return replaced_first(y, lambda first: first + self.change(x if self.reads == "input" else first).to(first))
 
     def reference(self, x: Tensor, site: Site, *args: Any, **kwargs: Any) -> Any:
-        """As `forward`, for a branch that is computed as it is written; others say here what they compute."""
+        """As `forward`, (..., in) to (..., out), where that is what is written; others say here what they compute."""
         return Branch.forward(self, x, site, *args, **kwargs)
 
 
 def replaced_first(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a block gave, with its first tensor changed: a tensor, a tuple, or a mapping as transformers has them."""
+    """What a block gave (a tensor, a tuple, or transformers' mapping), its first tensor changed, of any shape."""
     if isinstance(y, Tensor):
         return change(y)
     if isinstance(y, Mapping):
@@ -247,7 +247,7 @@ class LowRank(WeightAdapter):
         return self.add(site, x)
 
     def add(self, site: Site, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """`y + x Aᵀ Bᵀ` in the way the site reads x; y is `site(x)` where it is not given."""
+        """`y + x Aᵀ Bᵀ` for x (..., in), y (..., out), as the site reads x; y is `site(x)` where it is not given."""
         B, A = self.change()
         return beside(site, x, A.mT, B.mT, y=y)
 
@@ -271,7 +271,7 @@ _FEW = 2**18
 
 
 def before(site: Site, x: Tensor, L: Tensor, R: Tensor, scale: float = 1.0) -> Tensor:
-    """`site(x + scale (x L) R)`, for a site that takes rows."""
+    """`site(x + scale (x L) R)` for x (..., in), L (in, r), R (r, in), on a site that takes rows."""
     x = autocast(x)
     L, R = L.to(x.dtype), R.to(x.dtype)
     plain = site.plain(x)
@@ -281,7 +281,7 @@ def before(site: Site, x: Tensor, L: Tensor, R: Tensor, scale: float = 1.0) -> T
 
 
 def beside(site: Site, x: Tensor, L: Tensor, R: Tensor, scale: float = 1.0, y: Tensor | None = None) -> Tensor:
-    """`site(x) + scale (x L) R` in the way the site reads x; y is what to add to where it is not `site(x)`."""
+    """`site(x) + scale (x L) R`, L (in, r), R (r, out), as the site reads x; y stands for `site(x)`."""
     # On few numbers autograd's own nodes cost less than the memory that one of ours saves.
     if y is None and x.numel() > _FEW and (plain := site.plain(x := autocast(x))) is not None:
         return thin_linear("beside", x, *plain, L.to(x.dtype), R.to(x.dtype), scale)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def effective_rank(values: Tensor) -> float:
-    """`exp(-Σ p_i ln p_i)` with `p_i = s_i / Σ s`, for singular values s: r where r of them are equal, 0 for none.
+    """`exp(-Σ p_i ln p_i)` with `p_i = s_i / Σ s`, of singular values s (k): r where r are equal, 0 for none.
 
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007).
     """
@@ -20,6 +20,6 @@ def effective_rank(values: Tensor) -> float:
 
 
 def numerical_rank(values: Tensor, scale: float) -> int:
-    """How many singular values of a change are more than rounding of a weight of the norm `scale`."""
+    """How many singular values (k) of a change are more than rounding of a weight of the norm `scale`."""
     # What rounding alone leaves of a change that cancels is no rank.
     return int((values > 10 * torch.finfo(values.dtype).eps * scale).sum())

@@ -70,7 +70,7 @@ def change_svd(change: Change) -> SVD:
 
 
 def change_values(change: Change) -> Tensor:
-    """The singular values of a change, descending, without those that are rounding."""
+    """The singular values (k) of a change, descending, without those that are rounding."""
     S = svd(change).S if isinstance(change, Factored) else torch.linalg.svdvals(change)
     return S[rounding(max(change.shape), S.dtype) * S[:1] < S]
 

@@ -57,7 +57,7 @@ def inverse_cayley(R: Tensor) -> Tensor:
 
 
 def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
-    """The Neumann series of `cayley` with at least three terms; its error is of the order of |Q|^(terms - 1)."""
+    """The Neumann series of `cayley`, shape (..., b, b), of three terms or more; its error is O(|Q|^(terms - 1))."""
     with without_autocast(Q):
         Q = at_least_fp32(Q)
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)

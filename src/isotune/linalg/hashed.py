@@ -20,7 +20,7 @@ def permutation(n: int, key: Key) -> Tensor:
 
 
 def signs(n: int, key: Key) -> Tensor:
-    """n times -1 or 1, in float64."""
+    """n times -1 or 1, shape (n), in float64."""
     return 1 - 2 * torch.frombuffer(_stream(n, key), dtype=torch.uint8).bitwise_and(1).double()
 
 

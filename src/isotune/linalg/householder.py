@@ -33,7 +33,7 @@ def _column_norms(U: Tensor) -> Tensor:
 
 
 def mean_length(U: Tensor) -> float:
-    """The root mean square of the lengths of the columns that are not zero; 1 where there are none, or no values."""
+    """The root mean square length of the columns of U (d, r) that are not zero; 1 where there are none."""
     if U.is_meta:
         return 1.0
     norms = torch.linalg.vector_norm(U.detach().double(), dim=0)

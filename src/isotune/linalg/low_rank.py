@@ -20,7 +20,7 @@ def at_most_full_rank(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def singular_values(B: Tensor, A: Tensor) -> Tensor:
-    """The singular values of B A in descending order (at most r of them), by QR of both sides and an r x r SVD."""
+    """The singular values of B A, B (m, r), A (r, n), descending, at most r of them: two QRs and an r x r SVD."""
     _, left = torch.linalg.qr(B)
     _, right = torch.linalg.qr(A.mT)
     return torch.linalg.svdvals(left @ right.mT)
@@ -32,7 +32,7 @@ def row_squares(W: Tensor) -> Tensor:
 
 
 def row_squares_of_sum(W: Tensor, B: Tensor, A: Tensor, squares: Tensor) -> Tensor:
-    """The squared length of every row of `W + B A` (m), for `squares` those of W, with B A never formed.
+    """The squared length (m) of each row of `W + B A`, W (m, n), for `squares` those of W, with B A never formed.
 
         |w_i + b_i A|² = |w_i|² + b_i · (2 W Aᵀ + B A Aᵀ)_i
 
@@ -42,7 +42,7 @@ def row_squares_of_sum(W: Tensor, B: Tensor, A: Tensor, squares: Tensor) -> Tens
 
 
 def safe_norms(squares: Tensor, scale: Tensor) -> Tensor:
-    """The roots of squared row lengths, positive: at least what rounding leaves of rows of squared length `scale`."""
+    """The roots of squared row lengths (m), at least what rounding leaves of rows of squared length `scale` (m)."""
     limits = torch.finfo(squares.dtype)
     return torch.maximum(squares, limits.eps * scale + limits.tiny).sqrt()
 
@@ -158,7 +158,7 @@ def truncated(matrix: Factored, rank: int) -> tuple[Factored, float]:
 
 
 def tail(S: Tensor, rank: int) -> float:
-    """The share of the Frobenius norm in the singular values after the first `rank`; 0 where all are 0."""
+    """The share of the Frobenius norm in the singular values S (k) after the first `rank`; 0 where all are 0."""
     total = S.double().norm()
     return float(S[rank:].double().norm() / total) if total > 0 else 0.0
 

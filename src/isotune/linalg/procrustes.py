@@ -22,7 +22,7 @@ def polar(C: Tensor) -> Tensor:
 def misfit(s: Tensor, a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     """`a s² - 2 b s + e / s² - 2 f / s`: the part of `|s X - Y|² + |P / s - Q|²` that depends on s.
 
-    Here `a = |X|²`, `b = <X, Y>`, `e = |P|²` and `f = <P, Q>`.
+    Here `a = |X|²`, `b = <X, Y>`, `e = |P|²` and `f = <P, Q>`, all of one shape.
     """
     return s * (a * s - 2 * b) + (e / s - 2 * f) / s
 

@@ -40,7 +40,7 @@ def ternary_bases(
 
 
 def unit_deviation(t: Tensor) -> Tensor:
-    """t (not all zero) divided by the standard deviation of its entries.
+    """t, of any shape and not all zero, divided by the standard deviation of its entries.
 
     A few entries that happen to lie close together have hardly any: half their root mean square is the least.
     """

@@ -32,7 +32,7 @@ class SharedBasis(NamedTuple):
         return SharedBasis(self.M[:, :, :p], self.C[:, :p], self.mean)
 
     def left(self, size: int) -> Tensor:
-        """What `first(size)` leaves of each vector over all positions (T): the sums of squares, in float64.
+        """What `first(size)` leaves of each vector over all positions, shape (T): the sums of squares, in float64.
 
         They add up to the sum of the squared singular values after the first p.
         """

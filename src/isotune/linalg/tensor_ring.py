@@ -53,7 +53,7 @@ def ring_rows(x: Tensor, cores: Sequence[Tensor], transpose: bool = False) -> Te
 
 
 def ring_flops(cores: Sequence[Tensor]) -> int:
-    """Flops of `ring_rows` for one row and D >= 2 square cores: an inner core is met by both open ends."""
+    """Flops of `ring_rows` for one row and D >= 2 cores (I_d, I_d, r, r): an inner core is met by both open ends."""
     sizes, r = [core.shape[0] for core in cores], cores[0].shape[-1]
     return 2 * math.prod(sizes) * r**2 * (sizes[0] + sizes[-1] + r * sum(sizes[1:-1]))
 
@@ -67,7 +67,7 @@ def ring_products(cores: Sequence[Tensor]) -> Tensor:
 
 
 def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
-    """T itself: the slow twin of `ring_rows`."""
+    """T itself, (Π I_d, Π J_d): the slow twin of `ring_rows`."""
     product = cores[0]
     for core in cores[1:]:
         product = torch.einsum("opab,ijbc->iojpac", product, core).flatten(2, 3).flatten(0, 1)

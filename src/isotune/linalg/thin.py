@@ -50,7 +50,7 @@ def thin_linear(
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """A context in which everything keeps its own dtype."""
+    """A context in which everything keeps its own dtype, on the device of x (any shape)."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(device_type=x.device.type, enabled=False)
     return nullcontext()

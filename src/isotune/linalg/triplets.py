@@ -29,7 +29,7 @@ _OVERSAMPLING = 8
 
 @torch.no_grad()
 def singular_triplets(W: Tensor, r: int, smallest: bool = False) -> Triplets:
-    """The r triplets of W with the largest (or smallest) singular values."""
+    """The r triplets of W (m, n) with the largest (or smallest) singular values."""
     with without_autocast(W):
         U, S, Vh = torch.linalg.svd(at_least_fp32(W), full_matrices=False)
         return _chosen(U, S, Vh, r, smallest)
@@ -37,7 +37,7 @@ def singular_triplets(W: Tensor, r: int, smallest: bool = False) -> Triplets:
 
 @torch.no_grad()
 def random_triplets(W: Tensor, r: int, niter: int, generator: torch.Generator) -> Triplets:
-    """About the r largest triplets, in O(m n r) per pass: a random subspace, improved by `niter` power iterations.
+    """About the r largest triplets of W (m, n), in O(m n r) per pass: a random subspace and `niter` power iterations.
 
     The error falls as `(S[r + 8] / S[r]) ** (2 niter + 1)`: eight more columns than asked for are iterated.
     """
@@ -79,7 +79,7 @@ def context_triplets(
 
 @torch.no_grad()
 def leading_qr(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """The first r columns of Q and rows of R, with the diagonal of R not negative."""
+    """The first r columns of Q (m, r) and rows of R (r, n), with the diagonal of R not negative."""
     with without_autocast(W):
         Q, R = torch.linalg.qr(at_least_fp32(W))
         signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)[:r]

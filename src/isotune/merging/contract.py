@@ -58,7 +58,7 @@ class Aligned:
         return all(isinstance(change, Factored) for change in self.changes)
 
     def dense(self) -> list[Tensor]:
-        """The changes as dense tensors."""
+        """The changes as dense tensors, all of the weight's shape."""
         return [dense(change) for change in self.changes]
 
 
@@ -135,7 +135,7 @@ class RotationRule(AnyRule):
 
 
 def dense(change: Change) -> Tensor:
-    """The change as a dense tensor."""
+    """The change as a dense tensor of its shape."""
     return change.dense() if isinstance(change, Factored) else change
 
 

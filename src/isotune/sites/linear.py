@@ -95,6 +95,6 @@ class PackedLinearSite(LinearSite):
 
 
 def holding(weight: Tensor, layer: nn.Module) -> nn.Module:
-    """The layer with this weight."""
+    """The layer with this weight, in the layer's own shape."""
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer

@@ -54,7 +54,7 @@ class Site(ABC):
 
     @abstractmethod
     def run(self, x: Tensor) -> Tensor:
-        """What the usual forward of this kind computes, of the layer's own parameters."""
+        """What the usual forward of this kind makes of x (..., in) with the layer's own parameters: y (..., out)."""
 
     @property
     def readable(self) -> bool:
@@ -97,18 +97,18 @@ class Site(ABC):
 
     @abstractmethod
     def forward_with(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """Run the layer with another dense weight and bias; everything else about it stays."""
+        """Run the layer on x (..., in) with another W (out, in) and b (out); everything else about it stays."""
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """W and b where running the layer on x is `x Wᵀ + b` with these constants and nothing else, or None."""
+        """W (out, in) and b (out), where running the layer on x (..., in) is `x Wᵀ + b` and nothing else, or None."""
         return None
 
     def rows(self, x: Tensor) -> int:
-        """How many rows of the linear map x stands for."""
+        """How many rows of the linear map x stands for: n for x (n, in)."""
         return x.numel() // self.in_features
 
     def linear(self, x: Tensor) -> Tensor:
-        """The layer without its bias."""
+        """The layer without its bias: x (..., in) to y (..., out)."""
         y = self(x)
         return y if self.bias is None else y - self.bias.to(y.dtype)
 

@@ -25,7 +25,10 @@ IGNORED = -100
 
 
 def scores_of(output: Any) -> Tensor:
-    """The scores in what a model returned. Raises IsotuneError where it is neither of the two kinds."""
+    """The scores in what a model returned: (n, classes), or (n, length, tokens).
+
+    Raises IsotuneError where it is neither of the two kinds.
+    """
     found = getattr(output, "logits", output)
     found = found[0] if isinstance(found, tuple | list) else found
     if not isinstance(found, Tensor) or found.dim() not in (2, 3) or found.shape[-1] < 2:

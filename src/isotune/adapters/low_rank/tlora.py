@@ -110,7 +110,7 @@ class TLoRAAdapter(WeightAdapter):
             return (ring_rows(at_least_fp32(W), self.cores(self.A), transpose=True) + B @ C).to(W.dtype)
 
     def cores(self, found: nn.ParameterList) -> list[Tensor]:
-        """A_1, ..., A_D; by name, which every version of torch.compile traces."""
+        """The cores of one ring, (I_d, ..., r, r) each; by name, which every version of torch.compile traces."""
         return [getattr(found, str(d)) for d in range(len(self.P))]
 
     def forward(self, x: Tensor, site: Site) -> Tensor:

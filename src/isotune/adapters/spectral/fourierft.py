@@ -100,5 +100,5 @@ class FourierFTAdapter(SparseSpectrum):
 
 @lru_cache(maxsize=64)
 def drawn_cells(n: int, cells: int, seed: int) -> Tensor:
-    """The first n of a random permutation of `cells` cells, as PEFT draws them."""
+    """The first n of a random permutation of `cells` cells, shape (n), as PEFT draws them."""
     return torch.randperm(cells, generator=torch.Generator().manual_seed(seed))[:n].clone()

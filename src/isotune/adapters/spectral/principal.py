@@ -104,7 +104,7 @@ class Principal(LowRank):
         """Take the start from W (out, in); a random decomposition without a generator is a repeatable one."""
 
     def place(self, B: Tensor, A: Tensor) -> None:
-        """Let B and A be the start."""
+        """Let B (out, r) and A (r, in) be the start."""
         for own, value in ((self.B, B), (self.B0, B), (self.A, A), (self.A0, A)):
             own.detach().copy_(value)
 

@@ -44,7 +44,7 @@ class SparseSpectrum(WeightAdapter):
 
     @abstractmethod
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, columns and values of the entries of S; values at one place add up."""
+        """Rows, columns and values of the n entries of S, shape (n) each; values at one place add up."""
 
     @abstractmethod
     def dense_change(self, shape: tuple[int, int]) -> Tensor:

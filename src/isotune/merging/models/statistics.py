@@ -43,7 +43,10 @@ class StoredStatistics:
         return self.headers[key].shape + self.headers[f"{key.removesuffix(ROWS)}{COLUMNS}"].shape
 
     def tensor(self, name: str) -> Tensor | None:
-        """The statistic of a tensor, or None. Raises CheckpointError for values that are negative or not finite."""
+        """The statistic of a tensor, in its shape, or None.
+
+        Raises CheckpointError for values that are negative or not finite.
+        """
         key = self.key(name)
         if key is None:
             return None

@@ -85,7 +85,7 @@ class Tensorwise:
             self.advance(entry.nbytes)
 
     def written(self, entry: Entry) -> Tensor:
-        """The tensor of that entry in the output, in its dtype there."""
+        """The tensor of that entry in the output, in its shape and dtype there."""
         name, origin = entry.name, self.inputs.origin
         if name not in self.inputs.merged:
             return origin.tensor(name).to(entry.dtype)
@@ -126,7 +126,7 @@ class Tensorwise:
         return used
 
     def merged(self, name: str) -> tuple[Tensor, str | None] | None:
-        """The merged change as stored, and whose change it is if it is one model's; None where none changed it.
+        """The merged change in the tensor's shape, and whose it is if it is one model's; None where none changed it.
 
         The origin's tensor is read anew where it is needed, to make room for what the rule computes.
         """
@@ -173,7 +173,7 @@ class Tensorwise:
         return mapped
 
     def change(self, index: int, name: str, W0: Tensor) -> Tensor | None:
-        """`W_i - W_0` in fp32 or better, or None if that is zero."""
+        """`W_i - W_0`, in their shape and in fp32 or better, or None if that is zero."""
         W = self.own(index, name, W0)
         if W is W0 or (W.dtype == W0.dtype and W.equal(W0)):
             return None
@@ -182,7 +182,7 @@ class Tensorwise:
         return change if change.any() else None
 
     def own(self, index: int, name: str, W0: Tensor) -> Tensor:
-        """A model's tensor, with the rows of its tokens where the origin has them."""
+        """A model's tensor in the shape of W0, with the rows of its tokens where the origin has them."""
         model, rows = self.inputs.models[index], self.inputs.rows[index]
         if model is self.inputs.origin:
             return W0
@@ -194,7 +194,7 @@ class Tensorwise:
         return found
 
     def kept(self, merged: MergedTensor) -> Tensor:
-        """A merged change that was kept on disk."""
+        """A merged change that was kept on disk, in the tensor's shape."""
         assert merged.file is not None
         with safe_open(self.unfinished.changes / merged.file, framework="pt") as opened:
             return opened.get_tensor("change")

@@ -58,7 +58,7 @@ def thresholds(rule: Rule, density: float, sites: Iterable[Aligned]) -> dict[str
 def grafted(
     rule: Rule, keep_norm: bool, site: Aligned, limits: dict[str, float]
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Each model's masked change, and its mask, or None where it keeps everything."""
+    """Each model's masked change, and its mask, in the weight's shape, or None where it keeps everything."""
     found: list[tuple[Tensor, Tensor | None]] = []
     changes = zip(site.names, site.changes, site.dense(), statistics_of(site, rule), strict=True)
     for name, before, change, v in changes:

@@ -85,7 +85,7 @@ def align(
 
 
 def named(state: Mapping[str, Tensor]) -> Callable[[str], Tensor | None]:
-    """Access to the tensors of blocks by the end of their names, from `layers.` on; None for one that is not there.
+    """Access to the tensors of blocks, in their shapes, by their names from `layers.` on; None where there is none.
 
     Raises CheckpointError for fused projections.
     """

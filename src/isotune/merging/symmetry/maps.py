@@ -70,7 +70,7 @@ class Blocks:
         return self.rows(W.mT).mT
 
     def meeting(self, order: Tensor | None = None) -> Blocks:
-        """The inverse transposed, for what is multiplied with these rows; `order` where it has more rows than these.
+        """The inverse transposed, for what is multiplied with these rows; `order` (k) where it has more rows.
 
         Columns mapped by it, `W -> W (diag(M) P)⁻¹`, undo this map.
         """
@@ -182,7 +182,7 @@ class Symmetry:
     """By half of a block (`layers.0.mlp`): of the weights where they were aligned by weights, else empty."""
 
     def apply_tensor(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor of that name in the model's state (`model.layers.0.mlp.up_proj.weight`), in the new basis."""
+        """The tensor of that name (`model.layers.0.mlp.up_proj.weight`) in the new basis, in its shape."""
         path, _, kind = name.rpartition(".")
         rows, columns = self._of(path)
         if rows is not None and kind in ("weight", "bias"):

@@ -121,7 +121,7 @@ def transfer_adapter(
         output: The folder to write: absent, empty, or an adapter's. The tensors are float32.
         use: The symmetries to use, as in `align`.
         mode: As in `transfer`.
-        tokens: As in `transfer`.
+        tokens: As in `transfer`: shape (rows, length).
 
     Raises:
         NoLowRankFormError: A layer has no exact LoRA form.

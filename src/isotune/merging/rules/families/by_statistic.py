@@ -17,7 +17,7 @@ BINS, LOWEST, HIGHEST = 2**16, -256, 256
 
 
 def statistics_of(site: Aligned, rule: Rule) -> list[Tensor | None]:
-    """Each model's statistic of the weight; None for a model that left the weight alone, and has no say in it.
+    """Each model's statistic, in the weight's shape; None for a model that left the weight alone, and has no say.
 
     Raises OptionError where a model changed the weight and has none, and for a negative weight of a model.
     """
@@ -31,7 +31,7 @@ def statistics_of(site: Aligned, rule: Rule) -> list[Tensor | None]:
 
 
 def weighted_mean(changes: Sequence[Tensor], weights: Sequence[Tensor], otherwise: Tensor) -> Tensor:
-    """`Σ w_i ΔW_i / Σ w_i`, entry by entry, for weights of 0 or more; `otherwise` where all of them are 0."""
+    """`Σ w_i ΔW_i / Σ w_i`, all of one shape, for weights of 0 or more; `otherwise` where all of them are 0."""
     above, below = torch.zeros_like(otherwise), torch.zeros_like(otherwise)
     for change, w in zip(changes, weights, strict=True):
         above += w * change
@@ -40,7 +40,7 @@ def weighted_mean(changes: Sequence[Tensor], weights: Sequence[Tensor], otherwis
 
 
 def plain_mean(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`Σ c_i ΔW_i / Σ c_i`; zero where the weights are."""
+    """`Σ c_i ΔW_i / Σ c_i` of changes of one shape; zero where the weights are."""
     first, total = torch.zeros_like(changes[0]), sum(weights)
     return sum((c / total * change for change, c in zip(changes, weights, strict=True) if total > 0), first)
 
@@ -56,7 +56,7 @@ class LogHistogram:
         self.counts = torch.zeros(BINS, dtype=torch.int64)
 
     def add(self, values: Tensor) -> None:
-        """Count the entries of a tensor, all 0 or more."""
+        """Count the entries of a tensor of any shape, all 0 or more."""
         places = ((values.double().flatten().log2() - LOWEST) * (BINS / (HIGHEST - LOWEST))).clamp(0, BINS - 1)
         self.counts += torch.bincount(places.long(), minlength=BINS).cpu()
 
@@ -68,12 +68,12 @@ class LogHistogram:
 
 
 def saliency(change: Tensor, v: Tensor) -> Tensor:
-    """`v ΔW²` in float64, for it may be too small for fp32: about what taking the entry back would cost."""
+    """`v ΔW²`, both of one shape, in float64 (fp32 may be too coarse): about what taking an entry back would cost."""
     return v.to(change.device).double() * change.double().square()
 
 
 def rescaled(masked: Tensor, before: Change, matrix: bool) -> Tensor:
-    """The masked change, scaled to the operator norm of what it was `before`; zeros stay.
+    """The masked change, in its shape, scaled to the operator norm of what it was `before`; zeros stay.
 
     For a matrix the largest singular value, for another tensor of two dimensions (an embedding) its longest row, and
     else the Euclidean norm.

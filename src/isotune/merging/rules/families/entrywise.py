@@ -50,7 +50,7 @@ class Entrywise(Rule):
         """What makes each model's change sparse, one for each model."""
 
     def combine(self, blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The merged block, from each model's block of the same rows."""
+        """The merged block (rows, columns), from each model's block of the same rows."""
         return sum_of(blocks, weights)
 
     def merge(self, site: Aligned, surveyed: Any) -> Change:
@@ -75,7 +75,7 @@ class Elected(Entrywise):
 
 
 def walk(changes: Sequence[Change]) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Blocks of the same rows of all changes, seen as matrices; a tensor of one dimension is one row."""
+    """Blocks (rows, columns) of the same rows of all changes as matrices; a tensor of one dimension is one row."""
     rows, columns = _rows_and_columns(changes[0].shape)
     views = [c if isinstance(c, Factored) else c.reshape(rows, columns) for c in changes]
     step = max(1, BLOCK // max(1, columns))
@@ -85,7 +85,7 @@ def walk(changes: Sequence[Change]) -> Iterator[tuple[slice, list[Tensor]]]:
 
 
 def sum_of(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`Σ w_i x_i`."""
+    """`Σ w_i x_i`, for blocks of one shape."""
     total = torch.zeros_like(blocks[0])
     for x, w in zip(blocks, weights, strict=True):
         total.add_(x, alpha=w)
@@ -93,7 +93,7 @@ def sum_of(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def agreed(blocks: Sequence[Tensor], weights: Sequence[float], elect: Elect, average: Average) -> Tensor:
-    """The disjoint average of TIES: over the models whose entry, times its weight, has the elected sign.
+    """The disjoint average of TIES, in the blocks' shape: over the models whose weighted entry has the elected sign.
 
     Where no sign is elected, because the sum is 0, so is the result. A tie by frequency is decided by the sum. Hence
     turning all signs turns the result, and a model of weight 0 has no say.
@@ -118,7 +118,7 @@ def agreed(blocks: Sequence[Tensor], weights: Sequence[float], elect: Elect, ave
 
 
 def drawn(x: Tensor, keep: float | Tensor, generator: torch.Generator, unbiased: bool) -> Tensor:
-    """x with each entry kept with probability `keep`, else 0; divided by `keep` if its mean over draws shall be x.
+    """x (any shape), each entry kept with probability `keep`, else 0; divided by `keep` if its mean shall be x.
 
     Drawn on the CPU, in fp32, whatever the device and the dtype of x.
     """

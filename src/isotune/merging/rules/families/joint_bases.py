@@ -62,7 +62,7 @@ class Reduced:
         return found.first(int((threshold < found.S).sum()))
 
     def composed(self, parts: Sequence[SVD], S: Tensor) -> Change:
-        """The change `U diag(S) Vᵀ` of singular vectors side by side, the U and the V made orthonormal each."""
+        """The change `U diag(S) Vᵀ`, S (k), of singular vectors side by side, U and V made orthonormal each."""
         U, V = (self._orthogonal(torch.cat(side, dim=1)) for side in zip(*((f.U, f.V) for f in parts), strict=True))
         root = S.sqrt()
         return self.restored(Factored(U * root, root[:, None] * V.mT))
@@ -101,7 +101,7 @@ def reduced(changes: Sequence[Change], weights: Sequence[float], tolerance: floa
 
 
 def flattened(S: Tensor, flatness: float) -> Tensor:
-    """Singular values drawn to their mean: `(1 - flatness) S + flatness mean(S)`."""
+    """Singular values (k) drawn to their mean: `(1 - flatness) S + flatness mean(S)`."""
     return torch.lerp(S, S.mean(), flatness) if len(S) else S
 
 
