@@ -18,6 +18,7 @@ from isotune.checkpoint.read import read_stored
 from isotune.errors import OptionError
 from isotune.linalg.low_rank import Factored
 from isotune.merging import explain as module
+from isotune.merging.adapters import agreement
 from isotune.merging.adapters.merge import open_inputs
 from isotune.merging.contract import Aligned, Change, RotationRule, Rule
 from isotune.merging.explain import Agreement, Explanation, explain
@@ -240,8 +241,8 @@ def test_dense_changes_tell_what_needs_no_subspaces() -> None:
 def test_large_layers_are_sampled_repeatably(monkeypatch: Any) -> None:
     layer = site(*(Factored(drawn(300, 4) + 0.5, drawn(4, 200) + 0.5) for _ in range(3)))
     full = explain([layer], "sum").overall
-    monkeypatch.setattr(module, "SAMPLE", 20000)
-    monkeypatch.setattr(module, "_BLOCK", 5000)
+    monkeypatch.setattr(agreement, "SAMPLE", 20000)
+    monkeypatch.setattr(agreement, "_BLOCK", 5000)
     some = explain([layer], "sum").overall
     assert some.pairs == explain([layer], "sum").overall.pairs
     assert some.norms == full.norms

@@ -15,7 +15,8 @@ from torch import Tensor
 from isotune.checkpoint.paired_files import write_sealed
 from isotune.errors import CheckpointError, OptionError
 from isotune.linalg.low_rank import Factored, norm, weighted_sum
-from isotune.merging.reversible.compress import Reversible, compress
+from isotune.merging.reversible.compress import compress
+from isotune.merging.reversible.stored import Reversible
 from support import files
 
 Models = dict[str, dict[str, Factored]]

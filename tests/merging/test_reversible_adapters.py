@@ -18,7 +18,7 @@ from isotune.checkpoint.files import CONFIG
 from isotune.checkpoint.read import read_stored
 from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
 from isotune.merging.reversible.adapters import compress_adapters, recover_adapter
-from isotune.merging.reversible.compress import Reversible
+from isotune.merging.reversible.stored import Reversible
 from laws.case import registered
 from laws.test_toy_method import Gain
 from support import DATA, adapted, assert_same_output, files, minilm, output, resnet20, stories

@@ -69,7 +69,6 @@ def compare_command(
         "compare.trials": trials, "compare.baseline": baseline, "output": output,
     }  # fmt: skip
     built = build_comparison(recipe, flags, sets or ())
-    from isotune.comparison.run import compare
     from isotune.comparison.store import Store
 
     built = built.resolved()
@@ -83,14 +82,7 @@ def compare_command(
         _show_plan(cells, built)
     if plan:
         return
-    try:
-        found = compare(built, workers, ray, retry, plan=cells)
-    except KeyboardInterrupt:
-        print(
-            f"\nisotune: stopped; what is finished is in {built.output}, and the same command goes on",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
+    found = _compared(built, cells, workers, ray, retry)
     write_beside(Path(built.output), report)
     if as_json:
         print(json.dumps(found.model_dump()))
@@ -102,6 +94,19 @@ def compare_command(
         f"{built.output}: finished. With what the runs did to the weights: isotune report {built.output}",
         file=sys.stderr,
     )
+
+
+def _compared(recipe: Any, cells: Any, workers: int | None, ray: str | None, retry: bool) -> Summary:
+    from isotune.comparison.run import compare
+
+    try:
+        return compare(recipe, workers, ray, retry, plan=cells)
+    except KeyboardInterrupt:
+        print(
+            f"\nisotune: stopped; what is finished is in {recipe.output}, and the same command goes on",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
 
 
 def _show_plan(cells: Any, recipe: Any) -> None:

@@ -13,6 +13,7 @@ from isotune.cli.report import write_beside
 from isotune.errors import OptionError
 
 if TYPE_CHECKING:
+    from isotune.merging.explain import Explanation
     from isotune.merging.recipe import MergeRecipe
 
 Flag = typer.Option
@@ -128,6 +129,11 @@ def _explain(recipe: MergeRecipe, as_json: bool, force: bool) -> None:
     if as_json:
         print_json(found)
         return
+    _show_models(found)
+    _show_layers(found)
+
+
+def _show_models(found: Explanation) -> None:
     overall = found.overall
     print_table(
         f"{len(found.weights)} adapters, {len(found.sites)} layers, all layers together",
@@ -149,7 +155,10 @@ def _explain(recipe: MergeRecipe, as_json: bool, force: bool) -> None:
         ],
         "interference: what the others do to the inputs that it reads, relative to what it does there",
     )
-    cut = overall.truncation or {}
+
+
+def _show_layers(found: Explanation) -> None:
+    cut = found.overall.truncation or {}
     print_table(
         "each layer",
         [

@@ -18,7 +18,7 @@ from isotune.comparison.results import Line, Summary
 from isotune.comparison.store import Store
 from isotune.errors import IsotuneError
 from isotune.folders import HISTORY, MERGE, MODEL, MODEL_CONFIG
-from isotune.merging.reversible.compress import INDEX
+from isotune.merging.reversible.stored import INDEX
 from isotune.training.folder import RunFolder
 
 COMPARISON = ("comparison.yaml", "summary.json", "results.jsonl")

@@ -16,7 +16,7 @@ from isotune.merging.models.merge import MergedCheckpoint, merge_checkpoints
 from isotune.merging.names import model_names
 from isotune.merging.recipe import MergeRecipe
 from isotune.merging.reversible.adapters import compress_adapters
-from isotune.merging.reversible.compress import Reversible
+from isotune.merging.reversible.stored import Reversible
 from isotune.merging.rules.rmm import RMM
 from isotune.merging.rules.sum import Sum
 from isotune.merging.rules.symmetry import TransferRule

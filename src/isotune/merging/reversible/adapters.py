@@ -23,7 +23,8 @@ from isotune.linalg.low_rank import Factored
 from isotune.merging.adapters.checks import read_models
 from isotune.merging.adapters.inputs import Model
 from isotune.merging.names import model_names
-from isotune.merging.reversible.compress import INDEX, Granularity, Reversible, compress
+from isotune.merging.reversible.compress import Granularity, compress
+from isotune.merging.reversible.stored import INDEX, Reversible
 from isotune.sites import current_entry, require_site, stored_layer
 
 NAME = "adapters"
