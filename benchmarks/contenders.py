@@ -64,11 +64,11 @@ def settings_of(method: str, rank: int) -> isotune.Settings:
 
 def peft_form(settings: isotune.Settings) -> dict[str, Any] | None:
     """The fields of PEFT's config for the same method with the same options; None where PEFT has no such form."""
+    dialect = dialect_of(type(settings))
     try:
-        fields = dialect_of(type(settings)).config({"layer": settings})
+        return {"peft_type": dialect.peft_type, **dialect.config({"layer": settings})}
     except NotInPEFTError:
         return None
-    return {"peft_type": settings.peft_type, **fields}
 
 
 def _peft_config(name: str, rank: int, targets: list[str]) -> peft.PeftConfig:

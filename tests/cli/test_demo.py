@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from isotune.cli import demo as cli_demo
+from isotune.comparison import run
+from isotune.comparison.plan import make_plan
+from isotune.comparison.results import Row, Summary
 from isotune.training import demo
 
 
@@ -35,26 +38,26 @@ def test_the_demo_runs_from_the_probe_to_the_served_adapter(
     assert "isotune train --model minilm" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("few_rows")
-def test_a_comparison_searches_both_methods_alike_and_reuses_finished_runs(
-    command: Callable[..., int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_seeds_compare_hra_and_lora_of_one_size_with_the_same_search(tmp_path: Path) -> None:
+    recipe = cli_demo.comparison(tmp_path, quick=True, seeds=2)
+    hra, lora, frozen = make_plan(recipe)
+    assert (hra.options, lora.options) == ({"rank": 8}, {"rank": 4})
+    assert hra.parameters == lora.parameters == 36_864
+    assert (frozen.label, recipe.compare.seeds, recipe.compare.trials) == ("frozen", 2, 5)
+    assert recipe.data.max_train_rows == demo.QUICK["data.max_train_rows"]
+    assert cli_demo.comparison(tmp_path, quick=False, seeds=3).data.max_train_rows is None
+
+
+def test_a_comparison_is_shown_as_isotune_compare_shows_it(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli_demo, "TRIALS", 2)
-    assert command("demo", "--quick", "--seeds", 2, "--output", tmp_path / "compare", "--json") == 0
-    first = json.loads(capsys.readouterr().out)
-    rows = {row["method"]: row for row in first["rows"]}
-    assert {name: (len(row["learning_rates"]), len(row["values"])) for name, row in rows.items()} == {
-        "hra": (2, 2),
-        "lora": (2, 2),
-        "frozen": (0, 2),
-    }
-    assert rows["hra"]["parameters"] == rows["lora"]["parameters"] == 36_864
-    monkeypatch.setattr(demo.Session, "trainer", None)  # no run is trained again
-    assert command("demo", "--quick", "--seeds", 2, "--output", tmp_path / "compare", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == first
+    rows = [Row(method=name, parameters=36_864, seeds=[1, 2], values=[0.8, 0.9]) for name in ("hra", "lora")]
+    found = Summary(metric="accuracy", baseline="lora", rows=rows)
+    monkeypatch.setattr(run, "compare", lambda recipe: found if recipe.output == str(tmp_path) else None)
+    assert command("demo", "--seeds", 2, "--output", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == found.model_dump()
+    assert command("demo", "--seeds", 2, "--output", tmp_path) == 0
+    assert "85.0 ± 63.5" in capsys.readouterr().out
 
 
 def test_a_foreign_folder_is_left_alone(

@@ -12,13 +12,10 @@ from isotune.cli.compare import show
 from isotune.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from isotune.comparison.results import Summary
+    from isotune.comparison.recipe import ComparisonRecipe
     from isotune.training.demo import Demo
 
 Flag = typer.Option
-
-TRIALS = 5
-"""Learning rates that the comparison tries for each method."""
 
 _HELP = """Adapt all-MiniLM-L6-v2 to SciCite: is a citation there for background, a method or a result?
 
@@ -40,27 +37,30 @@ def demo_command(
     from isotune.training.demo import run_demo
 
     if seeds is not None:
-        comparison = _compared(output, quick, seeds)
-        print(json.dumps(comparison.model_dump())) if as_json else show(comparison)
+        from isotune.comparison import run
+
+        found = run.compare(comparison(output, quick, seeds))
+        print(json.dumps(found.model_dump())) if as_json else show(found)
         return
     demo = run_demo(output, quick)
     print_json(demo) if as_json else _show_demo(demo)
 
 
-def _compared(output: Path, quick: bool, seeds: int) -> Summary:
+def comparison(output: Path, quick: bool, seeds: int) -> ComparisonRecipe:
+    """HRA and LoRA on SciCite, of one size, each with its own search."""
     from isotune.comparison.recipe import build_comparison
-    from isotune.comparison.run import compare
     from isotune.training.demo import QUICK, settings
 
     chosen = {
         "method": {"name": "hra"},
         "compare.methods": "hra,lora",
         "compare.seeds": seeds,
-        "compare.trials": TRIALS,
+        "compare.trials": 5,
         "compare.span": [0.3, 6],
         "compare.full": False,
+        "compare.cost_steps": 0,
     }
-    return compare(build_comparison(flags={**settings(output, QUICK if quick else {}), **chosen}))
+    return build_comparison(flags={**settings(output, QUICK if quick else {}), **chosen})
 
 
 def _show_demo(demo: Demo) -> None:
