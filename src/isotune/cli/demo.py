@@ -56,7 +56,7 @@ def comparison(output: Path, quick: bool, seeds: int) -> ComparisonRecipe:
         "compare.methods": "hra,lora",
         "compare.seeds": seeds,
         "compare.trials": 5,
-        "compare.span": [0.3, 6],
+        "compare.span": [0.3, 10],
         "compare.full": False,
         "compare.cost_steps": 0,
     }
