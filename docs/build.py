@@ -38,7 +38,10 @@ def build(site: Path) -> None:
         done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(re.sub(r"\x1b\[[\d;]*m", "", done.stdout) or done.stderr)
-        shutil.rmtree(site, ignore_errors=True)
+        if site.exists():
+            if any(site.iterdir()) and not (site / "sitemap.xml").is_file():
+                sys.exit(f"{site} is not empty and holds no site that was built before; name another folder")
+            shutil.rmtree(site)
         shutil.copytree(source / "site", site)
 
 

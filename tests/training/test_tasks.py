@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,28 +14,33 @@ from isotune.training.classifiers import load_classifier
 from isotune.training.modeling_pooled import pool
 from isotune.training.models import load_causal, load_tokenizer
 from isotune.training.probe import extract_features, fit_probe
+from isotune.training.recipe import Recipe
 from isotune.training.session import TaskSpec
 from isotune.training.tasks.causal import causal_metrics, token_losses
 from isotune.training.tasks.classification import classification_metrics
 from isotune.training.tasks.collator import Collator
 from isotune.training.tasks.contract import Example
-from isotune.training.tasks.names import TASKS, task_named
+from isotune.training.tasks.names import TASKS
 
 EOS = 3
 
 
 def examples_of(task: str, rows: list[dict[str, str]], tokenizer: Any, max_length: int) -> list[Example]:
     spec = TaskSpec(task, "", ["x"], "auto", max_length, "\n", "float32")
-    return task_named(task).examples(rows, tokenizer, spec)
+    return TASKS[task].examples(rows, tokenizer, spec)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_methods_are_compared_by_something_that_is_measured(name: str) -> None:
-    task = task_named(name)
+    task = TASKS[name]
     assert {task.metric, "loss"} <= set(task.metrics)
     assert task.signed(2.0) == (2.0 if task.higher_is_better else -2.0)
     timings = {"test_runtime": 1.0, **{f"test_{metric}": 0.5 for metric in task.metrics}}
     assert task.of_trainer(timings, "test").keys() == timings.keys() - {"test_runtime"}
+
+
+def test_recipes_name_the_tasks_that_there_are() -> None:
+    assert get_args(Recipe.model_fields["task"].annotation) == tuple(TASKS)
 
 
 def test_a_task_of_a_later_version_is_refused_by_name(tmp_path: Path) -> None:

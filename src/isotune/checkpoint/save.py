@@ -159,8 +159,6 @@ def _config(
             for p, (site, own, _) in parts.items():
                 if why := entries[p].get("refused") or dialect.refused(site) or dialect.differs(own, site):
                     raise NotInPEFTError(f"{p} {why}")
-                if site.kind in CONVOLUTIONS - {"conv2d"} and dialect.peft_type != "LORA":
-                    raise NotInPEFTError(f"{p} is of the kind {site.kind}, which PEFT adapts with LoRA and DoRA only")
             return {"peft_type": dialect.peft_type, **common, **dialect.config(settings)}, None
         except NotInPEFTError as error:
             reason = str(error)

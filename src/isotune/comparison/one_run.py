@@ -27,7 +27,7 @@ from isotune.training.recipe import Recipe
 from isotune.training.run import Result, train
 from isotune.training.session import TaskSpec
 from isotune.training.start import starts_from_probe
-from isotune.training.tasks.names import task_named
+from isotune.training.tasks.names import TASKS
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,7 +90,7 @@ class Bench:
     def _frozen(self, unit: Unit, output: Path) -> dict[str, Any]:
         """The base model as it is, with a linear probe where the task is to classify."""
         recipe = self.recipe.run({"name": "lora"}, None, unit.seed, output, test=True)
-        metrics = dict(self._probe(recipe)[1] if task_named(recipe.task).probed else frozen_metrics(recipe))
+        metrics = dict(self._probe(recipe)[1] if TASKS[recipe.task].probed else frozen_metrics(recipe))
         metrics |= {f"forgetting_{name}": value for name, value in self._base().items()}
         metrics |= {"adapter_bytes": 0, "export_rank": 0}
         return {"status": "done", "metrics": metrics}

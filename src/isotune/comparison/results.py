@@ -159,19 +159,14 @@ class Summary(_Stored):
             raise IsotuneError(f"{file} cannot be read: {error}; the file is damaged or unfinished") from None
 
     @property
-    def budgets(self) -> list[int | None]:
-        """The budgets at which a method has a result, the smallest first."""
-        found = {row.budget for row in self.rows if row.values and row.method not in (FULL, FROZEN)}
-        return sorted(found, key=lambda budget: (budget is not None, budget or 0))
-
-    @property
     def groups(self) -> list[Group]:
         """One for each budget, the smallest first; full fine-tuning and the frozen base are in none."""
-        return [Group(budget, self._ranked(budget)) for budget in self.budgets]
-
-    def _ranked(self, budget: int | None) -> list[Standing]:
-        rows = [row for row in self.rows if row.budget == budget and row.method not in (FULL, FROZEN)]
-        return ranked(rows, self.higher_is_better)
+        at: dict[int | None, list[Row]] = {}
+        for row in self.rows:
+            if row.values and row.method not in (FULL, FROZEN):
+                at.setdefault(row.budget, []).append(row)
+        order = sorted(at, key=lambda budget: (budget is None, budget or 0))
+        return [Group(budget, ranked(at[budget], self.higher_is_better)) for budget in order]
 
     def reference(self, method: str) -> Row | None:
         """The row of full fine-tuning or of the frozen base, where it has results."""

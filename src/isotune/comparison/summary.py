@@ -12,7 +12,7 @@ from isotune.comparison.results import FROZEN, Line, Measure, Row, Summary, Unit
 from isotune.comparison.units import chosen, costs, planned, search_of
 from isotune.intervals import Interval, paired
 from isotune.training.forgetting import HIGHER_IS_BETTER
-from isotune.training.tasks.names import task_named
+from isotune.training.tasks.names import TASKS
 
 COSTS = ("seconds_per_step", "tokens_per_second", "peak_memory_bytes")
 """Measured alone, when all runs are done."""
@@ -23,7 +23,7 @@ def summarise(
     cells: Sequence[Cell], recipe: ComparisonRecipe, lines: Mapping[str, Line], environment: Mapping[str, Any]
 ) -> Summary:
     """The summary of what is known so far; rows come best first."""
-    task = task_named(recipe.task)
+    task = TASKS[recipe.task]
     metric, higher = task.metric, task.higher_is_better
     rows = [row for cell in cells if (row := _row(cell, recipe, lines, f"test_{metric}")) is not None]
     for row in rows:

@@ -10,7 +10,7 @@ from isotune.comparison.plan import Cell
 from isotune.comparison.rates import tried
 from isotune.comparison.recipe import ComparisonRecipe
 from isotune.comparison.results import Kind, Line
-from isotune.training.tasks.names import task_named
+from isotune.training.tasks.names import TASKS
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Search:
 
 def search_of(cell: Cell, recipe: ComparisonRecipe, lines: Mapping[str, Line]) -> Search:
     """The state of a cell's search in the results `lines`."""
-    task = task_named(recipe.task)
+    task = TASKS[recipe.task]
 
     def score(line: Line) -> float | None:
         """What a trial is chosen by; None where it diverged."""

@@ -10,7 +10,7 @@ import torch
 
 from isotune.errors import DataError, nearest
 from isotune.training.recipe import DataSettings
-from isotune.training.tasks.names import task_named
+from isotune.training.tasks.names import TASKS
 
 if TYPE_CHECKING:
     import datasets
@@ -42,10 +42,10 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     if "train" not in source:
         raise DataError(f"{data.train} has no split 'train'; it has: {', '.join(source)}")
     train = read_rows(source["train"], data, task, data.train)
-    labels = task_named(task).labels(train, data)
+    labels = TASKS[task].labels(train, data)
     test = _named_split(data.test, source, data, task) if data.test else []
     if isinstance(data.validation, float):
-        cut = _cut_tail if task_named(task).is_one_document(train) else hold_out
+        cut = _cut_tail if TASKS[task].is_one_document(train) else hold_out
         train, validation = cut(train, data.validation, seed)
     else:
         validation = _named_split(data.validation, source, data, task) if data.validation else []
@@ -115,7 +115,7 @@ def read_rows(dataset: datasets.Dataset, data: DataSettings, task: str, where: s
     """
     if not len(dataset):
         raise DataError(f"{where}: there are no rows")
-    columns = task_named(task).columns(data)
+    columns = TASKS[task].columns(data)
     for key, names in columns.items():
         for name in names:
             _check_column(name, key, dataset.column_names, where)

@@ -25,7 +25,7 @@ from isotune.training.progress import Screen, is_first_process, quiet_libraries
 from isotune.training.recipe import DataSettings, Recipe
 from isotune.training.session import Session, TaskSpec
 from isotune.training.tasks.contract import Example
-from isotune.training.tasks.names import task_named
+from isotune.training.tasks.names import TASKS
 
 _NO_CHANGES: dict[str, Any] = {}
 
@@ -148,7 +148,7 @@ def _predicted(rows: list[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict
     """Each row with what the model says of it."""
     if len(rows) != len(scores):
         raise DataError("packed text has no prediction per row; --predictions needs prompts and completions")
-    return task_named(spec.task).predicted(rows, scores, spec)
+    return TASKS[spec.task].predicted(rows, scores, spec)
 
 
 def _table(lines: list[dict[str, Any]], suffix: str) -> str:

@@ -27,7 +27,7 @@ from isotune.training.session import Session, TaskSpec
 from isotune.training.tasks.causal import causal_metrics, token_losses
 from isotune.training.tasks.collator import Collator
 from isotune.training.tasks.contract import Example
-from isotune.training.tasks.names import task_named
+from isotune.training.tasks.names import TASKS
 
 HIGHER_IS_BETTER = {"probe_accuracy": True, "similarity": True, "perplexity": False}
 """The measures."""
@@ -35,7 +35,7 @@ HIGHER_IS_BETTER = {"probe_accuracy": True, "similarity": True, "perplexity": Fa
 
 def settings_for(task: str, rows: str, **columns: str) -> ForgettingSettings:
     """Settings for a single source: of a classification's rows a part is held out, causal-lm is measured on all."""
-    return ForgettingSettings(**{"train" if task_named(task).probed else "test": rows, **columns})
+    return ForgettingSettings(**{"train" if TASKS[task].probed else "test": rows, **columns})
 
 
 class Forgetting:
@@ -83,7 +83,7 @@ class Forgetting:
             IsotuneError: The model is for the other task, or of another width than the base.
             DivergedError: It answers with values that are not finite.
         """
-        probed = task_named(self.task).probed
+        probed = TASKS[self.task].probed
         if is_classifier(model) != probed:
             wanted = "a classifier" if probed else "a causal language model"
             raise IsotuneError(
@@ -141,7 +141,7 @@ def _read(settings: ForgettingSettings, task: str) -> tuple[list[Row], list[Row]
         max_train_rows=settings.max_rows,
         max_eval_rows=settings.max_rows,
     )
-    probed = task_named(task).probed
+    probed = TASKS[task].probed
     if probed and settings.train is None:
         raise OptionError("forgetting.train is missing: a classifier is probed on another task's rows with labels")
     if not probed and (settings.train is not None or not isinstance(settings.test, str)):

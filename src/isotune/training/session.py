@@ -17,7 +17,7 @@ from isotune.training.models import load_tokenizer
 from isotune.training.recipe import Recipe
 from isotune.training.tasks.collator import Collator
 from isotune.training.tasks.contract import Example
-from isotune.training.tasks.names import TASKS, task_named
+from isotune.training.tasks.names import TASKS
 from isotune.training.trainer import AdapterTrainer
 
 
@@ -68,7 +68,7 @@ class Session:
     """A pretrained model for a task, with its tokenizer; its `spec` says what "auto" and the defaults came to."""
 
     def __init__(self, spec: TaskSpec) -> None:
-        self.task = task_named(spec.task)
+        self.task = TASKS[spec.task]
         self.model, self.head, spec = self.task.load(spec)
         self.tokenizer = load_tokenizer(spec.model)
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id

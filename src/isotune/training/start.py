@@ -12,7 +12,7 @@ from isotune.training.progress import Screen
 from isotune.training.recipe import Recipe
 from isotune.training.session import Session
 from isotune.training.tasks.contract import Example
-from isotune.training.tasks.names import task_named
+from isotune.training.tasks.names import TASKS
 
 CALIBRATION_ROWS = 512
 """Training rows that a method which starts from data gets to see; its authors take 256 of 2048 tokens."""
@@ -20,7 +20,7 @@ CALIBRATION_ROWS = 512
 
 def starts_from_probe(recipe: Recipe) -> bool:
     """Whether the head starts from a linear probe."""
-    return task_named(recipe.task).probed and recipe.head == "probe"
+    return TASKS[recipe.task].probed and recipe.head == "probe"
 
 
 def probe_of(session: Session, examples: dict[str, list[Example]], screen: Screen) -> Probe:

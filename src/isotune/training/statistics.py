@@ -20,7 +20,7 @@ from isotune.training.model_folder import is_model_folder, open_trained
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import Recipe
 from isotune.training.session import TaskSpec
-from isotune.training.tasks.names import task_named
+from isotune.training.tasks.names import TASKS
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 """Those of `training.optim` that keep whole second moments."""
@@ -69,7 +69,7 @@ def collect_fisher(
     screen = Screen(progress)
     adapter, recipe = find_trained(Path(path))
     spec = TaskSpec.read(adapter)
-    usual = "empirical" if kind == "second_moment" else task_named(spec.task).expectation
+    usual = "empirical" if kind == "second_moment" else TASKS[spec.task].expectation
     expectation = expectation or usual
     rows = rows_for(data, spec, recipe, columns or {}, ("train",))
     if expectation == "empirical":

@@ -29,7 +29,7 @@ class BOFTDialect(Dialect):
         }
 
     def refused(self, site: Site) -> str | None:
-        if site.kind in ("gpt2_conv1d", "embedding"):
+        if site.kind not in ("linear", "conv2d"):
             return f"is of the kind {site.kind}, which PEFT's BOFT does not adapt"
         return uneven_convolution(site)
 

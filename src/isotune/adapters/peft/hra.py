@@ -30,7 +30,7 @@ class HRADialect(Dialect):
         return {"r": rank, "apply_GS": strict, "bias": "none", "init_weights": True}
 
     def refused(self, site: Site) -> str | None:
-        if site.kind in ("gpt2_conv1d", "embedding"):
+        if site.kind not in ("linear", "conv2d"):
             return f"is of the kind {site.kind}, which PEFT's HRA does not adapt"
         return uneven_convolution(site)
 

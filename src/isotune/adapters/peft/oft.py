@@ -43,7 +43,7 @@ class OFTDialect(Dialect):
         }
 
     def refused(self, site: Site) -> str | None:
-        if site.kind == "gpt2_conv1d":
+        if site.kind in ("gpt2_conv1d", "conv1d", "conv3d"):
             return f"is of the kind {site.kind}, which PEFT's OFT does not adapt"
         if site.kind == "conv2d" and site.layer.kernel_size != (1, 1):
             return "is a convolution with a kernel above 1, whose patches PEFT's OFT sums up before it convolves them"

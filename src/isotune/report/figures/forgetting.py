@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from isotune.comparison.results import FROZEN, Measure, Row
+from isotune.comparison.results import FROZEN, Measure
 from isotune.report import words
 from isotune.report.data import Comparison
 from isotune.report.figures.figure import Figure, Plot, Style, axis_name, error_bar, layout, rounded, scale
@@ -36,7 +36,7 @@ def _figure(comparison: Comparison, key: str, measure: Measure, style: dict[str,
                 "error_y": error_bar([up * (value.half_width or 0) for value in values], own.colour),
                 "marker": {"color": own.colour, "symbol": own.symbol, "size": 10},
                 "text": [
-                    f"{name}{_at(row)}: {words.score(metric, gain.mean - start, signed=bool(frozen))}, "
+                    f"{words.row_name(row)}: {words.score(metric, gain.mean - start, signed=bool(frozen))}, "
                     f"{measure.label} {words.score(key, value.mean, value.half_width)}"
                     for row, gain, value in zip(mine, gains, values, strict=True)
                 ],
@@ -64,7 +64,3 @@ def _figure(comparison: Comparison, key: str, measure: Measure, style: dict[str,
     better = "higher" if measure.higher_is_better else "lower"
     title = f"{words.sentence(measure.label)} against gain ({better} forgets less)"
     return Figure(f"forgetting-{key}", title, {"": plot}, table)
-
-
-def _at(row: Row) -> str:
-    return f" at {row.budget:,}" if row.budget else ""
