@@ -327,7 +327,7 @@ def test_names_are_the_shortest_ends_that_tell_paths_apart(tmp_path: Path) -> No
     for model, place in zip(models, places, strict=True):
         shutil.copytree(model, place)
     found = merge(places, Sum(), tmp_path / "out", base)
-    assert list(found.weights) == ["math/checkpoint-9", "code/checkpoint-9"]
+    assert list(found.models) == ["math/checkpoint-9", "code/checkpoint-9"]
     with pytest.raises(OptionError, match="given twice"):
         merge([models[0], models[0]], Sum(), tmp_path / "no", base)
     with pytest.raises(OptionError, match="nothing to merge"):
@@ -382,7 +382,7 @@ def test_without_tokenizers_the_sizes_must_agree(tmp_path: Path) -> None:
     base, models = family(tmp_path, count=1)
     (models[0] / "tokenizer.json").unlink()
     notes = merge(models, Sum(), tmp_path / "out", base).notes
-    assert notes == ("the tokens of model0 were not compared: no tokenizer.json in model0",)
+    assert notes == ["the tokens of model0 were not compared: no tokenizer.json in model0"]
     other = save(llama(vocab_size=41), tmp_path / "other")
     (other / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"without a tokenizer.json beside each of them"):

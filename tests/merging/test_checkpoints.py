@@ -70,7 +70,8 @@ def test_a_merged_pretrained_model_runs_in_transformers(tmp_path: Path) -> None:
         == transformers.AutoTokenizer.from_pretrained(STORIES)("once upon")["input_ids"]
     )
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
-    assert [(m["name"], m["weight"]) for m in record["models"]] == [("m0", 0.5), ("m1", 0.25)]
+    assert (record["kind"], record["models"]) == ("model", {"m0": 0.5, "m1": 0.25})
+    assert record["folders"] == [str(tmp_path / "m0"), str(tmp_path / "m1")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -125,7 +126,7 @@ def test_models_in_another_dtype_than_the_base_are_noted(tmp_path: Path) -> None
     base = save(llama(), tmp_path / "base")
     model = save(tuned(llama, 1).bfloat16(), tmp_path / "model")
     found = merge([model], Sum(), tmp_path / "out", base)
-    assert found.notes == ("model is stored in another dtype than the base: BF16, not F32",)
+    assert found.notes == ["model is stored in another dtype than the base: BF16, not F32"]
     own = stored(model)
     assert all(t.equal(own[name].float()) for name, t in stored(tmp_path / "out").items())
 
@@ -137,7 +138,7 @@ def test_without_a_base_weights_that_sum_to_one_average_the_models(tmp_path: Pat
         folder = tmp_path / f"out{weights is None}"
         found = merge(models, Sum(), folder, weights=weights)
         used = weights or [1 / 3] * 3
-        assert list(found.weights.values()) == used
+        assert list(found.models.values()) == used
         expected = {name: sum(w * m[name] for w, m in zip(used, own, strict=True)) for name in own[0]}
         assert_same(stored(folder), expected)
     with pytest.raises(OptionError, match="must sum to 1"):

@@ -28,7 +28,8 @@ from isotune.checkpoint.read import read_stored
 from isotune.checkpoint.save import write_parts
 from isotune.errors import CheckpointError, IsotuneError, OptionError
 from isotune.folders import MERGE, TASK
-from isotune.merging.adapters.merge import Merged, merge
+from isotune.merging.adapters.merge import merge
+from isotune.merging.record import MergedAdapter
 from isotune.merging.registry import rule
 from peers import peft_adapt, peft_load
 from support import adapted, assert_same_output, files, output
@@ -394,7 +395,7 @@ def test_names_are_those_of_the_folders_and_decide_what_is_drawn(tmp_path: Path)
         adapter(tmp_path / where / "last", LoRA(rank=2), ["q_proj"], seed=ord(where))
     folders = [tmp_path / where / "last" for where in ("a", "b")]
 
-    def drawn(given: list[Path], seed: int = 0, **options: Any) -> tuple[Merged, Tensor]:
+    def drawn(given: list[Path], seed: int = 0, **options: Any) -> tuple[MergedAdapter, Tensor]:
         found = merge(given, "dare", output=tmp_path / "out", seed=seed, progress=False, **options)
         return found, factors(tmp_path / "out")[QUERY]
 

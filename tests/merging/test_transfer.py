@@ -67,7 +67,7 @@ def test_a_skill_moved_to_a_twin_does_what_it_does_at_home(mode: Any, tmp_path: 
         assert done.before > 10
         assert done.after < 1e-4
     else:
-        assert math.isnan(done.before)
+        assert done.before is None
     text = moved.generate(**tokens(stories()), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert text.equal(skilled.generate(**tokens(stories()), max_new_tokens=3, do_sample=False, pad_token_id=0))
     # Without alignment it does not work, so that this is no easy test.
@@ -98,6 +98,7 @@ def test_nothing_changed_leaves_the_target_bit_for_bit(tmp_path: Path) -> None:
     target = written(twin_of_stories().bfloat16(), tmp_path / "target", max_shard_size="100KB")
     assert len(list(target.glob("*.safetensors"))) > 3
     transfer(target, STORIES, STORIES, tmp_path / "out")
+    (tmp_path / "out" / "merge.json").unlink()
     assert files(tmp_path / "out") == files(target)
 
 
@@ -106,7 +107,7 @@ def test_shards_and_half_precision_stay_as_the_target_has_them(tmp_path: Path) -
     target = written(twin_of_stories(("permutation",)).bfloat16(), tmp_path / "target", max_shard_size="100KB")
     skilled_folder = written(skilled, tmp_path / "skilled", max_shard_size="200KB")
     transfer(target, STORIES, skilled_folder, tmp_path / "out")
-    assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in target.iterdir()}
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"merge.json"} | {f.name for f in target.iterdir()}
     shards = [load_file(file) for file in sorted((tmp_path / "out").glob("*.safetensors"))]
     assert all(tensor.dtype == torch.bfloat16 for shard in shards for tensor in shard.values())
     assert_same_output(output(read(tmp_path / "out").float()), output(skilled), 0.05)

@@ -17,15 +17,13 @@ from transformers import LlamaForCausalLM
 
 from isotune.checkpoint.read import read_stored
 from isotune.errors import CheckpointError, IsotuneError, OptionError
-from isotune.merging.adapters.merge import Merged
-from isotune.merging.models.merge import MergedCheckpoint
 from isotune.merging.recipe import MergeRecipe, build_merge_recipe
+from isotune.merging.record import CompressedAdapters, MergedAdapter, MergedModel, MovedSkill
 from isotune.merging.reversible.adapters import recover_adapter
-from isotune.merging.symmetry.transfer import Transfer
 from isotune.training import build_recipe, evaluate, train
 from isotune.training import scores as module
 from isotune.training.folder import RunFolder
-from isotune.training.merging import Compressed, explain_recipe, merge_recipe
+from isotune.training.merging import explain_recipe, merge_recipe
 from isotune.training.scores import Tasks
 from isotune.training.weight_search import FIRST, search_weights
 
@@ -128,13 +126,13 @@ def test_a_search_ends_no_worse_than_it_began(
     monkeypatch.setattr(module, "Tasks", Counted)
     recipe = recipe_of(runs, tmp_path / "out", modules="drop")
     found = merge_recipe(recipe, search=4, progress=False)
-    assert isinstance(found, Merged)
+    assert isinstance(found, MergedAdapter)
     assert len(scores) == 4
     tasks = Tasks(runs)
     assert tasks.score(tmp_path / "out") == pytest.approx(max(scores))
     assert max(scores) >= scores[0]
     again = merge_recipe(recipe, search=4, progress=False)
-    assert isinstance(again, Merged)
+    assert isinstance(again, MergedAdapter)
     assert again.models == found.models
 
 
@@ -202,7 +200,7 @@ def test_a_run_that_is_not_finished_is_told(runs: list[Path], tmp_path: Path) ->
 def test_rule_rmm_keeps_every_run(runs: list[Path], tmp_path: Path) -> None:
     recipe = recipe_of(runs, tmp_path / "all", sets=["rule.name=rmm", "rule.basis=1"])
     found = merge_recipe(recipe, progress=False)
-    assert isinstance(found, Compressed)
+    assert isinstance(found, CompressedAdapters)
     assert found.errors.keys() == found.predicted.keys() == {"two", "three"}
     assert found.values > 0
     out = recover_adapter(tmp_path / "all", "three", tmp_path / "again")
@@ -246,7 +244,7 @@ def test_full_models_are_merged_by_recipe(family: tuple[Path, list[Path]], tmp_p
         models, tmp_path / "out", ["rule.scale=0.4"], base=str(base), **{"rule.name": "task_arithmetic"}
     )
     found = merge_recipe(recipe, progress=False)
-    assert isinstance(found, MergedCheckpoint)
+    assert isinstance(found, MergedModel)
     W0, a, b, out = map(weights, (base, *models, tmp_path / "out"))
     for name, W in W0.items():
         torch.testing.assert_close(out[name], W + 0.4 * (a[name] - W + b[name] - W))
@@ -258,7 +256,7 @@ def test_rule_symmetry_moves_a_skill(family: tuple[Path, list[Path]], tmp_path: 
     sets = ["rule.name=symmetry", "rule.scale=0.5"]
     for name, more in (("aligned", []), ("plain", ["rule.use=[]"])):
         recipe = recipe_of([target, skilled], tmp_path / name, [*sets, *more], base=str(base))
-        assert isinstance(merge_recipe(recipe, progress=False), Transfer)
+        assert isinstance(merge_recipe(recipe, progress=False), MovedSkill)
     W0, a, b, aligned, plain = map(weights, (base, target, skilled, tmp_path / "aligned", tmp_path / "plain"))
     for name, W in W0.items():
         torch.testing.assert_close(plain[name], a[name] + 0.5 * (b[name] - W))

@@ -13,8 +13,8 @@ from tiny import make_llama, write_jsonl, write_recipe
 
 import isotune
 from isotune.errors import CheckpointError, DataError, IsotuneError, OptionError
-from isotune.merging.models.merge import MergedCheckpoint
 from isotune.merging.recipe import build_merge_recipe
+from isotune.merging.record import MergedModel
 from isotune.statistics.fisher import fisher
 from isotune.statistics.stored import StoredStatistic
 from isotune.training import build_recipe, collect_fisher, train
@@ -134,7 +134,7 @@ def test_runs_that_trained_whole_models_are_merged_by_the_statistics_that_they_l
                    "output": str(tmp_path / rule)},
         ), progress=False,
     )  # fmt: skip
-    assert isinstance(found, MergedCheckpoint)
+    assert isinstance(found, MergedModel)
     assert found.changed == found.tensors
     out = load_file(tmp_path / rule / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in out.values())

@@ -15,6 +15,7 @@ from isotune.errors import OptionError
 if TYPE_CHECKING:
     from isotune.merging.explain import Explanation
     from isotune.merging.recipe import MergeRecipe
+    from isotune.merging.record import MergeRecord
 
 Flag = typer.Option
 AsJson = Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")]
@@ -93,7 +94,8 @@ def merge_command(
         merged = merge_recipe(recipe, force=force, resume=resume, search=search)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    write_beside(Path(merged.path), report)
+    assert merged.path is not None
+    write_beside(merged.path, report)
     if as_json:
         print_json(merged)
         return
@@ -209,11 +211,11 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _show(merged: Any) -> None:
+def _show(merged: MergeRecord) -> None:
     """What was written, in a table for each layer where there is one for each layer."""
-    from isotune.merging.adapters.merge import Merged
+    from isotune.merging.record import MergedAdapter
 
-    if isinstance(merged, Merged):
+    if isinstance(merged, MergedAdapter):
         print_table(
             f"{merged.path}: {len(merged.models)} adapters merged by {merged.rule} in {merged.seconds:.1f} s",
             ["layer", "rank", "error"],
@@ -228,7 +230,7 @@ def _show(merged: Any) -> None:
             ),
         )
         return
-    print_table(str(merged.path), ["", ""], [[name, _said(value)] for name, value in vars(merged).items()])
+    print_table(str(merged.path), ["", ""], [[name, _said(value)] for name, value in merged])
 
 
 def _said(value: Any) -> str:

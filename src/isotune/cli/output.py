@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +17,7 @@ from isotune.errors import IsotuneError
 
 
 def print_json(result: Any) -> None:
-    """Print a dataclass, or a list of them, as one JSON value on standard output."""
+    """Print a record (a dataclass or pydantic's), or a list of them, as one JSON value on standard output."""
     print(json.dumps(_plain(result)))
 
 
@@ -36,6 +37,8 @@ def print_table(
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

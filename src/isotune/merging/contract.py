@@ -10,6 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ from isotune.adapters.contract import Adapter
 from isotune.adapters.settings import Settings
 from isotune.checkpoint.files import Statistic
 from isotune.linalg.low_rank import Factored, inner, norm, weighted_sum
+from isotune.merging.record import MergeRecord
 from isotune.options import Options
 from isotune.sites import Site
 
@@ -63,7 +65,7 @@ class Aligned:
 
 
 class AnyRule(Options, ABC):
-    """What every rule of merging says of itself. Its fields are its options."""
+    """What every rule of merging says of itself. Its fields are its options. See `Rule`, `RotationRule`, `Job`."""
 
     takes: ClassVar[Literal["changes", "rotations", "adapters", "models"]]
     """What it is given: the changes of one weight, orthogonal adapters on it, whole adapters, or whole models."""
@@ -131,6 +133,32 @@ class RotationRule(AnyRule):
         """The merged adapter of one site. Of the site only the shape is known, not the weight.
 
         Raises OptionError for adapters that are no rotations, or no two of a kind that can be merged.
+        """
+
+
+class Job(AnyRule):
+    """What takes whole adapters or models and makes something else of them than one adapter or one merged model."""
+
+    unweighted: ClassVar[str]
+    """What is said to a user who gives weights: why they have no meaning here."""
+    needs_base: ClassVar[str | None] = None
+    """Where it needs a base: what the base is, for a user who names none."""
+
+    @abstractmethod
+    def run(
+        self, models: Sequence[Path], output: Path, names: Sequence[str] | None, base: str | None, progress: bool
+    ) -> MergeRecord:
+        """Do it, write the folder `output` with its record in it, and return the record.
+
+        Args:
+            models: The folders of adapters or of full models, as `takes` says.
+            output: The folder to write.
+            names: The models' names; by default their folders'.
+            base: The base model's folder or hub id, where one is named.
+            progress: Whether to show anything on standard error.
+
+        Raises:
+            IsotuneError: Models or options that cannot be used; nothing is written then.
         """
 
 

@@ -35,8 +35,8 @@ BUILT_IN = {
     "ffg": "isotune.merging.rules.ffg:FFG",
     "compose": "isotune.merging.rules.compose:Compose",
     "karcher": "isotune.merging.rules.karcher:Karcher",
-    "rmm": "isotune.merging.rules.rmm:RMM",
-    "symmetry": "isotune.merging.rules.symmetry:TransferRule",
+    "rmm": "isotune.merging.reversible.rmm:RMM",
+    "symmetry": "isotune.merging.symmetry.skill:SkillTransfer",
 }
 
 

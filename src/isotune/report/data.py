@@ -17,8 +17,9 @@ from isotune.checkpoint.files import CONFIG
 from isotune.comparison.results import Line, Summary
 from isotune.comparison.store import Store
 from isotune.errors import IsotuneError
-from isotune.folders import HISTORY, MERGE, MODEL, MODEL_CONFIG
-from isotune.merging.reversible.stored import INDEX
+from isotune.folders import HISTORY, MODEL, MODEL_CONFIG
+from isotune.merging.record import CompressedAdapters, MergeRecord, read_record
+from isotune.merging.reversible.stored import INDEX, Reversible
 from isotune.training.folder import RunFolder
 
 COMPARISON = ("comparison.yaml", "summary.json", "results.jsonl")
@@ -60,7 +61,7 @@ class Weights:
     kind: str
     """`adapter`, `checkpoint` or `compressed`."""
     config: Json
-    merge: Json | None
+    merge: MergeRecord | None
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,11 @@ def _add(found: Collected, path: Path, name: str) -> None:
     elif run.is_run():
         found.runs.append(_run(run, name))
     elif (path / INDEX).is_file():
-        found.weights.append(Weights(path, name, "compressed", {}, _compressed(path / INDEX)))
+        found.weights.append(Weights(path, name, "compressed", {}, read_record(path) or _compressed(path)))
     elif (path / CONFIG).is_file():
-        found.weights.append(Weights(path, name, "adapter", read_json(path / CONFIG), _merge(path)))
+        found.weights.append(Weights(path, name, "adapter", read_json(path / CONFIG), read_record(path)))
     elif (path / MODEL_CONFIG).is_file():
-        found.weights.append(Weights(path, name, "checkpoint", read_json(path / MODEL_CONFIG), _merge(path)))
+        found.weights.append(Weights(path, name, "checkpoint", read_json(path / MODEL_CONFIG), read_record(path)))
     else:
         raise IsotuneError(
             f"{path} holds no comparison (summary.json), no run (recipe.yaml of isotune train), no adapter "
@@ -192,18 +193,11 @@ def _state(path: Path) -> list[Json]:
     return read_json(file).get("log_history", []) if file.is_file() else []
 
 
-def _merge(path: Path) -> Json | None:
-    return read_json(path / MERGE) if (path / MERGE).is_file() else None
-
-
-def _compressed(file: Path) -> Json:
-    """What is known of adapters that rule rmm compressed: their names, and the worst error of each one's change."""
-    index = read_json(file)
-    errors: dict[str, float] = {}
-    for site in index.get("sites", {}).values():
-        for name, (_, _, error) in site.get("members", {}).items():
-            errors[name] = max(errors.get(name, 0.0), error[0])
-    return {"rule": "rmm", "models": index.get("names", []), "errors": errors}
+def _compressed(path: Path) -> CompressedAdapters:
+    """What is known of adapters that an older version compressed, which wrote no record."""
+    found = Reversible.load(path)
+    errors = {name: max(error.change for error in sites.values()) for name, sites in found.errors.items()}
+    return CompressedAdapters(path=path, rule="rmm", models=dict.fromkeys(found.names, 1.0), errors=errors)
 
 
 def read_json(file: Path, kind: type = dict) -> Any:

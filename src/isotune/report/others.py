@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from isotune.merging.record import CompressedAdapters, MergedAdapter
 from isotune.report import words
 from isotune.report.data import Diagnosed, Json, RunResult, Weights
 
@@ -54,14 +55,15 @@ def adapter_findings(weights: Sequence[Weights]) -> Said:
     """Of adapters and models by themselves, and of merges: what they are made of and what was cut off."""
     headlines = []
     for one in weights:
-        merge = one.merge or {}
-        if one.kind == "compressed" and merge:
-            headlines.append(compressed(one))
+        merge = one.merge
+        if isinstance(merge, CompressedAdapters):
+            headlines.append(compressed(one.name, merge))
         elif merge:
-            made = _parts(merge)
-            error = merge.get("error")
-            cut = "" if error is None else f"; writing it at its rank lost {words.share(error)} of the change"
-            headlines.append(f"{one.name}: {words.counted(made, 'model')} merged by {merge.get('rule')}{cut}.")
+            cut = ""
+            if isinstance(merge, MergedAdapter):
+                cut = f"; writing it at its rank lost {words.share(merge.error)} of the change"
+            made = words.counted(len(merge.models), "model")
+            headlines.append(f"{one.name}: {made} merged by {merge.rule}{cut}.")
         else:
             headlines.append(f"{one.name}: {described(one)}.")
     return (
@@ -81,12 +83,12 @@ def described(one: Weights) -> str:
     return f"an adapter, {method}" + (f", of {base.rstrip('/').rpartition('/')[2]}" if base else "")
 
 
-def compressed(one: Weights) -> str:
+def compressed(name: str, record: CompressedAdapters) -> str:
     """Of what rule rmm wrote: how much smaller, and the worst error."""
-    errors = (one.merge or {}).get("errors") or {}
-    worst = f"; the worst of them changes by {words.share(max(errors.values()))}" if errors else ""
+    errors = record.errors.values()
+    worst = f"; the worst of them changes by {words.share(max(errors))}" if errors else ""
     many = words.counted(len(errors), "adapter")
-    return f"{one.name}: {many} compressed by rmm, each of which can be recovered{worst}."
+    return f"{name}: {many} compressed by rmm, each of which can be recovered{worst}."
 
 
 def diagnosis_findings(diagnoses: Sequence[Diagnosed]) -> list[str]:
@@ -117,10 +119,6 @@ def _moved(one: Diagnosed) -> str:
     elif count == 0:
         parts.append("no intruder dimensions")
     return f"{one.label} {words.listed(parts)}" if parts else ""
-
-
-def _parts(merge: Json) -> int:
-    return len(merge.get("models") or ())
 
 
 def _on(run: RunResult) -> str:

@@ -134,7 +134,10 @@ def _data(collected: Collected, verdicts: Sequence[Verdict]) -> dict[str, Any]:
             for one in collected.comparisons
         ],
         "runs": [{"name": run.name, "metrics": run.metrics, "recipe": run.recipe} for run in collected.runs],
-        "adapters": [{"name": one.name, "kind": one.kind, "merge": one.merge} for one in collected.weights],
+        "adapters": [
+            {"name": one.name, "kind": one.kind, "merge": one.merge and one.merge.model_dump(mode="json")}
+            for one in collected.weights
+        ],
         "diagnoses": [
             {
                 **{k: v for k, v in one.found.items() if k not in ("sites", "path")},

@@ -43,7 +43,7 @@ def reproduce_run(run: RunResult) -> Iterator[TextBlock]:
 
 def reproduce_weights(one: Weights) -> Iterator[TextBlock]:
     """What the folder says about itself."""
-    merge = one.merge or {}
+    merge = one.merge.model_dump(mode="json") if one.merge else {}
     told: Json = {
         "kind": one.kind,
         "base model": one.config.get("base_model_name_or_path"),

@@ -7,8 +7,9 @@ from typing import Any
 
 from isotune.comparison.results import FROZEN, FULL, Row
 from isotune.intervals import Interval
+from isotune.merging.record import MergedAdapter
 from isotune.report import words
-from isotune.report.data import Comparison, Diagnosed, Json, RunResult, Weights
+from isotune.report.data import Comparison, Diagnosed, RunResult, Weights
 from isotune.report.forgetting import measures
 from isotune.report.tables import Column, Table, TableCell, simple, text
 
@@ -156,28 +157,20 @@ def merge_table(merged: Sequence[Weights]) -> Table:
     """One line for each model that went into a merge."""
     lines = []
     for one in merged:
-        merge = one.merge or {}
-        for name, weight in _models(merge):
-            lines.append(
-                [
-                    text(one.name),
-                    text(str(merge.get("rule", "rmm" if one.kind == "compressed" else "–"))),
-                    text(name),
-                    _plain(weight, "{:g}"),
-                    TableCell(words.share(merge.get("error")), merge.get("error")),
-                ]
-            )
+        if one.merge is None:
+            continue
+        error = one.merge.error if isinstance(one.merge, MergedAdapter) else None
+        lines += [
+            [
+                text(one.name),
+                text(one.merge.rule),
+                text(name),
+                _plain(weight, "{:g}"),
+                TableCell(words.share(error), error),
+            ]
+            for name, weight in one.merge.models.items()
+        ]
     return simple("What was merged", ["result", "rule", "model", "weight", "cut off by the rank"], lines)
-
-
-def _models(merge: Json) -> list[tuple[str, float | None]]:
-    models = merge.get("models") or {}
-    if isinstance(models, dict):
-        return list(models.items())
-    return [
-        (str(m.get("name", m.get("folder"))), m.get("weight")) if isinstance(m, dict) else (str(m), None)
-        for m in models
-    ]
 
 
 def diagnosis_table(diagnoses: Sequence[Diagnosed]) -> Table:

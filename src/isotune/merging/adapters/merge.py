@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +25,13 @@ from isotune.merging.adapters.checks import check_models, check_options, read_mo
 from isotune.merging.adapters.inputs import AdapterInputs, Model
 from isotune.merging.adapters.modules import merged_modules, task_file
 from isotune.merging.contract import AnyRule, Change, RotationRule, Rule, size
+from isotune.merging.record import MergedAdapter
 from isotune.merging.registry import rule as rule_by_name
 from isotune.merging.run import Run
 from isotune.progress import counting
 from isotune.sites import Site
 
 Parts = dict[str, tuple[Site, Settings, Adapter]]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What `merge` wrote."""
-
-    path: Path
-    rule: str
-    options: dict[str, Any]
-    models: dict[str, float]
-    """The adapters' names and their weights."""
-    ranks: dict[str, int]
-    """The rank of the merged adapter at each layer."""
-    errors: dict[str, float] = field(default_factory=dict)
-    """`|written - merged| / |merged|` of each layer's change in the Frobenius norm: what the rank cut off."""
-    error: float = 0.0
-    """The same over all layers."""
-    norms: dict[str, float] = field(default_factory=dict)
-    """The Frobenius norm of each layer's merged change; of rules on changes."""
-    modules: list[str] = field(default_factory=list)
-    """The modules trained in full that the adapter holds."""
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 def merge(
@@ -71,7 +48,7 @@ def merge(
     seed: int = 0,
     force: bool = False,
     progress: bool = True,
-) -> Merged:
+) -> MergedAdapter:
     """Merge the adapters in several folders, isotune's or PEFT's, into one, and write it to `output`.
 
     Rules on changes write a LoRA in PEFT's layout; rules on rotations an adapter of the inputs' method. The folder
@@ -113,31 +90,33 @@ def merge(
         else:
             assert isinstance(rule, Rule)
             parts, errors, norms = _changes(rule, inputs, rank, advance)
-    merged = Merged(
-        Path(output),
-        rule.name,
-        rule.model_dump(),
-        {model.name: model.weight for model in inputs.models},
-        {path: getattr(settings, "rank", 0) for path, (_, settings, _) in parts.items()},
-        errors,
-        _overall(errors, norms),
-        norms,
+    record = MergedAdapter(
+        path=Path(output),
+        rule=rule.name,
+        options=rule.model_dump(mode="json"),
+        models={model.name: model.weight for model in inputs.models},
+        folders=[str(folder) for folder in adapters],
+        base=None if base is None else str(base),
+        seed=seed,
+        ranks={path: getattr(settings, "rank", 0) for path, (_, settings, _) in parts.items()},
+        errors=errors,
+        error=_overall(errors, norms),
+        norms=norms,
         modules=sorted(trained),
         notes=notes,
         seconds=time.perf_counter() - started,
     )
     bases = [model.stored.base for model in inputs.models]
     headers = [model.stored.header for model in inputs.models if model.stored.header]
-    report = json.dumps({**asdict(merged), "path": None}, indent=1, allow_nan=False)
     write_parts(
         output,
         parts,
         trained,
         next((base for base in bases if base.config), bases[0]),
         {path: entry for header in headers for path, entry in header["sites"].items()},
-        files={MERGE: report, TASK: task_file(inputs.models, modules)},
+        files={MERGE: record.text(), TASK: task_file(inputs.models, modules)},
     )
-    return merged
+    return record
 
 
 def open_adapters(

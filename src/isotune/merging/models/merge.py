@@ -11,9 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,31 +26,12 @@ from isotune.merging.models.checks import ModelInputs, Vocabulary, check_checkpo
 from isotune.merging.models.statistics import read_statistics
 from isotune.merging.models.tensorwise import Tensorwise
 from isotune.merging.models.unfinished import Unfinished
+from isotune.merging.record import MergedModel
 from isotune.progress import counting
 from isotune.version import __version__
 
 _COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _OF_TRAINING = re.compile(r"trainer_state\.json|.*_results\.json|.*\.index\.json")
-
-
-@dataclass(frozen=True)
-class MergedCheckpoint:
-    """What `merge_checkpoints` wrote."""
-
-    path: Path
-    rule: str
-    weights: dict[str, float]
-    """Of each model, by its name."""
-    tensors: int
-    """How many tensors the model has."""
-    changed: int
-    """How many of them some model had changed; the others are the base's."""
-    parameters: int
-    bytes: int
-    factor: float
-    """The rule's factor on all merged changes; 1 for rules that have none."""
-    notes: tuple[str, ...]
-    """What was found that is no error: other dtypes, tokens that were left out or could not be compared."""
 
 
 @torch.no_grad()
@@ -70,7 +49,7 @@ def merge_checkpoints(
     vocabulary: Vocabulary = "error",
     resume: bool = False,
     progress: bool = True,
-) -> MergedCheckpoint:
+) -> MergedModel:
     """Merge fine-tuned models by a rule on their changes `ΔW_i = W_i - W_0`, and write a transformers model folder.
 
     One tensor at a time is read, merged in fp32 (float64 where it is stored so) and written in its stored dtype.
@@ -139,19 +118,24 @@ def merge_checkpoints(
         merging.run_to_end()
         write_index(unfinished.model, shards)
         _copy_companions(inputs.origin.folder, unfinished.model, stored_as, bool(inputs.untied))
-        found = MergedCheckpoint(
+        record = MergedModel(
             path=output,
             rule=rule.name,
-            weights=dict(zip(names, weights, strict=True)),
+            options=rule.model_dump(mode="json"),
+            models=dict(zip(names, weights, strict=True)),
+            folders=[str(folder) for folder in folders],
+            base=None if base is None else str(base),
+            seed=seed,
+            vocabulary=vocabulary,
+            notes=list(inputs.notes),
             tensors=len(entries),
             changed=sum(merged is not None for merged in unfinished.done.tensors.values()),
             parameters=sum(math.prod(entry.shape) for entry in entries),
             bytes=total,
             factor=merging.run.factor,
-            notes=inputs.notes,
         )
-        _write_record(unfinished.model / MERGE, found, plan, folders, base)
-    return found
+        (unfinished.model / MERGE).write_text(record.text(), encoding="utf-8")
+    return record
 
 
 def _weights(rule: Rule, names: Sequence[str], weights: Sequence[float] | None, has_base: bool) -> list[float]:
@@ -215,19 +199,3 @@ def _copy_companions(origin: Path, folder: Path, stored_as: torch.dtype | None, 
                 if part is config or (part and "tie_word_embeddings" in part):
                     part["tie_word_embeddings"] = False
         (folder / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_record(
-    file: Path, merge: MergedCheckpoint, plan: dict[str, Any], folders: Sequence[str | Path], base: str | Path | None
-) -> None:
-    """Write what made this model."""
-    record = {
-        "rule": merge.rule, "options": plan["options"], "base": None if base is None else str(base),
-        "models": [
-            {"name": name, "folder": str(folder), "weight": weight}
-            for folder, (name, weight) in zip(folders, merge.weights.items(), strict=True)
-        ],
-        "seed": plan["seed"], "vocabulary": plan["vocabulary"], "factor": merge.factor, "changed": merge.changed,
-        "notes": list(merge.notes), "isotune": plan["isotune"], "torch": plan["torch"],
-    }  # fmt: skip
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -18,11 +18,12 @@ from isotune.checkpoint.paired_files import Shapes, read_sealed, write_sealed
 from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError, NoLowRankFormError
-from isotune.folders import TASK
+from isotune.folders import MERGE, TASK
 from isotune.linalg.low_rank import Factored
 from isotune.merging.adapters.checks import read_models
 from isotune.merging.adapters.inputs import Model
 from isotune.merging.names import model_names
+from isotune.merging.record import CompressedAdapters
 from isotune.merging.reversible.compress import Granularity, compress
 from isotune.merging.reversible.stored import INDEX, Reversible
 from isotune.sites import current_entry, require_site, stored_layer
@@ -41,7 +42,7 @@ def compress_adapters(
     align: bool = True,
     base: str | Path | None = None,
     progress: bool = True,
-) -> Reversible:
+) -> CompressedAdapters:
     """Compress the adapters in several folders, isotune's or PEFT's, into the folder `output`.
 
     Modules trained in full, such as classifier heads, are kept as they are, and so is what `isotune evaluate` needs
@@ -61,7 +62,7 @@ def compress_adapters(
         progress: Whether to show a progress bar, on standard error where that is a terminal.
 
     Returns:
-        What was written, with the errors and the storage.
+        What was written; `Reversible.load(output)` has the errors of every layer.
 
     Raises:
         OptionError: Options or names that cannot be used.
@@ -90,10 +91,33 @@ def compress_adapters(
         for path, state in model.stored.trained.items()
         for key, tensor in state.items()
     }
+    worst = {
+        key: {name: max(getattr(error, key) for error in sites.values()) for name, sites in found.errors.items()}
+        for key in ("change", "predicted")
+    }
+    record = CompressedAdapters(
+        path=Path(output),
+        rule="rmm",
+        models=dict.fromkeys(names, 1.0),
+        folders=[str(folder) for folder in adapters],
+        options={
+            "basis": basis,
+            "tolerance": tolerance,
+            "granularity": granularity,
+            "center": center,
+            "align": align,
+        },
+        base=None if base is None else str(base),
+        errors=worst["change"],
+        predicted=worst["predicted"],
+        values=found.values,
+        separate_values=found.separate_values,
+    )
     with replaced_folder(output, INDEX) as folder:
         found.write(folder)
         write_sealed(folder, NAME, index, trained)
-    return found
+        (folder / MERGE).write_text(record.text(), encoding="utf-8")
+    return record
 
 
 def recover_adapter(folder: str | Path, name: str, output: str | Path) -> Path:

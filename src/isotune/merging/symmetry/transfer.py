@@ -14,7 +14,6 @@ import math
 import shutil
 import tempfile
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +26,10 @@ from isotune.checkpoint.files import CARD, check_writable, read_adapter, replace
 from isotune.checkpoint.stored import PREFIX
 from isotune.checkpoint.vocabularies import token_ids
 from isotune.errors import CheckpointError, OptionError
+from isotune.folders import MERGE
 from isotune.linalg.low_rank import Factored
+from isotune.merging.names import model_names
+from isotune.merging.record import MovedSkill
 from isotune.merging.symmetry.align import Mode, align
 from isotune.merging.symmetry.files import Tensors, rewrite
 from isotune.merging.symmetry.maps import Symmetry, architecture
@@ -35,19 +37,6 @@ from isotune.quantised import DENSE
 
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 _COPIED = {".json", ".txt", ".model", ".jinja"}
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """What `transfer` or `transfer_adapter` wrote."""
-
-    path: Path
-    before: float
-    """How far the blocks of the source were from the target's, in the Frobenius norm; NaN by activations."""
-    after: float
-    """How far they are in the target's basis."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Tensors to which nothing was added, each with the reason."""
 
 
 @torch.no_grad()
@@ -61,7 +50,7 @@ def transfer(
     reference: Literal["base", "skilled"] = "base",
     mode: Mode = "weights",
     tokens: Tensor | None = None,
-) -> Transfer:
+) -> MovedSkill:
     """Add what made `source_skilled` of `source_base` to the target, in the target's basis, and write the model.
 
     One tensor of each model is in memory at a time, in fp32; while aligning by weights one half of a block. The
@@ -88,11 +77,22 @@ def transfer(
     if reference not in ("base", "skilled"):
         raise OptionError(f"reference {reference!r} is unknown; choose base or skilled")
     check_writable(output, replaces=None)
+    names = model_names([target, source_skilled])
     models = theirs, base, skilled = Tensors(target), Tensors(source_base), Tensors(source_skilled)
     for source in (base, skilled):
         _check_sizes(source, theirs)
     left_out = _left_out(theirs, base, skilled)
     symmetry = _aligned(base if reference == "base" else skilled, theirs, use, mode, tokens)
+    record = MovedSkill(
+        path=Path(output),
+        rule="symmetry",
+        options={"scale": scale, "use": use, "reference": reference, "mode": mode},
+        models=dict(zip(names, (1.0, scale), strict=True)),
+        folders=[str(target), str(source_skilled)],
+        base=str(source_base),
+        left_out=left_out,
+        **_distances(symmetry),
+    )
     with replaced_folder(output, replaces=None) as folder:
         for file in sorted(theirs.folder.iterdir()):
             if file.suffix in _COPIED and file.is_file() and not file.name.startswith("pytorch_model"):
@@ -100,7 +100,8 @@ def transfer(
         for part in sorted(set(theirs.base.file_of.values())):
             shutil.copyfile(theirs.folder / part, folder / part)
             rewrite(folder / part, lambda name: None if name in left_out else _sum(name, *models, symmetry, scale))
-    return Transfer(Path(output), *_distances(symmetry), left_out)
+        (folder / MERGE).write_text(record.text(), encoding="utf-8")
+    return record
 
 
 def transfer_adapter(
@@ -111,7 +112,7 @@ def transfer_adapter(
     use: Collection[str] | None = None,
     mode: Mode = "weights",
     tokens: Tensor | None = None,
-) -> Transfer:
+) -> MovedSkill:
     """Move an adapter of one model into the basis of another, as a LoRA of the same rank in PEFT's layout.
 
     Args:
@@ -148,13 +149,23 @@ def transfer_adapter(
             moved = symmetry.apply_change(path, Factored(*(tensors[name] for name in names)))
             tensors |= dict(zip(names, moved, strict=True))
     config["base_model_name_or_path"] = str(target)
+    record = MovedSkill(
+        path=Path(output),
+        rule="symmetry",
+        options={"use": use, "mode": mode},
+        models=dict.fromkeys(model_names([adapter]), 1.0),
+        folders=[str(adapter)],
+        base=str(target),
+        **_distances(symmetry),
+    )
     card = export_card(config, exported.residuals, exported.ranks, exported.dtype, [], [])
     with replaced_folder(output) as written:
         write_adapter(written, config, tensors)
         (written / CARD).write_text(
             f"{card}\nTrained on {source_base} and moved into the basis of {target}; the residuals are from before.\n"
         )
-    return Transfer(Path(output), *_distances(symmetry))
+        (written / MERGE).write_text(record.text(), encoding="utf-8")
+    return record
 
 
 def _aligned(
@@ -173,11 +184,9 @@ def _aligned(
     return align(ours, theirs, target.config, use, mode, tokens)
 
 
-def _distances(symmetry: Symmetry) -> tuple[float, float]:
+def _distances(symmetry: Symmetry) -> dict[str, float]:
     parts = symmetry.distances.values()
-    if not parts:
-        return math.nan, math.nan
-    return math.hypot(*(part.before for part in parts)), math.hypot(*(part.after for part in parts))
+    return {key: math.hypot(*(getattr(part, key) for part in parts)) for key in ("before", "after") if parts}
 
 
 def _check_sizes(source: Tensors, target: Tensors) -> None:

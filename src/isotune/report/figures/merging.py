@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from isotune.merging.record import MergedAdapter
 from isotune.report import words
 from isotune.report.data import Weights
 from isotune.report.figures.figure import Figure, Plot, layout, rounded
@@ -14,16 +15,12 @@ def merge_figures(weights: Sequence[Weights]) -> list[Figure]:
     """For each merged adapter the norm of each layer's change, and what its rank cut off."""
     figures = []
     for number, one in enumerate(weights):
-        merge = one.merge or {}
-        ranks = merge.get("ranks") or {}
-        if not ranks:
+        merge = one.merge
+        if not isinstance(merge, MergedAdapter) or not merge.ranks:
             continue
-        names = dict(zip(ranks, words.short(list(ranks)), strict=True))
-        plots = {
-            title: _bars(names, merge[key], title)
-            for key, title in (("norms", "norm of the merged change"), ("errors", "relative error of the rank"))
-            if merge.get(key) and any(merge[key].values())
-        }
+        names = dict(zip(merge.ranks, words.short(list(merge.ranks)), strict=True))
+        told = (("norm of the merged change", merge.norms), ("relative error of the rank", merge.errors))
+        plots = {title: _bars(names, values, title) for title, values in told if any(values.values())}
         table = simple(
             f"Layers of {one.name}",
             ["layer", "rank", "norm of the change", "cut off by the rank"],
@@ -31,10 +28,10 @@ def merge_figures(weights: Sequence[Weights]) -> list[Figure]:
                 [
                     path,
                     TableCell(str(rank), rank),
-                    _cell((merge.get("norms") or {}).get(path)),
-                    _cell((merge.get("errors") or {}).get(path)),
+                    _cell(merge.norms.get(path)),
+                    _cell(merge.errors.get(path)),
                 ]
-                for path, rank in ranks.items()
+                for path, rank in merge.ranks.items()
             ],
         )
         figures.append(Figure(f"merge-{number}", f"Layers of {one.name}", plots, table))
