@@ -294,7 +294,7 @@ def _recovered(one: Contender, folders: list[Path], output: Path) -> dict[str, A
         "scale": 1.0,
         "accuracy": accuracy,
         "merged_rank": one.options["basis"],
-        "error": found.error,
+        "error": max(found.errors.values()),
         "predicted_off_by": max(abs(error.factors - error.predicted) for error in errors),
         "share": found.values / found.separate_values,
     }

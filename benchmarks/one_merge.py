@@ -29,7 +29,8 @@ def one_merge(
     reset_peak()
     before, cpu, wall = peak_bytes(), time.process_time(), time.perf_counter()
     if rule == "rmm":
-        error, rank = compress_adapters(adapters, output, progress=False, **(options or {})).error, None
+        found = compress_adapters(adapters, output, progress=False, **(options or {}))
+        error, rank = max(found.errors.values()), None
     else:
         merged = merge(adapters, rule, options=dict(options or {}), output=output, modules="drop", progress=False)
         error, rank = merged.error, max(merged.ranks.values())

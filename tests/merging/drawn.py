@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isotune.linalg.change import Change, dense
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Aligned, Change, Rule, dense
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.registry import rule
 
 

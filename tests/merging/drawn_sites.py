@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isotune.linalg.change import Change, dense
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Aligned, Change, Rule, dense
+from isotune.merging.contract import Aligned, Rule
 
 
 def tensors(count: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:

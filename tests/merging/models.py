@@ -13,7 +13,8 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from isotune.merging.contract import Aligned, Change, Rule, dense, scaled, size, total
+from isotune.linalg.change import Change, dense, scaled, size, total
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.run import Run
 
 LLAMA = {

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from isotune.linalg.change import Change, dense, scaled, total
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Aligned, Change, Rule, dense, scaled, total
+from isotune.merging.contract import Aligned, Rule
 from merging import test_every_rule as laws
 
 _calls = itertools.count(1)

@@ -21,7 +21,8 @@ from isotune.checkpoint.streaming import parse_size
 from isotune.checkpoint.tensor_kinds import tensor_kinds
 from isotune.checkpoint.vocabularies import token_ids
 from isotune.errors import CheckpointError, OptionError
-from isotune.merging.contract import Aligned, Change, RotationRule, Rule
+from isotune.linalg.change import Change
+from isotune.merging.contract import Aligned, RotationRule, Rule
 from isotune.merging.models.checks import check_checkpoints
 from isotune.merging.models.merge import merge_checkpoints
 from isotune.merging.rules.sum import Sum

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from isotune.errors import CheckpointError, OptionError
+from isotune.linalg.change import Change, dense
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Aligned, Change, Rule, dense
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.models.merge import merge_checkpoints
 from isotune.merging.registry import rule_class, rule_names
 from isotune.merging.rules.sum import Sum

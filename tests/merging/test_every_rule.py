@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from isotune.linalg.change import Change, dense, scaled
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Aligned, Change, Rule, dense, scaled
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.registry import rule_class, rule_names
 from isotune.merging.run import Run
 from laws.exemptions import EXEMPT

@@ -16,11 +16,12 @@ import isotune
 from isotune import LoRA
 from isotune.checkpoint.read import read_stored
 from isotune.errors import OptionError
+from isotune.linalg.change import Change
 from isotune.linalg.low_rank import Factored
 from isotune.merging import explain as module
 from isotune.merging.adapters import agreement
 from isotune.merging.adapters.merge import open_inputs
-from isotune.merging.contract import Aligned, Change, RotationRule, Rule
+from isotune.merging.contract import Aligned, RotationRule, Rule
 from isotune.merging.explain import Agreement, Explanation, explain
 from isotune.merging.registry import rule
 from support import adapted, stories

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from isotune.linalg.change import Change, dense
 from isotune.linalg.low_rank import Factored, norm
-from isotune.merging.contract import Change, dense
 from isotune.merging.rules.dare_ties import DARETIES
 from isotune.merging.rules.knots import KnOTS
 from isotune.merging.rules.linear import Linear

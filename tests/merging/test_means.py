@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from isotune.errors import OptionError
+from isotune.linalg.change import dense, product, size
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import dense, product, size
 from isotune.merging.rules.linear import Linear
 from isotune.merging.rules.slerp import Slerp
 from isotune.merging.rules.sum import Sum

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from isotune.errors import CheckpointError, OptionError
+from isotune.linalg.change import Change, dense, product, scaled, size
 from isotune.linalg.low_rank import Factored
 from isotune.merging.continual import FILE, OPCMState
-from isotune.merging.contract import Aligned, Change, dense, product, scaled, size
+from isotune.merging.contract import Aligned
 from isotune.merging.rules.opcm import OPCM
 from isotune.merging.run import Run
 from merging.drawn import assert_same, factors, matrices, merged, site_of

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from isotune.errors import OptionError
+from isotune.linalg.change import dense
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Rule, dense
+from isotune.merging.contract import Rule
 from isotune.merging.registry import rule
 from isotune.merging.rules.families.joint_bases import reduced
 from isotune.merging.rules.svd import Svd

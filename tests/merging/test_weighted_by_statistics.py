@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from isotune.errors import OptionError
+from isotune.linalg.change import Change, dense
 from isotune.linalg.low_rank import Factored
 from isotune.linalg.spectral_norm import spectral_norm
-from isotune.merging.contract import Aligned, Change, Rule, dense
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.registry import rule
 from isotune.merging.rules.families.by_statistic import LogHistogram, saliency
 from isotune.merging.run import Run

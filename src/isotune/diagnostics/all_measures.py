@@ -19,8 +19,9 @@ from isotune.diagnostics.rotations import orthogonality_error, rotation_angles
 from isotune.diagnostics.sizes import effective_rank, numerical_rank
 from isotune.diagnostics.sources import Source, open_source
 from isotune.diagnostics.variation import variation
-from isotune.diagnostics.weights import Weight, change_values, size
+from isotune.diagnostics.weights import Weight
 from isotune.errors import OptionError
+from isotune.linalg.change import change_values, size
 from isotune.linalg.low_rank import SVD, dense_svd
 from isotune.progress import counting
 

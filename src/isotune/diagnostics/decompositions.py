@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from isotune.diagnostics.weights import Change, size
+from isotune.linalg.change import Change, size
 from isotune.linalg.leading import leading_svd
 from isotune.linalg.low_rank import SVD, Factored, dense_svd
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from isotune.diagnostics.decompositions import Spectra, spectra
-from isotune.diagnostics.weights import Change, size
 from isotune.errors import OptionError
+from isotune.linalg.change import Change, size
 from isotune.linalg.low_rank import SVD, Factored
 
 Side = Literal["left", "right", "both"]

@@ -27,9 +27,9 @@ from isotune.checkpoint.save import write_parts
 from isotune.diagnostics.decompositions import spectra
 from isotune.diagnostics.intruders import Side, check_settings, find_intruders
 from isotune.diagnostics.sources import AdapterSource, open_source
-from isotune.diagnostics.weights import Change, size
 from isotune.errors import CheckpointError, OptionError
 from isotune.folders import TASK
+from isotune.linalg.change import Change, size
 from isotune.linalg.low_rank import SVD, Factored, from_dense, truncated, weighted_sum
 from isotune.progress import counting
 from isotune.sites import Site

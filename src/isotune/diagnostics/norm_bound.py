@@ -23,8 +23,8 @@ from torch import Tensor
 
 from isotune.checkpoint.base import StoredBase
 from isotune.diagnostics.sources import Source, open_source
-from isotune.diagnostics.weights import Change
 from isotune.errors import CheckpointError, OptionError
+from isotune.linalg.change import Change
 from isotune.linalg.leading import leading_svd
 from isotune.linalg.low_rank import Factored, svd
 from isotune.linalg.precision import at_least_fp32

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from isotune.diagnostics.weights import Change, change_svd
+from isotune.linalg.change import Change, change_svd
 from isotune.linalg.leading import leading_svd
 from isotune.linalg.low_rank import SVD, Factored, principal_cosines
 

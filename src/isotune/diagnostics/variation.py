@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from isotune.diagnostics.decompositions import Spectra, spectra
-from isotune.diagnostics.weights import Change
 from isotune.linalg.assignment import assignment
+from isotune.linalg.change import Change
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from isotune.adapters.contract import Adapter, LowRank
 from isotune.errors import CheckpointError
-from isotune.linalg.low_rank import SVD, Factored, dense_svd, norm, rounding, svd
+from isotune.linalg.change import Change
+from isotune.linalg.low_rank import Factored
 from isotune.linalg.precision import at_least_fp32
 from isotune.sites import Site
-
-Change = Factored | Tensor
-"""W' - W, (out, in): factored where the method allows, else dense."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +53,6 @@ def exact_change(adapter: Adapter, site: Site, with_base: bool) -> Change | None
     if isinstance(adapter, LowRank) and type(adapter).factors is LowRank.factors:
         return Factored(*map(at_least_fp32, adapter.change()))
     return None
-
-
-def size(change: Change) -> float:
-    """The Frobenius norm of a change."""
-    if isinstance(change, Factored):
-        return norm(change)
-    return float(torch.linalg.vector_norm(change, dtype=torch.float64))
-
-
-def change_svd(change: Change) -> SVD:
-    """All singular triplets of a change that are not rounding."""
-    return (svd(change) if isinstance(change, Factored) else dense_svd(change)).supported()
-
-
-def change_values(change: Change) -> Tensor:
-    """The singular values (k) of a change, descending, without those that are rounding."""
-    S = svd(change).S if isinstance(change, Factored) else torch.linalg.svdvals(change)
-    return S[rounding(max(change.shape), S.dtype) * S[:1] < S]
 
 
 def require_finite(weight: Weight, path: object) -> Weight:

@@ -4,7 +4,8 @@
     W = Q R,            Q (m x k) orthonormal, R (k x n) upper triangular
 
 Everything is computed in fp32 or better, whatever the autocast state, and is a constant to autograd. Decompositions
-leave signs open; here they are fixed, so that one matrix gives one answer on every machine.
+leave signs open; here they are fixed, so that one matrix gives one answer on every machine, but in
+`principal_directions`.
 
 Sources: Halko, Martinsson and Tropp, "Finding structure with randomness" (2011), algorithm 4.4, for the randomised
 one; CorDA (arXiv 2406.05223) for the one that sees W through a covariance.
@@ -33,6 +34,24 @@ def singular_triplets(W: Tensor, r: int, smallest: bool = False) -> Triplets:
     with without_autocast(W):
         U, S, Vh = torch.linalg.svd(at_least_fp32(W), full_matrices=False)
         return _chosen(U, S, Vh, r, smallest)
+
+
+def principal_directions(
+    W: Tensor, r: int, iterations: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, r), S (r) and Vᵀ (r, in) of the r largest singular values of W (out, in), in fp32 or better.
+
+    With `iterations` by so many power iterations of a randomised SVD, always in fp32 and repeatable by its seed;
+    torch's own generator is left as it was. The signs of the directions are those that come.
+    """
+    if iterations is None:
+        U, S, Vh = torch.linalg.svd(at_least_fp32(W), full_matrices=False)
+    else:
+        with torch.random.fork_rng([W.device] if W.is_cuda else []):
+            torch.manual_seed(seed)
+            U, S, V = torch.svd_lowrank(W.float(), q=r, niter=iterations)
+            Vh = V.mT
+    return U[:, :r], S[:r], Vh[:r]
 
 
 @torch.no_grad()
@@ -94,6 +113,12 @@ def fused(U: Tensor, S: Tensor, Vh: Tensor, fuse: Fuse = "UV") -> tuple[Tensor, 
     return (U * S, Vh) if fuse == "U" else (U, S[:, None] * Vh)
 
 
+def row_signs(A: Tensor) -> Tensor:
+    """For each row of A (r, in) the sign of its largest entry (r), 1 or -1: the same in any precision."""
+    largest = A.gather(1, A.abs().argmax(dim=1, keepdim=True)).flatten()
+    return torch.where(largest < 0, -1.0, 1.0).to(A.dtype)
+
+
 def orthonormality_error(V: Tensor, squared: bool = False) -> Tensor:
     """`|I - VᵀV|_F` (or its square) for columns V (d x r) as they are: 0 where they are orthonormal."""
     with without_autocast(V):
@@ -106,6 +131,5 @@ def _chosen(U: Tensor, S: Tensor, Vh: Tensor, r: int, smallest: bool = False) ->
     """The first (or last) r triplets, the entry of largest magnitude in each column of U made positive."""
     keep = slice(-r, None) if smallest else slice(r)
     U, S, Vh = U[:, keep], S[keep], Vh[keep]
-    largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))[0]
-    signs = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
+    signs = row_signs(U.mT)
     return U * signs, S, signs[:, None] * Vh

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from isotune.checkpoint.files import digest, replaced_folder
 from isotune.errors import CheckpointError, OptionError
+from isotune.linalg.change import Change, scaled, size
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Aligned, Change, scaled, size
+from isotune.merging.contract import Aligned
 from isotune.merging.rules.opcm import OPCM
 
 FILE = "opcm_state.safetensors"

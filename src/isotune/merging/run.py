@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from isotune.merging.contract import Aligned, Change, Rule, size
+from isotune.linalg.change import Change, size
+from isotune.merging.contract import Aligned, Rule
 
 
 @dataclass

@@ -24,7 +24,7 @@ from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, cayley, cayley_neumann, skew, upper_of
 from isotune.linalg.precision import at_least_fp32
-from isotune.linalg.principal import principal_directions, row_signs
+from isotune.linalg.triplets import principal_directions, row_signs
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 

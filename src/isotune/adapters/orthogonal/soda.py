@@ -26,7 +26,7 @@ from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, rotation
 from isotune.linalg.kronecker import balanced_factors, rotate_kronecker
 from isotune.linalg.precision import autocast
-from isotune.linalg.principal import principal_directions
+from isotune.linalg.triplets import principal_directions
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 

@@ -9,8 +9,9 @@ from math import nan
 import torch
 from torch import Tensor
 
+from isotune.linalg.change import dense, product
 from isotune.linalg.low_rank import SVD, Factored, svd
-from isotune.merging.contract import Aligned, dense, product
+from isotune.merging.contract import Aligned
 
 SAMPLE = 2**18
 """About how many entries of each change are looked at for their signs, at one layer."""

@@ -16,9 +16,10 @@ from isotune.checkpoint.files import Statistic
 from isotune.checkpoint.parts import StoredParts, changes_bias
 from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError
+from isotune.linalg.change import Change
 from isotune.linalg.low_rank import Factored
 from isotune.linalg.precision import at_least_fp32
-from isotune.merging.contract import Aligned, Change
+from isotune.merging.contract import Aligned
 from isotune.sites import Site
 from isotune.statistics.stored import StoredStatistic
 

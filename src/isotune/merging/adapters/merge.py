@@ -20,11 +20,12 @@ from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import State
 from isotune.errors import CheckpointError, OptionError
 from isotune.folders import MERGE, TASK
+from isotune.linalg.change import Change, size
 from isotune.linalg.low_rank import Factored, from_dense, truncated
 from isotune.merging.adapters.checks import check_models, check_options, read_models
 from isotune.merging.adapters.inputs import AdapterInputs, Model
 from isotune.merging.adapters.modules import merged_modules, task_file
-from isotune.merging.contract import AnyRule, Change, RotationRule, Rule, size
+from isotune.merging.contract import AnyRule, RotationRule, Rule
 from isotune.merging.record import MergedAdapter
 from isotune.merging.registry import rule as rule_by_name
 from isotune.merging.run import Run

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from isotune.checkpoint.streaming import Entry, Shard, write_shard
 from isotune.errors import CheckpointError
+from isotune.linalg.change import dense
 from isotune.matrix import as_matrix
-from isotune.merging.contract import Aligned, Rule, dense
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.models.checks import ModelInputs
 from isotune.merging.models.statistics import StoredStatistics
 from isotune.merging.models.unfinished import MergedTensor, Unfinished

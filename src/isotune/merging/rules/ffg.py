@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from isotune.checkpoint.files import Statistic
-from isotune.merging.contract import Aligned, Change, Rule
+from isotune.linalg.change import Change
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.rules.families.by_statistic import LogHistogram, plain_mean, rescaled, saliency, statistics_of
 
 

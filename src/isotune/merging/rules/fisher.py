@@ -20,7 +20,8 @@ from pydantic import Field
 
 from isotune.checkpoint.files import Statistic
 from isotune.errors import OptionError, nearest
-from isotune.merging.contract import Aligned, Change, Rule
+from isotune.linalg.change import Change
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.rules.families.by_statistic import plain_mean, statistics_of, weighted_mean
 
 

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from isotune.linalg.change import Change, dense, scaled, total
 from isotune.linalg.low_rank import SVD, dense_svd
-from isotune.merging.contract import Aligned, Change, Rule, dense, scaled, total
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.rules.families.joint_bases import Embeddings, Tolerance, decomposes, flattened, mean, reduced
 
 

@@ -21,8 +21,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from isotune.linalg.change import Change, scaled
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Aligned, Change, Rule, scaled
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.rules.families.joint_bases import Embeddings, Tolerance, decomposes, flattened, mean, reduced
 
 

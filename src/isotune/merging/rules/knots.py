@@ -19,8 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from isotune.linalg.change import Change, dense, scaled
 from isotune.linalg.low_rank import SVD, Factored
-from isotune.merging.contract import Aligned, Change, Rule, dense, scaled
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.rules.dare_ties import DARETIES
 from isotune.merging.rules.families.entrywise import AVERAGE, ELECT, Average, Elect
 from isotune.merging.rules.families.magnitudes import TRIM, Trim

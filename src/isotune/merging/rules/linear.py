@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from isotune.errors import OptionError
-from isotune.merging.contract import Aligned, Change, Rule, total
+from isotune.linalg.change import Change, total
+from isotune.merging.contract import Aligned, Rule
 
 
 class Linear(Rule):

@@ -21,8 +21,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from isotune.linalg.change import Change, dense, total
 from isotune.linalg.low_rank import SVD, Factored, dense_svd
-from isotune.merging.contract import Aligned, Change, Rule, dense, total
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.rules.families.joint_bases import Reduced, reduced
 
 

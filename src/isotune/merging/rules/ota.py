@@ -23,7 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from isotune.checkpoint.files import Statistic
-from isotune.merging.contract import Aligned, Change, Rule
+from isotune.linalg.change import Change
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.rules.families.by_statistic import plain_mean, statistics_of, weighted_mean
 from isotune.merging.rules.ffg import grafted, thresholds
 

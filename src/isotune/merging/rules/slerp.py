@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from isotune.errors import IsotuneWarning
-from isotune.merging.contract import Aligned, Change, Rule, product, size, total
+from isotune.linalg.change import Change, product, size, total
+from isotune.merging.contract import Aligned, Rule
 
 _PARALLEL = 0.9995
 

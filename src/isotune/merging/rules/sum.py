@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from isotune.merging.contract import Aligned, Change, Rule, total
+from isotune.linalg.change import Change, total
+from isotune.merging.contract import Aligned, Rule
 
 
 class Sum(Rule):

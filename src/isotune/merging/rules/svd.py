@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from isotune.linalg.change import Change, total
 from isotune.linalg.low_rank import Factored, from_dense, tail
-from isotune.merging.contract import Aligned, Change, Rule, total
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.rules.families.joint_bases import reduced
 
 

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from isotune.merging.contract import Aligned, Change, Rule, total
+from isotune.linalg.change import Change, total
+from isotune.merging.contract import Aligned, Rule
 
 
 class TaskArithmetic(Rule):

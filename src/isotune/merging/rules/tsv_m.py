@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from isotune.merging.contract import Aligned, Change, Rule, scaled
+from isotune.linalg.change import Change, scaled
+from isotune.merging.contract import Aligned, Rule
 from isotune.merging.rules.families.joint_bases import Embeddings, Tolerance, decomposes, mean, reduced
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from isotune.errors import OptionError
+from isotune.linalg.change import Change, dense, size
 from isotune.linalg.low_rank import Factored, singular_values
 from isotune.linalg.spectral_norm import spectral_norm
-from isotune.merging.contract import Aligned, Change, Rule, dense, size
+from isotune.merging.contract import Aligned, Rule
 from isotune.statistics.stored import missing
 
 BINS, LOWEST, HIGHEST = 2**16, -256, 256

@@ -16,8 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from isotune.linalg.change import Change
 from isotune.linalg.low_rank import Factored
-from isotune.merging.contract import Aligned, Change, Rule
+from isotune.merging.contract import Aligned, Rule
 
 Elect = Literal["total", "frequency", "weighted"]
 Average = Literal["mean", "count", "sum", "max"]

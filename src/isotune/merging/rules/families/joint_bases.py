@@ -19,8 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from isotune.linalg.change import Change, dense, scaled, total
 from isotune.linalg.low_rank import SVD, Factored, dense_svd, rounding, svd
-from isotune.merging.contract import Aligned, Change, dense, scaled, total
+from isotune.merging.contract import Aligned
 
 Tolerance = Annotated[
     float, Field(ge=0, lt=1, description="Singular values up to this share of the largest count as zero.")

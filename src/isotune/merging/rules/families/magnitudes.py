@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isotune.merging.contract import Aligned, Change
+from isotune.linalg.change import Change
+from isotune.merging.contract import Aligned
 from isotune.merging.rules.families.entrywise import Step, walk
 
 Trim = Literal["model", "tensor"]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isotune.linalg.principal import principal_directions, row_signs
+from isotune.linalg.triplets import principal_directions, row_signs
 
 
 @given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 9), st.integers(0, 99))
