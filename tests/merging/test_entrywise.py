@@ -25,7 +25,7 @@ from isotune.merging.rules.families.entrywise import Elected, Entrywise, agreed,
 from isotune.merging.rules.magnitude import Magnitude
 from isotune.merging.rules.sum import Sum
 from isotune.merging.rules.ties import TIES
-from merging.drawn_sites import factored, merge, site, tensors
+from merging.drawn import factored, merge, site, tensors
 
 RULES: list[Any] = [found for name in rule_names() if issubclass(found := rule_class(name), Entrywise)]
 ELECTED: list[Any] = [rule for rule in RULES if issubclass(rule, Elected)]

@@ -14,7 +14,7 @@ from isotune.merging.rules.dare_ties import DARETIES
 from isotune.merging.rules.knots import KnOTS
 from isotune.merging.rules.linear import Linear
 from isotune.merging.rules.ties import TIES
-from merging.drawn_sites import factored, merge, site, tensors
+from merging.drawn import factored, merge, site, tensors
 
 
 def in_basis_by_svd(changes: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

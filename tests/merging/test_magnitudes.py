@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isotune.merging.rules.families.magnitudes import Histogram, band, largest, thresholds
-from merging.drawn_sites import factored, site, tensors
+from merging.drawn import factored, site, tensors
 
 
 @pytest.mark.parametrize("density", [0.001, 0.05, 0.2, 0.5, 0.9, 0.999])

@@ -17,7 +17,7 @@ from isotune.merging.rules.linear import Linear
 from isotune.merging.rules.slerp import Slerp
 from isotune.merging.rules.sum import Sum
 from isotune.merging.rules.task_arithmetic import TaskArithmetic
-from merging.drawn_sites import factored, merge, site, tensors
+from merging.drawn import factored, merge, site, tensors
 
 
 def test_linear_is_the_weighted_mean() -> None:

@@ -18,7 +18,7 @@ from isotune.merging.continual import FILE, OPCMState
 from isotune.merging.contract import Aligned
 from isotune.merging.rules.opcm import OPCM
 from isotune.merging.run import Run
-from merging.drawn import assert_same, factors, matrices, merged, site_of
+from merging.drawn import assert_same, factors, merged, site, tensors
 
 SHAPES = {"a": (12, 9), "b": (8, 16), "c": (10, 10)}
 
@@ -52,10 +52,10 @@ def drawn_models(count: int, ranks: Sequence[int] | None = None) -> list[dict[st
     """Changes of three weights and a bias, dense of full rank, or factored."""
     models = []
     for index in range(count):
-        model: dict[str, Change] = {"bias": matrices(1, 7, 1, seed=100 + index)[0][0]}
+        model: dict[str, Change] = {"bias": tensors(1, 1, 7, seed=100 + index)[0][0]}
         for seed, (path, (m, n)) in enumerate(SHAPES.items()):
             if ranks is None:
-                model[path] = matrices(m, n, 1, seed=10 * index + seed)[0]
+                model[path] = tensors(1, m, n, seed=10 * index + seed)[0]
             else:
                 model[path] = factors(m, n, ranks[index : index + 1], seed=10 * index + seed)[0]
         models.append(model)
@@ -121,7 +121,7 @@ def test_larger_alpha_protects_more_up_to_one() -> None:
     assert left == sorted(left, reverse=True)
     # The paper's code protects nothing but the diagonal at 1, as at 0, since no share exceeds 1.
     exact = torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64))
-    other = matrices(4, 4, 1)[0]
+    other = tensors(1, 4, 4)[0]
     assert_same(merged("opcm", [exact, other], alpha=1.0, compat=True), merged("opcm", [exact, other], alpha=0.0))
     assert_same(merged("opcm", [exact, other], alpha=1.0), exact)
 
@@ -151,12 +151,12 @@ def test_weights_multiply_the_changes_before_they_are_projected() -> None:
 def test_rank_bounds_what_is_kept_of_each_step() -> None:
     changes = factors(30, 20, (4, 4, 4))
     for inputs in (changes, [dense(change) for change in changes]):
-        found = OPCM(rank=5).merge(site_of(inputs), None)
+        found = OPCM(rank=5).merge(site(inputs), None)
         assert isinstance(found, Factored)
         assert found.rank == 5
         assert_same(dense(found), merged("opcm", changes, rank=5), 1e-9)
     assert_same(merged("opcm", changes, rank=12), merged("opcm", changes))
-    assert OPCM(rank=2).merge(site_of(changes[:1]), None).shape == (30, 20)
+    assert OPCM(rank=2).merge(site(changes[:1]), None).shape == (30, 20)
     assert torch.linalg.matrix_rank(merged("opcm", changes[:1], rank=2)) == 2
 
 

@@ -15,7 +15,7 @@ from isotune.merging.contract import Rule
 from isotune.merging.registry import rule
 from isotune.merging.rules.families.joint_bases import reduced
 from isotune.merging.rules.svd import Svd
-from merging.drawn import assert_same, factors, matrices, merged, site_of
+from merging.drawn import assert_same, factors, merged, site, tensors
 
 SPECTRAL = ("svd", "iso_c", "iso_cts", "tsv_m", "opcm")
 SHAPES = ((14, 9, 3), (9, 14, 2), (10, 10, 4))
@@ -63,7 +63,7 @@ PAPERS: dict[str, Callable[[list[Tensor]], Tensor]] = {
 @pytest.mark.parametrize("name", PAPERS)
 @pytest.mark.parametrize(("m", "n", "count"), SHAPES)
 def test_dense_changes_of_full_rank_give_the_papers_formula(name: str, m: int, n: int, count: int) -> None:
-    changes = matrices(m, n, count)
+    changes = tensors(count, m, n)
     assert_same(merged(name, changes), PAPERS[name](changes))
     halves = [0.5 * change for change in changes]
     assert_same(merged(name, changes, [0.5] * count), PAPERS[name](halves))
@@ -71,14 +71,14 @@ def test_dense_changes_of_full_rank_give_the_papers_formula(name: str, m: int, n
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_embeddings_are_averaged_or_decomposed_if_asked(name: str) -> None:
-    changes = matrices(14, 9, 3)
+    changes = tensors(3, 14, 9)
     plain, asked = (rule(name, **options) for options in ({}, {"embeddings": True}))
-    table = site_of(changes, matrix=False)
+    table = site(changes, matrix=False)
     assert isinstance(plain, Rule)
     assert isinstance(asked, Rule)
     assert_same(dense(plain.merge(table, None)), torch.stack(changes).mean(0))
     assert_same(dense(asked.merge(table, None)), PAPERS[name](changes))
-    biases = site_of([change[0] for change in changes], matrix=False)
+    biases = site([change[0] for change in changes], matrix=False)
     assert_same(dense(asked.merge(biases, None)), torch.stack(changes)[:, 0].mean(0))
 
 
@@ -90,7 +90,7 @@ def test_transposing_the_inputs_transposes_the_result(name: str) -> None:
 
 def test_iso_cts_treats_rows_and_columns_differently_as_the_paper_does() -> None:
     # It takes the common columns out of the models, not the common rows.
-    changes = matrices(14, 9, 3)
+    changes = tensors(3, 14, 9)
     turned = [change.mT for change in changes]
     assert_same(merged("iso_cts", turned), paper_iso_cts(turned))
     assert float((merged("iso_cts", turned).mT - merged("iso_cts", changes)).norm()) > 0.01
@@ -103,7 +103,7 @@ def test_iso_cts_treats_rows_and_columns_differently_as_the_paper_does() -> None
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_turning_the_bases_turns_the_result(name: str) -> None:
     changes = factors(14, 9, (3, 2, 2))
-    left, right = (torch.linalg.qr(matrix).Q for matrix in (*matrices(14, 14, 1, seed=1), *matrices(9, 9, 1, seed=2)))
+    left, right = (torch.linalg.qr(matrix).Q for matrix in (*tensors(1, 14, 14, seed=1), *tensors(1, 9, 9, seed=2)))
     turned = [change.times(left, right) for change in changes]
     assert_same(merged(name, turned), left @ merged(name, changes) @ right, 1e-9)
 
@@ -140,7 +140,7 @@ def test_tensors_that_are_no_matrices_are_averaged_and_scaled(name: str) -> None
     changes = [torch.randn(5, dtype=torch.float64) for _ in range(3)]
     found = rule(name, scale=0.5)
     assert isinstance(found, Rule)
-    result = found.merge(site_of(changes, [1, 0, 3], matrix=False), None)
+    result = found.merge(site(changes, [1, 0, 3], matrix=False), None)
     assert isinstance(result, Tensor)
     assert_same(result, 0.5 * (changes[0] + 3 * changes[2]) / 2)
 
@@ -171,7 +171,7 @@ def test_svd_is_the_best_approximation_and_says_its_error() -> None:
     for rank in (1, 4, 9, 50):
         best = (U[:, :rank] * S[:rank]) @ Vh[:rank]
         for inputs in (changes, [dense(change) for change in changes]):
-            found, error = Svd(rank=rank).merge_with_error(site_of(inputs, weights))
+            found, error = Svd(rank=rank).merge_with_error(site(inputs, weights))
             assert isinstance(found, Factored)
             assert found.rank <= rank
             assert_same(dense(found), best)
@@ -200,7 +200,7 @@ def test_svd_keeps_the_largest_rank_of_the_inputs_by_default() -> None:
     changes = factors(14, 11, (3, 2, 4))
     for inputs in (changes, [dense(change) for change in changes]):
         assert_same(merged("svd", inputs), merged("svd", inputs, rank=4))
-    bias = site_of([torch.ones(3), torch.ones(3)], [1, 2], matrix=False)
+    bias = site([torch.ones(3), torch.ones(3)], [1, 2], matrix=False)
     found, error = Svd().merge_with_error(bias)
     assert dense(found).tolist() == [3, 3, 3]
     assert error == 0
@@ -221,7 +221,7 @@ def test_iso_c_as_the_papers_code_has_it_lies_mostly_outside_of_a_low_rank_sum()
     torch.testing.assert_close(torch.linalg.svdvals(found), torch.linalg.svdvals(found).mean().expand(16))
     # The share is that of the null space: 7 of 16 directions, of equal size.
     assert float((found - Q @ Q.mT @ found).norm() / found.norm()) == pytest.approx((7 / 16) ** 0.5, rel=1e-9)
-    full = matrices(9, 7, 2)
+    full = tensors(2, 9, 7)
     assert_same(merged("iso_c", full, compat=True), merged("iso_c", full))
 
 
@@ -236,7 +236,7 @@ def test_flatness_leads_from_the_sum_to_iso_c() -> None:
 @pytest.mark.parametrize("name", ["iso_c", "iso_cts", "tsv_m"])
 def test_tolerance_takes_the_noise_of_stored_weights_for_zero(name: str) -> None:
     changes = factors(20, 16, (2, 2))
-    noisy = [dense(change) + 1e-7 * noise for change, noise in zip(changes, matrices(20, 16, 2, seed=3), strict=True)]
+    noisy = [dense(change) + 1e-7 * noise for change, noise in zip(changes, tensors(2, 20, 16, seed=3), strict=True)]
     exact = merged(name, changes)
     assert_same(merged(name, noisy, tolerance=1e-4), exact, 1e-5)
     assert float((merged(name, noisy) - exact).norm() / exact.norm()) > 0.1
@@ -252,7 +252,7 @@ def test_iso_cts_gives_models_their_own_directions_only_where_there_are_enough()
 
 @pytest.mark.parametrize("as_dense", [False, True])
 def test_iso_cts_takes_no_direction_from_a_model_that_has_only_common_ones(as_dense: bool) -> None:
-    U, V = (torch.linalg.qr(matrix).Q for matrix in (*matrices(30, 10, 1), *matrices(20, 10, 1, seed=1)))
+    U, V = (torch.linalg.qr(matrix).Q for matrix in (*tensors(1, 30, 10), *tensors(1, 20, 10, seed=1)))
     S = torch.arange(10, 0, -1, dtype=torch.float64)
     wide, narrow = Factored(U * S, V.mT), Factored(U[:, :3] * S[:3], V[:, :3].mT)
     found = merged("iso_cts", [dense(wide), dense(narrow)] if as_dense else [wide, narrow])
@@ -263,7 +263,7 @@ def test_iso_cts_takes_no_direction_from_a_model_that_has_only_common_ones(as_de
 
 def test_iso_cts_takes_no_more_directions_than_there_are() -> None:
     # The paper's k = 11 - 3 round(11 / 3) = -1; here n = 3, k = 2.
-    changes = matrices(11, 11, 3)
+    changes = tensors(3, 11, 11)
     found = merged("iso_cts", changes, common=0.0)
     assert torch.isfinite(found).all()
     S = torch.linalg.svdvals(found)
@@ -273,28 +273,28 @@ def test_iso_cts_takes_no_more_directions_than_there_are() -> None:
 @pytest.mark.parametrize("name", ["iso_cts", "tsv_m"])
 @pytest.mark.parametrize("inputs", ["dense", "factored"])
 def test_models_that_agree_share_their_directions(name: str, inputs: str) -> None:
-    change = factors(16, 12, (6,))[0] if inputs == "factored" else matrices(16, 12, 1)[0]
+    change = factors(16, 12, (6,))[0] if inputs == "factored" else tensors(1, 16, 12)[0]
     U, S, Vh = torch.linalg.svd(dense(change), full_matrices=False)
     both = merged(name, [change, change])
     if name == "tsv_m":
         # Each gives 6 triplets; the paper's code adds a term as large, in arbitrary directions, for dense ones.
         assert_same(both, (U[:, :6] * S[:6]) @ Vh[:6], 1e-9)
-    nearly = dense(change) + 1e-12 * matrices(16, 12, 1, seed=1)[0]
+    nearly = dense(change) + 1e-12 * tensors(1, 16, 12, seed=1)[0]
     assert_same(merged(name, [change, nearly], tolerance=1e-9), both, 1e-7)
 
 
 def test_tsv_m_keeps_its_share_of_every_model() -> None:
-    changes = matrices(12, 9, 3)
+    changes = tensors(3, 12, 9)
     U, S, Vh = torch.linalg.svd(changes[0], full_matrices=False)
     assert_same(merged("tsv_m", changes[:1]), changes[0])
     assert_same(merged("tsv_m", changes[:1], share=0.5), (U[:, :4] * S[:4]) @ Vh[:4])
     assert torch.linalg.matrix_rank(merged("tsv_m", changes)) == 9
     # More models than directions: one of each.
-    assert torch.linalg.matrix_rank(merged("tsv_m", matrices(5, 2, 3))) == 2
+    assert torch.linalg.matrix_rank(merged("tsv_m", tensors(3, 5, 2))) == 2
 
 
 def test_tsv_m_adds_models_that_are_orthogonal_as_they_are() -> None:
-    B, A = torch.linalg.qr(*matrices(12, 12, 1)).Q, torch.linalg.qr(*matrices(12, 12, 1, seed=1)).Q
+    B, A = torch.linalg.qr(*tensors(1, 12, 12)).Q, torch.linalg.qr(*tensors(1, 12, 12, seed=1)).Q
     changes = [Factored((i + 1) * B[:, 2 * i : 2 * i + 2], A[2 * i : 2 * i + 2]) for i in range(3)]
     assert_same(merged("tsv_m", changes), merged("sum", changes))
 
@@ -304,9 +304,9 @@ def test_joint_bases_hold_the_changes_and_small_singular_values_survive_single_p
     joint = reduced(changes, [2.0, -1.0])
     for core, change, weight in zip(joint.changes, changes, (2.0, -1.0), strict=True):
         assert_same(dense(joint.restored(core)), weight * dense(change), 1e-6)
-    U, V = (torch.linalg.qr(matrix).Q for matrix in (*matrices(300, 40, 1), *matrices(200, 40, 1)))
+    U, V = (torch.linalg.qr(matrix).Q for matrix in (*tensors(1, 300, 40), *tensors(1, 200, 40)))
     S = torch.logspace(0, -6, 40, dtype=torch.float64)
-    mixed = torch.linalg.qr(*matrices(40, 40, 1)).Q
+    mixed = torch.linalg.qr(*tensors(1, 40, 40)).Q
     graded = Factored((U * S.sqrt() @ mixed).float(), (mixed.mT @ (S.sqrt()[:, None] * V.mT)).float())
     joint = reduced([graded], [1.0])
     found = joint.decomposed(joint.sum()).S
