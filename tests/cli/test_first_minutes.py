@@ -58,7 +58,7 @@ def test_an_option_given_twice_is_refused(command: Command, capsys: pytest.Captu
     assert "--label was given 2 times and takes one value; give it once" in capsys.readouterr().err
 
 
-def test_texts_given_twice_are_joined(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_given_twice_are_two(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.csv").write_text("one,two,label\na,b,x\nc,d,y\n")
     flags = ["--model", "minilm", "--data", tmp_path / "x.csv", "--text", "one", "--text", "tow", "--output", "r"]
     assert command("train", *flags) == 2

@@ -137,7 +137,7 @@ MISTAKES = {
     ),
     "training value of a wrong kind": (arguments("--set", "training.max_steps=many"), "'training.max_steps'"),
     "set without a value": (arguments("--set", "method.rank"), "--set takes key=value"),
-    "unknown task": (arguments("--task", "poetry"), "'classification' or 'causal-lm'"),
+    "unknown task": (arguments("--task", "poetry"), "'token-classification' or 'causal-lm'"),
     "unknown method": (arguments("--method", "hre"), "'hra'"),
     "unknown option": (arguments("--set", "method.rnak=4"), "'rank'"),
     "rank zero": (arguments("--rank", 0), "rank"),

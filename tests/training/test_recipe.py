@@ -22,7 +22,7 @@ def test_later_sources_win_over_earlier_ones(tmp_path: Path) -> None:
     recipe = build_recipe(file, {"seed": 2, "data.text": None}, ["seed=3", "method.rank=4"])
     assert recipe.seed == 3
     assert recipe.method == {"name": "lora", "rank": 4}
-    assert recipe.data.text == "text"
+    assert recipe.data.text is None
 
 
 def test_yaml_reads_numbers_and_words_as_people_mean_them() -> None:

@@ -44,8 +44,8 @@ def test_recipes_name_the_tasks_that_there_are() -> None:
 
 
 def test_a_task_of_a_later_version_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "task.json").write_text(TaskSpec("regression", "m", [], "auto", 8, "", "float32").to_json())
-    with pytest.raises(IsotuneError, match="names the task 'regression'; isotune knows: classification, causal-lm"):
+    (tmp_path / "task.json").write_text(TaskSpec("poetry", "m", [], "auto", 8, "", "float32").to_json())
+    with pytest.raises(IsotuneError, match="names the task 'poetry'; isotune knows: classification, regression"):
         TaskSpec.read(tmp_path)
 
 

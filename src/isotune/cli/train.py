@@ -62,16 +62,16 @@ def train_command(
     ] = None,
     model: Annotated[str | None, Flag(help="Folder or hub id of the pretrained model; minilm.")] = None,
     task: Annotated[
-        str | None, Flag(help="classification (text-classification) or causal-lm (text-generation).")
+        str | None,
+        Flag(help="classification, regression, token-classification (ner), causal-lm (text-generation)."),
     ] = None,
     data: Annotated[str | None, Flag(help="Training rows: file, folder, or hub id.")] = None,
     test: Annotated[str | None, Flag(help="Test rows: file, or a split of the data.")] = None,
-    text: Annotated[
-        list[str] | None, Flag(help="Column with the text; several, by giving it again, are joined.")
-    ] = None,
-    label: Annotated[str | None, Flag(help="Column with the label.")] = None,
+    text: Annotated[list[str] | None, Flag(help="Column with the text; given twice, a pair of texts.")] = None,
+    label: Annotated[str | None, Flag(help="Column with the label, number or tags.")] = None,
     prompt: Annotated[str | None, Flag(help="Column with the prompt (causal-lm).")] = None,
     completion: Annotated[str | None, Flag(help="Column with the completion (causal-lm).")] = None,
+    messages: Annotated[str | None, Flag(help="Column with chats (causal-lm).")] = None,
     method: Annotated[str | None, Flag(help="Method; see isotune methods. Or full: no adapter.")] = None,
     rank: Annotated[int | None, Flag(help="The method's rank.")] = None,
     targets: Annotated[
@@ -88,8 +88,8 @@ def train_command(
 
     flags = {
         "model": model, "task": task, "data.train": data, "data.test": test, "data.text": _one_or_more(text),
-        "data.label": label, "data.prompt": prompt, "data.completion": completion, "method.name": method,
-        "method.rank": rank, "targets": targets, "output": output, "seed": seed,
+        "data.label": label, "data.prompt": prompt, "data.completion": completion, "data.messages": messages,
+        "method.name": method, "method.rank": rank, "targets": targets, "output": output, "seed": seed,
     }  # fmt: skip
     built = build_recipe(recipe, flags, sets or ())
     from isotune.training.run import train
@@ -112,27 +112,32 @@ def evaluate_command(
     ],
     data: Annotated[str | None, Flag(help="Rows to evaluate on.")] = None,
     model: Annotated[str | None, Flag(help="The pretrained model, if it has moved.")] = None,
-    text: Annotated[
-        list[str] | None, Flag(help="Column with the text; several, by giving it again, are joined.")
-    ] = None,
-    label: Annotated[str | None, Flag(help="Column with the label.")] = None,
+    text: Annotated[list[str] | None, Flag(help="Column with the text; given twice, a pair of texts.")] = None,
+    label: Annotated[str | None, Flag(help="Column with the label, number or tags.")] = None,
     prompt: Annotated[str | None, Flag(help="Column with the prompt.")] = None,
     completion: Annotated[str | None, Flag(help="Column with the completion.")] = None,
+    messages: Annotated[str | None, Flag(help="Column with chats.")] = None,
     predictions: Annotated[Path | None, Flag(help="Write predictions here (.csv or .jsonl).")] = None,
     batch_size: Annotated[int, Flag(min=1, help="Rows at a time.")] = 64,
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
     forgetting: Annotated[
         str | None, Flag(help="Rows of another task (causal-lm: general text) to measure before and after.")
     ] = None,
-    forgetting_text: Annotated[str, Flag(help="Their column with the text.")] = "text",
-    forgetting_label: Annotated[str, Flag(help="Their column with the label.")] = "label",
+    forgetting_text: Annotated[str | None, Flag(help="Their column with the text.")] = None,
+    forgetting_label: Annotated[str | None, Flag(help="Their column with the label.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Only the metrics, as JSON, on standard output.")] = False,
 ) -> None:
     from isotune.training.evaluation import evaluate, find_trained
     from isotune.training.forgetting import settings_for
     from isotune.training.session import TaskSpec
 
-    named = {"text": _one_or_more(text), "label": label, "prompt": prompt, "completion": completion}
+    named = {
+        "text": _one_or_more(text),
+        "label": label,
+        "prompt": prompt,
+        "completion": completion,
+        "messages": messages,
+    }
     columns: dict[str, Any] = {key: name for key, name in named.items() if name is not None}
     rows = None
     if forgetting is not None:

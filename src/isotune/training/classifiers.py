@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto import modeling_auto
 
@@ -40,17 +45,23 @@ OWN = "own"
 
 
 def load_classifier(
-    name: str, labels: Sequence[str], pooling: str = "auto", dtype: str = "float32", backbone: str | None = None
+    name: str,
+    labels: Sequence[str],
+    pooling: str = "auto",
+    dtype: str = "float32",
+    backbone: str | None = None,
+    of_tokens: bool = False,
 ) -> Any:
     """A pretrained model that classifies; its head is drawn where the model has none for as many labels.
 
     Args:
         name: What `locate` finds; the folder of a model that already classifies, too.
-        labels: Their names, in the order of their numbers.
+        labels: Their names, in the order of their numbers; none for a regression, which has one output.
         pooling: "auto", `OWN`, or "mean", "cls", "last", for which the architecture's own class is taken where it
             pools like that, and else `PooledForSequenceClassification`.
         dtype: Of the backbone.
         backbone: The backbone's name within a class of ours; by default what the architecture's own class has.
+        of_tokens: Whether each token is classified, by the architecture's own class for it.
 
     Returns:
         The model; `head_paths` says what of it is to be trained in full.
@@ -60,8 +71,11 @@ def load_classifier(
     """
     path = locate(name)
     config = read_config(name, path)
-    names = dict(enumerate(labels))
-    said = {"id2label": names, "label2id": {label: number for number, label in names.items()}}
+    names = dict(enumerate(labels or ["LABEL_0"]))
+    said: dict[str, Any] = {"id2label": names, "label2id": {label: number for number, label in names.items()}}
+    if of_tokens:
+        return _token_classifier(name, path, config, dtype, said)
+    said["problem_type"] = "single_label_classification" if labels else "regression"
     if config.model_type == PooledConfig.model_type:
         model, _ = open_pretrained(PooledForSequenceClassification, name, path, dtype)
         return _marked(model, [])
@@ -69,7 +83,7 @@ def load_classifier(
         raise IsotuneError(f"{name}: classification needs an encoder or a decoder, not an encoder-decoder")
     own = _own_options(config, pooling) if backbone is None else None
     if own is not None:
-        options = {**own, **said, "problem_type": "single_label_classification", "ignore_mismatched_sizes": True}
+        options = {**own, **said, "ignore_mismatched_sizes": True}
         model, drawn = open_pretrained(AutoModelForSequenceClassification, name, path, dtype, **options)
         _check_drawn(model, drawn, name)
         model.accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever the Trainer passes
@@ -79,6 +93,17 @@ def load_classifier(
     chosen = _pooling_of(Path(path), config.model_type) if pooling in ("auto", OWN) else pooling
     prefix = backbone or base.base_model_prefix or "backbone"
     return _marked(PooledForSequenceClassification(PooledConfig(base.config, chosen, prefix, **said), base), [])
+
+
+def _token_classifier(name: str, path: str, config: Any, dtype: str, said: dict[str, Any]) -> Any:
+    if config.model_type not in modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
+        raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that tags tokens")
+    model, drawn = open_pretrained(
+        AutoModelForTokenClassification, name, path, dtype, **said, ignore_mismatched_sizes=True
+    )
+    _check_drawn(model, drawn, name)
+    model.accepts_loss_kwargs = False
+    return _marked(model, drawn)
 
 
 def is_classifier(model: nn.Module) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,8 +17,8 @@ from isotune.training.tasks.names import TASKS
 if TYPE_CHECKING:
     import datasets
 
-Row = dict[str, str]
-"""`text` and `label`, or `text` alone, or `prompt` and `completion`."""
+Row = dict[str, Any]
+"""What a task's columns give: `text` and `label`, `text` alone, `prompt` and `completion`, `messages`, ..."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Splits:
     validation: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
+    columns: dict[str, list[str]] = field(default_factory=dict, compare=False)
+    """What each key of a row was read from, in the training rows."""
 
 
 def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
@@ -41,6 +45,7 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     source = open_source(data.train, data.subset, data.quoting)
     if "train" not in source:
         raise DataError(f"{data.train} has no split 'train'; it has: {', '.join(source)}")
+    columns = TASKS[task].columns(data, source["train"].column_names)
     train = read_rows(source["train"], data, task, data.train)
     labels = TASKS[task].labels(train, data)
     test = _named_split(data.test, source, data, task) if data.test else []
@@ -52,8 +57,8 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     train = sample_rows(train, data.max_train_rows, seed)
     validation, test = (sample_rows(rows, data.max_eval_rows, seed) for rows in (validation, test))
     for name, rows in (("validation", validation), ("test", test)):
-        check_labels(rows, labels, f"the {name} rows")
-    return Splits(train, validation, test, labels)
+        TASKS[task].check(rows, labels, f"the {name} rows")
+    return Splits(train, validation, test, labels, columns)
 
 
 def sample_rows(rows: list[Row], most: int | None, seed: int) -> list[Row]:
@@ -63,20 +68,24 @@ def sample_rows(rows: list[Row], most: int | None, seed: int) -> list[Row]:
     return [rows[index] for index in _permutation(len(rows), seed)[:most]]
 
 
-def load_rows(source: str, data: DataSettings, task: str) -> list[Row]:
-    """The rows of one file (or split `test`, else `train`, of a source with several splits)."""
+def load_rows(source: str, data: DataSettings, task: str, unanswered: bool = False) -> list[Row]:
+    """The rows of one file (or split `test`, else `train`, of a source with several splits).
+
+    With `unanswered`, the column with what is to be learnt may be missing.
+    """
     from isotune.training.sources import open_source
 
     splits = open_source(source, data.subset, data.quoting)
     name = "test" if "test" in splits else next(iter(splits))
-    return read_rows(splits[name], data, task, source)
+    return read_rows(splits[name], data, task, source, unanswered)
 
 
 def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split off a seeded share of the rows: the same share of every label, and always one row left of each."""
+    """Split off a seeded share of the rows: the same share of every class, and always one row left of each."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index in _permutation(len(rows), seed):
-        groups[rows[index].get("label", "")].append(index)
+        label = rows[index].get("label", "")
+        groups[label if isinstance(label, str) else ""].append(index)
     held: set[int] = set()
     for members in groups.values():
         held.update(members[: min(round(fraction * len(members)), len(members) - 1)])
@@ -96,30 +105,26 @@ def _cut_tail(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], l
     return [{"text": text[:place]}], [{"text": text[place:]}]
 
 
-def check_labels(rows: list[Row], labels: list[str], where: str) -> None:
-    """Raise DataError for the first row whose label is not among `labels`; rows without labels pass."""
-    known = set(labels)
-    for number, row in enumerate(rows, start=1):
-        if "label" in row and row["label"] not in known:
-            raise DataError(
-                f"row {number} of {where} has the label {row['label']!r}, which the training rows do not have; "
-                f"they have: {', '.join(labels)}"
-            )
-
-
-def read_rows(dataset: datasets.Dataset, data: DataSettings, task: str, where: str) -> list[Row]:
-    """The columns that the task needs, as text; every row is checked.
+def read_rows(
+    dataset: datasets.Dataset, data: DataSettings, task: str, where: str, unanswered: bool = False
+) -> list[Row]:
+    """The columns that the task needs; every row is checked.
 
     Raises:
         DataError: An unknown column, or a row in which one of them is missing or blank.
     """
     if not len(dataset):
         raise DataError(f"{where}: there are no rows")
-    columns = TASKS[task].columns(data)
+    kind, found = TASKS[task], dataset.column_names
+    columns = kind.columns(data, found)
+    if unanswered and not set(columns.get(kind.answer, ())) <= set(found):
+        del columns[kind.answer]
     for key, names in columns.items():
         for name in names:
-            _check_column(name, key, dataset.column_names, where)
-    read = {key: _join(dataset, names, data.separator, where) for key, names in columns.items()}
+            _check_column(name, "text" if key == "pair" else key, found, where)
+    read = {
+        key: _cells(dataset, names, partial(kind.cell, key), data.separator, where) for key, names in columns.items()
+    }
     return [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
 
 
@@ -130,15 +135,21 @@ def _check_column(name: str, key: str, found: list[str], where: str) -> None:
         )
 
 
-def _join(dataset: datasets.Dataset, names: list[str], separator: str, where: str) -> list[str]:
-    parts: list[list[str]] = []
+def _cells(
+    dataset: datasets.Dataset, names: list[str], read: Callable[[Any], Any], separator: str, where: str
+) -> list[Any]:
+    """The cells of a column; of several, their texts joined."""
+    parts: list[list[Any]] = []
     for name in names:
-        texts = ["" if value is None else str(value) for value in dataset[name][:]]
-        for number, text in enumerate(texts, start=1):
-            if not text.strip():
-                raise DataError(f"{where}: row {number} has nothing in column {name!r} (rows counted from 1)")
-        parts.append(texts)
-    return [separator.join(values) for values in zip(*parts, strict=True)]
+        parts.append([])
+        for number, value in enumerate(dataset[name][:], start=1):
+            try:
+                parts[-1].append(read(value))
+            except ValueError as error:
+                raise DataError(
+                    f"{where}: row {number} has {error} in column {name!r} (rows counted from 1)"
+                ) from None
+    return parts[0] if len(parts) == 1 else [separator.join(values) for values in zip(*parts, strict=True)]
 
 
 def _named_split(name: str, source: dict[str, datasets.Dataset], data: DataSettings, task: str) -> list[Row]:

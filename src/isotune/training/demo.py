@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isotune.checkpoint.base import MINILM
 from isotune.checkpoint.export import export_lora
 from isotune.checkpoint.load import load
 from isotune.training.export import base_of
 from isotune.training.folder import RunFolder
-from isotune.training.models import MINILM
 from isotune.training.pretrained import frozen_probe
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import build_recipe

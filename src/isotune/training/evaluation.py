@@ -17,7 +17,7 @@ import transformers
 from isotune.checkpoint.files import write_atomically
 from isotune.errors import DataError, IsotuneError
 from isotune.training.arguments import machine_arguments
-from isotune.training.data import Row, check_labels, load_rows, load_splits
+from isotune.training.data import Row, load_rows, load_splits
 from isotune.training.folder import RunFolder, trained_folder
 from isotune.training.forgetting import Forgetting, ForgettingSettings
 from isotune.training.model_folder import open_trained
@@ -69,7 +69,7 @@ def evaluate(
     if predictions is not None:
         _check_predictions(Path(predictions))
     rows = rows_for(data, spec, recipe, columns or _NO_CHANGES, ("test", "validation"))
-    check_labels(rows, spec.labels, "the data")
+    TASKS[spec.task].check(rows, spec.labels, "the data")
     held_out = None
     if forgetting is not None:
         screen.say("measuring the pretrained model on the rows of forgetting")

@@ -33,7 +33,7 @@ HIGHER_IS_BETTER = {"probe_accuracy": True, "similarity": True, "perplexity": Fa
 """The measures."""
 
 
-def settings_for(task: str, rows: str, **columns: str) -> ForgettingSettings:
+def settings_for(task: str, rows: str, **columns: str | None) -> ForgettingSettings:
     """Settings for a single source: of a classification's rows a part is held out, causal-lm is measured on all."""
     return ForgettingSettings(**{"train" if TASKS[task].probed else "test": rows, **columns})
 

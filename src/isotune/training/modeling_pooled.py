@@ -67,12 +67,16 @@ class PooledForSequenceClassification(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
     ) -> SequenceClassifierOutput:
-        """Logits of shape (batch, labels), and the mean cross entropy where `labels` are given."""
+        """Logits of shape (batch, labels), and the mean loss (cross entropy, or squared error) of `labels`."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         backbone = getattr(self, self.config.backbone)
         tokens = backbone(input_ids=input_ids, attention_mask=mask, **kwargs).last_hidden_state
         logits = self.head(pool(tokens, mask, self.config.pooling).to(self.head.weight.dtype))
-        loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
+        loss = None
+        if labels is not None and self.config.problem_type == "regression":
+            loss = nn.functional.mse_loss(logits[:, 0], labels.to(logits.dtype))
+        elif labels is not None:
+            loss = nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 

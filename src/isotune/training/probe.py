@@ -1,4 +1,4 @@
-"""A linear probe: the frozen model's features once, then a logistic regression to convergence."""
+"""A linear probe: the frozen model's features once, then a logistic or a ridge regression to convergence."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from isotune.training.classifiers import features_as_logits, logits_layer
 from isotune.training.tasks.classification import classification_metrics
 from isotune.training.tasks.collator import Collator
 from isotune.training.tasks.contract import Example
+from isotune.training.tasks.regression import regression_metrics
 
 STRENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 """L2 strengths tried, on standardised features, strongest first."""
@@ -34,8 +35,9 @@ class Probe:
         return features.double() @ self.weight.T + self.bias
 
     def metrics(self, features: Tensor, labels: Tensor) -> dict[str, float]:
-        """Accuracy, macro-F1 and loss on features of shape (n, hidden)."""
-        return classification_metrics(self.logits(features).numpy(), labels.numpy())
+        """What the task measures, on features of shape (n, hidden)."""
+        measure = regression_metrics if labels.is_floating_point() else classification_metrics
+        return measure(self.logits(features).numpy(), labels.numpy())
 
 
 def extract_features(
@@ -79,12 +81,12 @@ def fit_probe(
     strengths: Sequence[float] | None = None,
     bias: bool = True,
 ) -> Probe:
-    """Logistic regressions from the strongest L2 to the weakest; the validation rows choose one.
+    """Regressions from the strongest L2 to the weakest, logistic or by least squares; the validation rows choose one.
 
     Args:
         features: Shape (n, hidden), float64.
-        labels: Shape (n,).
-        classes: Number of classes.
+        labels: Shape (n,): class numbers, or floats to regress on.
+        classes: Number of classes; not looked at where the labels are floats.
         validation: Features and labels to choose by (accuracy, then loss).
         strengths: The L2 strengths to try, strongest first; by default `STRENGTHS`, or without validation rows 1e-3.
         bias: Whether the scores have one; without, that of the probe is zero.
@@ -97,15 +99,31 @@ def fit_probe(
     # to be trained with the backbone. MiniLM has three.
     scale = torch.where(spread > NEXT_TO_CONSTANT * spread.max(), spread, math.inf)
     standard = (features - mean) / scale
-    parameters = torch.zeros(classes, features.shape[1] + 1, dtype=torch.float64)
+    numbers = labels.is_floating_point()
+    parameters = torch.zeros(1 if numbers else classes, features.shape[1] + 1, dtype=torch.float64)
     fitted = []
     for strength in strengths:
-        parameters = _logistic_regression(standard, labels, strength, parameters, bias)
+        if numbers:
+            parameters = _ridge_regression(standard, labels, strength, bias)
+        else:
+            parameters = _logistic_regression(standard, labels, strength, parameters, bias)
         weight = parameters[:, :-1] / scale
         probe = Probe(weight, parameters[:, -1] - weight @ mean, strength, {})
         metrics = probe.metrics(*validation) if validation is not None else {}
         fitted.append(Probe(probe.weight, probe.bias, strength, metrics))
     return max(fitted, key=lambda probe: (probe.validation.get("accuracy", 0), -probe.validation.get("loss", 0)))
+
+
+def _ridge_regression(features: Tensor, labels: Tensor, l2: float, bias: bool) -> Tensor:
+    """Minimises half the mean squared error + l2/2 |weight|²: (1, hidden + 1), the last the bias, unpenalised."""
+    labels = labels.double()
+    mean, center = (
+        (features.mean(0), labels.mean()) if bias else (torch.zeros_like(features[0]), labels.new_zeros(()))
+    )
+    X, y = features - mean, labels - center
+    gram = X.mT @ X / len(X) + l2 * torch.eye(X.shape[1], dtype=X.dtype)
+    weight = torch.linalg.solve(gram, X.mT @ y / len(X))
+    return torch.cat([weight, (center - weight @ mean)[None]])[None]
 
 
 def _logistic_regression(features: Tensor, labels: Tensor, l2: float, start: Tensor, bias: bool) -> Tensor:

@@ -13,7 +13,13 @@ from isotune.recipes import Section, checked
 
 T = TypeVar("T")
 
-_FIELD_TASKS = {"text-classification": "classification", "text-generation": "causal-lm"}
+_FIELD_TASKS = {
+    "text-classification": "classification",
+    "sequence-classification": "classification",
+    "text-regression": "regression",
+    "ner": "token-classification",
+    "text-generation": "causal-lm",
+}
 """What the tasks are called elsewhere."""
 
 
@@ -26,10 +32,23 @@ class DataSettings(Section):
     )
     test: str | None = Field(default=None, description="A file, or the name of a split of `train`.")
     subset: str | None = Field(default=None, description="Which configuration of a hub dataset.")
-    text: str | list[str] = Field(default="text", description="Column with the text (several are joined).")
-    label: str = Field(default="label", description="Column with the label (classification).")
+    text: str | list[str] | None = Field(
+        default=None,
+        description="Column with the text, or two with a pair of texts; three or more are joined, and so are those "
+        "of a causal-lm. By default one of the usual names (text, sentence, premise and hypothesis, ...).",
+    )
+    label: str | None = Field(
+        default=None, description="Column with the label, the number, or the tags; by default one of the usual names."
+    )
     prompt: str | None = Field(default=None, description="Column with the prompt (causal-lm); not trained on.")
     completion: str | None = Field(default=None, description="Column with the completion (causal-lm).")
+    messages: str | None = Field(
+        default=None, description="Column with a chat (causal-lm): its assistant's turns are trained on."
+    )
+    packing: bool = Field(
+        default=False,
+        description="Prompts and chats (causal-lm): several of them in a sequence of max_length.",
+    )
     separator: str = Field(default="\n", description="Put between joined columns, and after a prompt.")
     quoting: Literal["auto", "minimal", "none"] = Field(
         default="auto",
@@ -61,8 +80,8 @@ class ForgettingSettings(Section):
         "rows to hold out; for causal-lm general text.",
     )
     subset: str | None = Field(default=None, description="Which configuration of a hub dataset.")
-    text: str | list[str] = Field(default="text", description="Column with the text (several are joined).")
-    label: str = Field(default="label", description="Column with the label (classification).")
+    text: str | list[str] | None = Field(default=None, description="Column with the text, as in data.")
+    label: str | None = Field(default=None, description="Column with the label (classification), as in data.")
     separator: str = Field(default="\n", description="Put between joined columns.")
     max_rows: int | None = Field(
         default=None, ge=1, description="At most so many training rows and so many test rows, a seeded sample."
@@ -89,7 +108,9 @@ class Recipe(Section):
     """A training run. `resolved` gives the recipe with absolute paths, as it is kept in the run's folder."""
 
     model: str = Field(description="Folder or hub id of the pretrained model; `minilm` for the packaged one.")
-    task: Literal["classification", "causal-lm"] = Field(default="classification", description="What to learn.")
+    task: Literal["classification", "regression", "token-classification", "causal-lm"] = Field(
+        default="classification", description="What to learn."
+    )
     data: DataSettings = Field(description="The rows and their columns.")
     method: dict[str, Any] = Field(
         default={"name": "hra"}, description="The method's name and its options; `full` trains the whole model."
@@ -99,10 +120,10 @@ class Recipe(Section):
     overrides: dict[str, dict[str, Any]] = Field(default={}, description="Method options per target.")
     train_also: list[str] = Field(default=[], description="Modules trained in full beside the adapter.")
     head: Literal["probe", "random"] = Field(
-        default="probe", description="Start of the classification head: a converged linear probe, or random."
+        default="probe", description="Start of the head: a converged linear probe, or random."
     )
     pooling: Literal["auto", "mean", "cls", "last"] = Field(
-        default="auto", description="From token vectors to one vector (classification)."
+        default="auto", description="From token vectors to one vector (classification, regression)."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Data type of the frozen base model."
@@ -130,8 +151,10 @@ class Recipe(Section):
     def _prompt_with_completion(self) -> Recipe:
         if (self.data.prompt is None) != (self.data.completion is None):
             raise ValueError("data.prompt and data.completion are given together")
-        if self.data.prompt is not None and self.task != "causal-lm":
-            raise ValueError("data.prompt and data.completion belong to task: causal-lm")
+        if self.task != "causal-lm" and (self.data.prompt is not None or self.data.messages is not None):
+            raise ValueError("data.prompt, data.completion and data.messages belong to task: causal-lm")
+        if sum(named is not None for named in (self.data.text, self.data.prompt, self.data.messages)) > 1:
+            raise ValueError("name one of data.text, data.prompt (with data.completion) and data.messages")
         return self
 
     def resolved(self) -> Recipe:

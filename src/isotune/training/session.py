@@ -34,14 +34,19 @@ class TaskSpec:
     dtype: str
     backbone: str | None = "backbone"
     """What the classifiers of version 0.1.0 call their backbone; None since."""
+    packing: bool = False
+    """Whether prompts and chats share sequences."""
+    pairs: bool = False
+    """Whether two columns of text are a pair to the tokenizer; version 0.1.0 joined them by the separator."""
 
     @classmethod
     def of(cls, recipe: Recipe, labels: list[str]) -> TaskSpec:
         """The part of a recipe that outlives the training."""
         data = recipe.data
         return cls(
-            recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype, None
-        )
+            recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype, None,
+            data.packing, True,
+        )  # fmt: skip
 
     @classmethod
     def read(cls, adapter: Path) -> TaskSpec:
@@ -93,7 +98,7 @@ class Session:
             data_collator=self.collator,
             train_dataset=list(train) or None,
             eval_dataset=list(validation) or None,
-            compute_metrics=self.task.measured,
+            compute_metrics=lambda prediction: self.task.measured(prediction, self.spec.labels),
             preprocess_logits_for_metrics=self.task.reduced,
             callbacks=callbacks,
             base_model=self.spec.model,

@@ -55,7 +55,8 @@ def start_from(session: Session, probe: Probe, screen: Screen) -> None:
         head.weight.copy_(probe.weight)
         if head.bias is not None:
             head.bias.copy_(probe.bias)
-    shown = f": validation accuracy {probe.validation['accuracy']:.4f}" if probe.validation else ""
+    metric = session.task.metric
+    shown = f": validation {metric} {probe.validation[metric]:.4f}" if probe.validation else ""
     screen.say(f"the head starts from a linear probe{shown}")
 
 

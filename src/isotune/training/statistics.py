@@ -14,7 +14,6 @@ from isotune.statistics.likelihood import Expectation
 from isotune.statistics.second_moment import second_moments
 from isotune.statistics.stored import write_statistic
 from isotune.statistics.whole_model import parameter_fisher
-from isotune.training.data import check_labels
 from isotune.training.evaluation import find_trained, rows_for
 from isotune.training.model_folder import is_model_folder, open_trained
 from isotune.training.progress import Screen, quiet_libraries
@@ -73,7 +72,7 @@ def collect_fisher(
     expectation = expectation or usual
     rows = rows_for(data, spec, recipe, columns or {}, ("train",))
     if expectation == "empirical":
-        check_labels(rows, spec.labels, "the data")
+        TASKS[spec.task].check(rows, spec.labels, "the data")
     else:
         rows = [{key: value for key, value in row.items() if key != "label"} for row in rows]
     session = open_trained(adapter, model, force)

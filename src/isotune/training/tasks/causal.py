@@ -1,4 +1,11 @@
-"""Causal language modelling: prompt and completion, or plain text in blocks."""
+"""Causal language modelling: prompt and completion, chats, or plain text in blocks.
+
+- Prompt and completion: `prompt + separator`, then `completion` and the end token, tokenised apart; the prompt is not
+  trained on. Too long a row loses the start of its prompt.
+- Chats: the model's own template, turn by turn. What the template adds for a turn of the assistant's, up to the end
+  token, is trained on, and nothing else. Too long a chat loses its start.
+- Text: all texts, an end token after each, as one stream in blocks of `max_length` tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +21,22 @@ from torch import Tensor
 from isotune.errors import DataError
 from isotune.training.models import load_causal
 from isotune.training.tasks.collator import IGNORED
-from isotune.training.tasks.contract import Example, Task
+from isotune.training.tasks.contract import Example, Task, named_or_guessed
 
 if TYPE_CHECKING:
     from isotune.training.data import Row
     from isotune.training.recipe import DataSettings
     from isotune.training.session import TaskSpec
+
+
+_CHATS = ("messages", "conversations", "conversation", "chat")
+_USUAL = (
+    "text", *_CHATS, ("prompt", "completion"), ("question", "answer"), ("instruction", "output"),
+    ("instruction", "response"), ("prompt", "response"), ("input", "output"), "content",
+)  # fmt: skip
+"""How data sets call texts, chats, and prompts with their completions."""
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+"""What some data sets call the speakers."""
 
 
 def token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
@@ -33,18 +50,33 @@ def token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
 
 
 class CausalLM(Task):
-    """Rows of `prompt` and `completion`, or of `text`."""
+    """Rows of `prompt` and `completion`, of `messages`, or of `text`."""
 
+    answer = "completion"
     metrics = ("perplexity", "loss")
     metric = "loss"
     higher_is_better = False
     reduced = staticmethod(token_losses)
 
-    def columns(self, data: DataSettings) -> dict[str, list[str]]:
-        """Prompt and completion, where they are named, else the text."""
+    def columns(self, data: DataSettings, found: Sequence[str]) -> dict[str, list[str]]:
+        """Prompt and completion, chats, or text: as named, else as the columns are called."""
         if data.prompt is not None and data.completion is not None:
             return {"prompt": [data.prompt], "completion": [data.completion]}
-        return {"text": [data.text] if isinstance(data.text, str) else data.text}
+        if data.text is not None:
+            return {"text": named_or_guessed(data.text, found, ())}
+        if data.messages is not None:
+            return {"messages": [data.messages]}
+        usual = named_or_guessed(None, found, _USUAL)
+        keys = ("prompt", "completion") if len(usual) == 2 else ("messages",) if usual[0] in _CHATS else ("text",)
+        return {key: [name] for key, name in zip(keys, usual, strict=True)}
+
+    def cell(self, key: str, value: Any) -> Any:
+        """Chats are lists of messages; the rest is text."""
+        if key == "messages":
+            return _chat(value)
+        if isinstance(value, (list, dict)):
+            raise ValueError(f"a {type(value).__name__} and no text (chats are named with data.messages)")
+        return super().cell(key, value)
 
     def is_one_document(self, rows: Sequence[Row]) -> bool:
         """A single row of text."""
@@ -55,21 +87,25 @@ class CausalLM(Task):
         return load_causal(spec.model, spec.dtype), [], spec
 
     def examples(self, rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[Example]:
-        """Prompt and completion with the prompt masked, or texts packed into blocks of `spec.max_length`.
+        """What is not trained on is masked; texts are packed into blocks of `spec.max_length`.
 
         Raises:
-            DataError: The tokenizer has no end token to close a completion or a text with.
+            DataError: The tokenizer has no end token to close a completion or a text with, or no chat template.
         """
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-text token, which a causal-lm task needs")
         if not rows:
             return []
         assert spec.max_length is not None
-        if "prompt" in rows[0]:
-            return _completions(rows, tokenizer, spec.max_length, spec.separator)
-        return _blocks(rows, tokenizer, spec.max_length)
+        if "text" in rows[0]:
+            return _blocks(rows, tokenizer, spec.max_length)
+        if "messages" in rows[0]:
+            found = _chats(rows, tokenizer, spec.max_length)
+        else:
+            found = _completions(rows, tokenizer, spec.max_length, spec.separator)
+        return _packed(found, spec.max_length) if spec.packing else found
 
-    def measured(self, prediction: transformers.EvalPrediction) -> dict[str, float]:
+    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
         """Of the rows' `token_losses`."""
         return causal_metrics(np.asarray(prediction.predictions))
 
@@ -90,6 +126,82 @@ def _completions(rows: Sequence[Row], tokenizer: Any, max_length: int, separator
         asked = prompt[-(max_length - len(answer)) :]
         examples.append({"input_ids": asked + answer, "labels": [IGNORED] * len(asked) + answer})
     return examples
+
+
+def _chat(value: Any) -> list[dict[str, str]]:
+    """A cell as a chat, whose messages have a role and a content. Raises ValueError where it is none."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"a {type(value).__name__} and no list of messages")
+    found = []
+    for message in value:
+        if not isinstance(message, dict):
+            raise ValueError(f"a {type(message).__name__} among its messages")
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"a message without role and content ({', '.join(message) or 'empty'})")
+        found.append({"role": _ROLES.get(role, role), "content": content})
+    if not any(message["role"] == "assistant" for message in found):
+        raise ValueError("a chat without a turn of the assistant's")
+    return found
+
+
+def _chats(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:
+    """Chats in the tokenizer's template, the assistant's turns as labels."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template, which tells how messages become text; take a model that was made to "
+            "chat, or give prompts and completions"
+        )
+    examples: list[Example] = []
+    for number, row in enumerate(rows, start=1):
+        ids, labels = chat_tokens(row["messages"], tokenizer, f"row {number}")
+        if all(label == IGNORED for label in labels[-max_length:]):
+            raise DataError(
+                f"row {number} ends with more than {max_length} tokens (data.max_length) of no assistant's"
+            )
+        examples.append({"input_ids": ids[-max_length:], "labels": labels[-max_length:]})
+    return examples
+
+
+def chat_tokens(messages: Sequence[dict[str, str]], tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+    """A chat as tokens, and its labels: each turn of the assistant's from where it is asked for to its end token.
+
+    Raises DataError where the template does not grow turn by turn.
+    """
+
+    def rendered(count: int, asking: bool = False) -> list[int]:
+        return tokenizer.apply_chat_template(
+            list(messages[:count]), tokenize=True, add_generation_prompt=asking, return_dict=False
+        )
+
+    ids = rendered(len(messages))
+    labels = [IGNORED] * len(ids)
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = rendered(place, asking=True), rendered(place + 1)
+        if ids[: len(after)] != after or after[: len(before)] != before:
+            raise DataError(
+                f"{where}: the chat template writes what came before anew when a turn is added, so that the turns "
+                "cannot be told apart; give prompts and completions"
+            )
+        turn = after[len(before) :]
+        if tokenizer.eos_token_id in turn:
+            turn = turn[: turn.index(tokenizer.eos_token_id) + 1]
+        labels[len(before) : len(before) + len(turn)] = turn
+    return ids, labels
+
+
+def _packed(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Examples one after the other in sequences that hold as many as fit; the first label of each is dropped."""
+    found: list[Example] = []
+    for example in examples:
+        ids, labels = example["input_ids"], [IGNORED, *example["labels"][1:]]
+        if found and len(found[-1]["input_ids"]) + len(ids) <= max_length:
+            found[-1] = {"input_ids": found[-1]["input_ids"] + ids, "labels": found[-1]["labels"] + labels}
+        else:
+            found.append({"input_ids": ids, "labels": labels})
+    return found
 
 
 def _blocks(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:

@@ -1,9 +1,9 @@
-"""Classification of texts: one label a row, the model's own head or one of ours."""
+"""Classification of texts and of pairs: one label a row, the model's own head or one of ours."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +11,7 @@ import torch
 import transformers
 
 from isotune.errors import DataError
-from isotune.training.classifiers import head_paths, load_classifier, pooling_of
-from isotune.training.tasks.contract import Example, Task
+from isotune.training.tasks.sequences import OnTexts
 
 if TYPE_CHECKING:
     from isotune.training.data import Row
@@ -20,47 +19,45 @@ if TYPE_CHECKING:
     from isotune.training.session import TaskSpec
 
 
-class Classification(Task):
-    """Rows of `text` and `label`."""
+class Classification(OnTexts):
+    """One of several labels for a text, or a pair."""
 
-    metrics = ("accuracy", "macro_f1", "loss")
+    metrics = ("accuracy", "macro_f1", "matthews", "loss")
     metric = "accuracy"
     higher_is_better = True
-    probed = True
     expectation = "exact"
 
-    def columns(self, data: DataSettings) -> dict[str, list[str]]:
-        """Text and label."""
-        return {"text": [data.text] if isinstance(data.text, str) else data.text, "label": [data.label]}
-
     def labels(self, rows: Sequence[Row], data: DataSettings) -> list[str]:
-        """The labels that the rows have, numbers by their size. Raises DataError for a single one."""
+        """The labels that the rows have, numbers by their size. Raises DataError for a single one, or a measure."""
         labels = sorted({row["label"] for row in rows}, key=_number_or_word)
         if len(labels) < 2:
+            named = f" (column {data.label!r})" if data.label else ""
             raise DataError(
                 f"{data.train}: every training row has the label {labels[0]!r}; "
-                f"a classification needs at least two (column {data.label!r})"
+                f"a classification needs at least two{named}"
+            )
+        if len(labels) > 10 and all(map(_is_measure, labels)):
+            raise DataError(
+                f"{data.train}: the {len(labels)} labels are numbers such as {labels[0]} and {labels[-1]}, which "
+                "measure something and are no classes; learn them with task: regression (--task regression)"
             )
         return labels
 
-    def load(self, spec: TaskSpec) -> tuple[Any, list[str], TaskSpec]:
-        """A classifier, and its pooling."""
-        model = load_classifier(spec.model, spec.labels, spec.pooling, spec.dtype, spec.backbone)
-        return model, head_paths(model), replace(spec, pooling=pooling_of(model))
+    def check(self, rows: Sequence[Row], labels: Sequence[str], where: str) -> None:
+        """Raise DataError for the first row whose label is not among `labels`; rows without labels pass."""
+        known = set(labels)
+        for number, row in enumerate(rows, start=1):
+            if "label" in row and row["label"] not in known:
+                raise DataError(
+                    f"row {number} of {where} has the label {row['label']!r}, which the training rows do not have; "
+                    f"they have: {', '.join(labels)}"
+                )
 
-    def examples(self, rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[Example]:
-        """Texts cut at `spec.max_length` tokens; labels as numbers, where the rows have labels."""
-        if not rows:
-            return []
-        numbers = {name: number for number, name in enumerate(spec.labels)}
-        texts = [row["text"] for row in rows]
-        tokens = tokenizer(texts, truncation=True, max_length=spec.max_length)["input_ids"]
-        return [
-            {"input_ids": ids, "labels": numbers[row["label"]]} if "label" in row else {"input_ids": ids}
-            for ids, row in zip(tokens, rows, strict=True)
-        ]
+    def number(self, label: str, spec: TaskSpec) -> int:
+        """The label's place among the task's."""
+        return spec.labels.index(label)
 
-    def measured(self, prediction: transformers.EvalPrediction) -> dict[str, float]:
+    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
         """Of logits of shape (rows, classes)."""
         return classification_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
 
@@ -74,7 +71,7 @@ class Classification(Task):
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, macro-F1 (over the classes that occur in labels or predictions) and mean cross entropy."""
+    """Accuracy, macro-F1 (over the classes in labels or predictions), Matthews' correlation, mean cross entropy."""
     predicted = logits.argmax(-1)
     scores = []
     for label in np.union1d(labels, predicted):
@@ -84,9 +81,29 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     return {
         "accuracy": float((predicted == labels).mean()),
         "macro_f1": float(np.mean(scores)),
+        "matthews": matthews(predicted, labels, logits.shape[-1]),
         "loss": loss.item(),
     }
 
 
+def matthews(predicted: np.ndarray, labels: np.ndarray, classes: int) -> float:
+    """The correlation of predictions and labels as one-hot vectors; 0 where one of them is constant.
+
+    Gorodkin, "Comparing two K-category assignments by a K-category correlation coefficient", 2004.
+    """
+    found, true = np.eye(classes)[predicted], np.eye(classes)[labels]
+    found, true = found - found.mean(0), true - true.mean(0)
+    spread = math.sqrt(float((found**2).sum()) * float((true**2).sum()))
+    return float((found * true).sum()) / spread if spread else 0.0
+
+
 def _number_or_word(label: str) -> tuple[int, int, str]:
     return (0, int(label), label) if label.lstrip("-").isdecimal() else (1, 0, label)
+
+
+def _is_measure(label: str) -> bool:
+    """Whether it is a number with a fraction, or written like one."""
+    try:
+        return "." in label and math.isfinite(float(label))
+    except ValueError:
+        return False

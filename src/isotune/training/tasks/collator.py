@@ -20,15 +20,17 @@ class Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Tensors `input_ids`, `attention_mask` of shape (batch, longest), and `labels` where there are some."""
+        """`input_ids`, `attention_mask` of shape (batch, longest); `token_type_ids` and `labels` where given."""
         longest = max(len(example["input_ids"]) for example in examples)
         batch = {
             "input_ids": _padded([example["input_ids"] for example in examples], longest, self.pad_token_id),
             "attention_mask": _padded([[1] * len(example["input_ids"]) for example in examples], longest, 0),
         }
+        if "token_type_ids" in examples[0]:
+            batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], longest, 0)
         labels = [example["labels"] for example in examples if "labels" in example]
         if labels:
-            numbers = isinstance(labels[0], int)
+            numbers = isinstance(labels[0], int | float)
             batch["labels"] = torch.tensor(labels) if numbers else _padded(labels, longest, IGNORED)
         return batch
 

@@ -23,6 +23,8 @@ Example = dict[str, Any]
 class Task(ABC):
     """A task: the columns it reads, the model it loads, and what is measured of it."""
 
+    answer: ClassVar[str]
+    """The key of a `Row` that holds what is to be learnt; rows without it can be predicted, and not measured."""
     metrics: ClassVar[tuple[str, ...]]
     """What is measured, the name of the mean loss among it."""
     metric: ClassVar[str]
@@ -35,12 +37,19 @@ class Task(ABC):
     """Over which labels a Fisher information is taken, unless one says else."""
 
     @abstractmethod
-    def columns(self, data: DataSettings) -> dict[str, list[str]]:
-        """By key of a `Row` the columns it is made of."""
+    def columns(self, data: DataSettings, found: Sequence[str]) -> dict[str, list[str]]:
+        """By key of a `Row` the columns it is made of: as named in the recipe, else guessed from those there are."""
+
+    def cell(self, key: str, value: Any) -> Any:
+        """A cell as the row has it; by default text. Raises ValueError, whose message completes "the row has ..."."""
+        return as_text(value)
 
     def labels(self, rows: Sequence[Row], data: DataSettings) -> list[str]:
         """The label names in the order of their numbers. Raises DataError where the rows do not make a task."""
         return []
+
+    def check(self, rows: Sequence[Row], labels: Sequence[str], where: str) -> None:  # noqa: B027
+        """Raise DataError for the first row whose answer the training rows, with these labels, do not know."""
 
     def is_one_document(self, rows: Sequence[Row]) -> bool:
         """Whether the rows are one text, whose end is held out in place of some of the rows."""
@@ -58,8 +67,8 @@ class Task(ABC):
     """What the trainer keeps of each batch's logits, as a function of logits and labels; None: the logits."""
 
     @abstractmethod
-    def measured(self, prediction: transformers.EvalPrediction) -> dict[str, float]:
-        """`metrics` of what the trainer kept."""
+    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
+        """`metrics` of what the trainer kept; `labels` are the task's."""
 
     @abstractmethod
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
@@ -73,3 +82,46 @@ class Task(ABC):
     def signed(self, value: float) -> float:
         """A value of `metric` with the sign that makes more better."""
         return value if self.higher_is_better else -value
+
+
+def named_or_guessed(
+    named: str | Sequence[str] | None, found: Sequence[str], usual: Sequence[str | tuple[str, ...]]
+) -> list[str]:
+    """The columns that the recipe names, else the first of the usual ones that are there, else the first usual."""
+    if named is not None:
+        return [named] if isinstance(named, str) else list(named)
+    choices = [[one] if isinstance(one, str) else list(one) for one in usual]
+    return next((choice for choice in choices if set(choice) <= set(found)), choices[0])
+
+
+def as_text(value: Any) -> str:
+    """A cell as text. Raises ValueError where there is none in it."""
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"a {type(value).__name__} and no text")
+    text = "" if value is None else str(value)
+    if not text.strip():
+        raise ValueError("nothing")
+    return text
+
+
+def as_words(value: Any) -> list[str]:
+    """A cell as a list of words, or of tags. Raises ValueError where it is none."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{_short(value)} and no list of words")
+    return [as_text(word) for word in value]
+
+
+def as_number(value: Any) -> float:
+    """A cell as a number. Raises ValueError where it is none, or not finite."""
+    try:
+        number = float(as_text(value))
+    except ValueError:
+        raise ValueError(f"{_short(value)} and no number") from None
+    if not np.isfinite(number):
+        raise ValueError(f"{_short(value)}, which is not finite,")
+    return number
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."

@@ -5,6 +5,13 @@ from __future__ import annotations
 from isotune.training.tasks.causal import CausalLM
 from isotune.training.tasks.classification import Classification
 from isotune.training.tasks.contract import Task
+from isotune.training.tasks.regression import Regression
+from isotune.training.tasks.token_classification import TokenClassification
 
-TASKS: dict[str, Task] = {"classification": Classification(), "causal-lm": CausalLM()}
+TASKS: dict[str, Task] = {
+    "classification": Classification(),
+    "regression": Regression(),
+    "token-classification": TokenClassification(),
+    "causal-lm": CausalLM(),
+}
 """Recipes and task.json name them; both are checked when they are read."""
