@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from isotune.cli.report import write_beside
+from isotune.errors import OptionError
 
 Flag = typer.Option
 
@@ -48,7 +49,15 @@ Examples:
 
   isotune evaluate ./adapter --model ./base --data new.csv --json
 
+  isotune evaluate runs/one --data questions.jsonl --generate 256 --match number --predictions answers.jsonl
+
+  isotune evaluate smollm2 --task causal-lm --data questions.jsonl
+
   isotune evaluate runs/one --forgetting other-task.csv --forgetting-text question --forgetting-label topic
+
+--generate lets a language model answer each prompt and counts the answers that are right. With --task, what no run of
+isotune's made is evaluated, too: a LoRA, a merged model, a pretrained one by its name. With --predictions, the rows
+may lack the labels.
 
 The last one shows what the model has forgotten: a linear probe on another task's rows, three tenths of them held out,
 with the features of the pretrained and of the trained model; of language models, the perplexity on a text.
@@ -120,6 +129,11 @@ def evaluate_command(
     predictions: Annotated[Path | None, Flag(help="Write predictions here (.csv or .jsonl).")] = None,
     batch_size: Annotated[int, Flag(min=1, help="Rows at a time.")] = 64,
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
+    task: Annotated[str | None, Flag(help="What the model is for, if it does not say so itself.")] = None,
+    generate: Annotated[
+        int | None, Flag(min=1, help="Let a language model answer the prompts, in so many tokens at most.")
+    ] = None,
+    match: Annotated[str, Flag(help="What of an answer has to be right: text, or the last number in it.")] = "text",
     forgetting: Annotated[
         str | None, Flag(help="Rows of another task (causal-lm: general text) to measure before and after.")
     ] = None,
@@ -139,13 +153,16 @@ def evaluate_command(
         "messages": messages,
     }
     columns: dict[str, Any] = {key: name for key, name in named.items() if name is not None}
+    if match not in ("text", "number"):
+        raise OptionError(f"--match {match!r} is unknown; choose text or number")
+    kind: Any = match
     rows = None
     if forgetting is not None:
-        task = TaskSpec.read(find_trained(path)[0]).task
-        rows = settings_for(task, forgetting, text=forgetting_text, label=forgetting_label)
+        trained_for = task or TaskSpec.read(find_trained(path)[0]).task
+        rows = settings_for(trained_for, forgetting, text=forgetting_text, label=forgetting_label)
     metrics = evaluate(
         path, data, model=model, columns=columns, predictions=predictions, batch_size=batch_size, force=force,
-        forgetting=rows,
+        forgetting=rows, task=task, generate=generate, match=kind,
     )  # fmt: skip
     _show(metrics, as_json, "")
 

@@ -43,18 +43,21 @@ def write_model(folder: Path, model: Any, tokenizer: Any, spec: TaskSpec | None)
         (folder / TASK).write_text(replace(spec, backbone=None).to_json(), encoding="utf-8")
 
 
-def open_trained(folder: Path, model: str | None = None, force: bool = False) -> Session:
+def open_trained(
+    folder: Path, model: str | None = None, force: bool = False, spec: TaskSpec | None = None
+) -> Session:
     """The trained model in a folder: an adapter's, on its base, or a whole model.
 
     Args:
         folder: An adapter's folder, or one that `write_model` wrote.
         model: The pretrained model of an adapter, where it is not what the adapter was trained on by name.
         force: Use an adapter on a base model that does not look like its own.
+        spec: What it is for, where the folder itself does not say.
 
     Raises:
         IsotuneError: The folder was not written by isotune, or its files, or the base, cannot be used.
     """
-    spec = TaskSpec.read(folder)
+    spec = spec or TaskSpec.read(folder)
     if not is_model_folder(folder):
         session = Session(replace(spec, model=model) if model else spec)
         load(session.model, folder, force=force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,18 @@ def read_config(name: str, path: str) -> Any:
         return transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise IsotuneError(f"{name}: not a model folder here, nor a model the hub gave: {_first(error)}") from None
+
+
+def own_labels(name: str) -> list[str]:
+    """The labels that a model's configuration names, in the order of their numbers.
+
+    Raises IsotuneError where there is no such model, or its labels are those that transformers puts where none are.
+    """
+    config = read_config(name, locate(name))
+    labels = [config.id2label[number] for number in sorted(config.id2label)]
+    if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
+        raise IsotuneError(f"{name} names no labels of its own (id2label in its config.json): it is no classifier")
+    return labels
 
 
 def open_pretrained(kind: Any, name: str, path: str, dtype: str, **options: Any) -> tuple[Any, list[str]]:

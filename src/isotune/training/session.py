@@ -10,10 +10,10 @@ from typing import Any
 
 import transformers
 
-from isotune.errors import IsotuneError
+from isotune.errors import IsotuneError, OptionError, nearest
 from isotune.folders import TASK
 from isotune.training.data import Row
-from isotune.training.models import load_tokenizer
+from isotune.training.models import load_tokenizer, own_labels
 from isotune.training.recipe import Recipe
 from isotune.training.tasks.collator import Collator
 from isotune.training.tasks.contract import Example
@@ -47,6 +47,17 @@ class TaskSpec:
             recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype, None,
             data.packing, True,
         )  # fmt: skip
+
+    @classmethod
+    def plain(cls, task: str, model: str) -> TaskSpec:
+        """Of a model that no run of ours made: its own labels, and everything else by default.
+
+        Raises OptionError for an unknown task.
+        """
+        if task not in TASKS:
+            raise OptionError(f"task {task!r} is unknown.{nearest(task, TASKS)} The tasks are: {', '.join(TASKS)}")
+        labels = [] if task in ("causal-lm", "regression") else own_labels(model)
+        return cls(task, model, labels, "auto", None, "\n", "float32", None, False, True)
 
     @classmethod
     def read(cls, adapter: Path) -> TaskSpec:

@@ -114,6 +114,25 @@ class CausalLM(Task):
         return [{**row, "loss": float(s[0] / max(s[1], 1))} for row, s in zip(rows, scores, strict=True)]
 
 
+def prompt_tokens(rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[list[int]]:
+    """What the model goes on from, as in training: of each row the prompt, or the chat up to its last answer."""
+    if "messages" in rows[0]:
+        _check_template(tokenizer)
+        return [
+            list(tokenizer.apply_chat_template(
+                [*row["messages"][: _last_turn(row["messages"])]], tokenize=True, add_generation_prompt=True,
+                return_dict=False,
+            ))
+            for row in rows
+        ]  # fmt: skip
+    found = tokenizer([row["prompt"] + spec.separator for row in rows])["input_ids"]
+    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in found]
+
+
+def _last_turn(messages: Sequence[dict[str, str]]) -> int:
+    return max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+
+
 def _completions(rows: Sequence[Row], tokenizer: Any, max_length: int, separator: str) -> list[Example]:
     """Too long a row keeps its completion, and loses the start of its prompt first."""
     prompts = tokenizer([row["prompt"] + separator for row in rows])["input_ids"]
@@ -147,11 +166,7 @@ def _chat(value: Any) -> list[dict[str, str]]:
 
 def _chats(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:
     """Chats in the tokenizer's template, the assistant's turns as labels."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "the tokenizer has no chat template, which tells how messages become text; take a model that was made to "
-            "chat, or give prompts and completions"
-        )
+    _check_template(tokenizer)
     examples: list[Example] = []
     for number, row in enumerate(rows, start=1):
         ids, labels = chat_tokens(row["messages"], tokenizer, f"row {number}")
@@ -161,6 +176,14 @@ def _chats(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example
             )
         examples.append({"input_ids": ids[-max_length:], "labels": labels[-max_length:]})
     return examples
+
+
+def _check_template(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template, which tells how messages become text; take a model that was made to "
+            "chat, or give prompts and completions"
+        )
 
 
 def chat_tokens(messages: Sequence[dict[str, str]], tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
