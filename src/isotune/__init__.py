@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from isotune.checkpoint.load import load_weights as load_weights
     from isotune.checkpoint.save import save as save
     from isotune.errors import IsotuneError as IsotuneError
+    from isotune.integrations.peft_view import as_peft as as_peft
     from isotune.merging.adapters.merge import merge as merge
     from isotune.model.attach import adapt as adapt
     from isotune.model.attach import remove as remove
@@ -54,6 +55,7 @@ _HOMES = {
     "load_weights": "checkpoint.load",
     "save": "checkpoint.save",
     "IsotuneError": "errors",
+    "as_peft": "integrations.peft_view",
     "merge": "merging.adapters.merge",
     "adapt": "model.attach",
     "remove": "model.attach",
@@ -84,6 +86,7 @@ __all__ = [
     "accelerate_peft",
     "adapt",
     "after_step",
+    "as_peft",
     "calibrate",
     "describe",
     "disabled",

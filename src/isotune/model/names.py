@@ -17,10 +17,14 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
 """torch's modules that stand around another and lend it a name, with that name."""
+VIEW = "base_model_of_isotune"
+"""The attribute by which a view of ours on a model is known; it names where in the view the model is."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of what `torch.compile`, DDP, FSDP and activation checkpointing put around it."""
+    """The module inside of what `torch.compile`, DDP, FSDP, activation checkpointing and `as_peft` put around it."""
+    if (inside := getattr(type(module), VIEW, None)) is not None:
+        return unwrapped(module._modules[inside])  # type: ignore[arg-type]
     for kind in type(module).__mro__:
         if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
             inner = module._modules[_WRAPPERS[kind.__name__]]
