@@ -25,7 +25,7 @@ RUN = [name for name, page in PAGES.items() if any(block.is_run for block in blo
 def others_may_warn() -> Iterator[None]:
     """Others' warnings about what a page does with their libraries are no errors here."""
     with warnings.catch_warnings():
-        for library in ("peft", "diffusers", "torchao"):
+        for library in ("peft", "diffusers", "torchao", "trl", "transformers"):
             warnings.filterwarnings("ignore", module=library)
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,40 @@ def chats() -> Names:
     Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("stories.txt").write_text("Once upon a time there was a small dog. It liked to play in the park.\n" * 40)
     return causal_model()
+
+
+def talks() -> Names:
+    """The same, a model with a chat template at path/to/talker, chats, and preferences with their tokenizer."""
+    import transformers
+
+    names = chats()
+    shutil.copytree(STORIES, "path/to/talker")
+    turn = "{{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
+    asked = "{% if add_generation_prompt %}assistant: {% endif %}"
+    Path("path/to/talker/chat_template.jinja").write_text(f"{{% for m in messages %}}{turn}{{% endfor %}}{asked}")
+    rows = [json.loads(line) for line in Path("chats.jsonl").read_text().splitlines()]
+    talk = [
+        {"messages": [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]}
+        for r in rows
+    ]
+    write_jsonl(Path("talks.jsonl"), talk)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(STORIES)
+    tokenizer.pad_token = tokenizer.eos_token
+    preferences = [{"prompt": "Once upon a time", "chosen": " there was a dog", "rejected": " x"}] * 8
+    return {**names, "tokenizer": tokenizer, "preferences": preferences}
+
+
+def tasks() -> Names:
+    """An encoder, pairs of texts with a number and without, and a causal model with questions and answers."""
+    names = chats()
+    Path("path/to/encoder").symlink_to(MINILM)
+    texts = [row["text"] for row in sentences(24, 0)]
+    pairs = [
+        {"sentence1": a, "sentence2": b, "score": len(a) / len(b)} for a, b in zip(texts, texts[::-1], strict=True)
+    ]
+    write_jsonl(Path("pairs.jsonl"), pairs)
+    write_jsonl(Path("unlabelled.jsonl"), [{k: v for k, v in pair.items() if k != "score"} for pair in pairs[:4]])
+    return names
 
 
 def trained(*runs: str, **methods: str) -> Names:
@@ -148,7 +183,8 @@ def results() -> Names:
 WORLDS: dict[str, Callable[[], Names]] = {
     "index.md": encoder,
     "recipes/encoders.md": encoder,
-    "recipes/causal.md": chats,
+    "recipes/causal.md": talks,
+    "tasks.md": tasks,
     "recipes/convolutions.md": images,
     "recipes/diffusion.md": unet,
     "serving.md": finished_run,

@@ -186,32 +186,34 @@ def _check_template(tokenizer: Any) -> None:
         )
 
 
-def chat_tokens(messages: Sequence[dict[str, str]], tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+def chat_tokens(messages: list[dict[str, str]], tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
     """A chat as tokens, and its labels: each turn of the assistant's from where it is asked for to its end token.
 
-    Raises DataError where the template does not grow turn by turn.
+    Raises DataError where the template does not grow turn by turn, or the tokenizer cannot tell a token's place.
     """
 
-    def rendered(count: int, asking: bool = False) -> list[int]:
-        return tokenizer.apply_chat_template(
-            list(messages[:count]), tokenize=True, add_generation_prompt=asking, return_dict=False
-        )
+    def rendered(count: int, asking: bool = False) -> str:
+        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asking)
 
-    ids = rendered(len(messages))
-    labels = [IGNORED] * len(ids)
+    if not tokenizer.is_fast:
+        raise DataError("the tokenizer cannot tell where in a chat a token is; a fast one (tokenizer.json) can")
+    text = rendered(len(messages))
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, labels = tokens["input_ids"], [IGNORED] * len(tokens["input_ids"])
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before, after = rendered(place, asking=True), rendered(place + 1)
-        if ids[: len(after)] != after or after[: len(before)] != before:
+        if not text.startswith(after) or not after.startswith(before):
             raise DataError(
                 f"{where}: the chat template writes what came before anew when a turn is added, so that the turns "
                 "cannot be told apart; give prompts and completions"
             )
-        turn = after[len(before) :]
-        if tokenizer.eos_token_id in turn:
-            turn = turn[: turn.index(tokenizer.eos_token_id) + 1]
-        labels[len(before) : len(before) + len(turn)] = turn
+        for index, (_, end) in enumerate(tokens["offset_mapping"]):
+            if len(before) < end <= len(after):
+                labels[index] = ids[index]
+                if ids[index] == tokenizer.eos_token_id:
+                    break
     return ids, labels
 
 
