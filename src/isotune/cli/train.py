@@ -127,7 +127,9 @@ def evaluate_command(
     completion: Annotated[str | None, Flag(help="Column with the completion.")] = None,
     messages: Annotated[str | None, Flag(help="Column with chats.")] = None,
     predictions: Annotated[Path | None, Flag(help="Write predictions here (.csv or .jsonl).")] = None,
-    batch_size: Annotated[int, Flag(min=1, help="Rows at a time.")] = 64,
+    batch_size: Annotated[
+        int | None, Flag(min=1, help="Rows at a time; by default 64, of language models 8.")
+    ] = None,
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
     task: Annotated[str | None, Flag(help="What the model is for, if it does not say so itself.")] = None,
     generate: Annotated[

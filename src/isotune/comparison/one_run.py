@@ -70,9 +70,9 @@ class Bench:
         recipe = self.recipe.run(unit.cell.method, unit.rate, unit.seed, output, unit.kind == "seed", steps)
         probe = self._probe(recipe)[0] if starts_from_probe(recipe) else None
         folder = RunFolder(output)
-        result = train(recipe, resume=folder.is_run(), progress=False, probe=probe)
+        result = train(recipe, resume=folder.is_run(), progress=False, probe=probe, baselines=False)
         if unit.kind == "seed" and result.model is None:  # killed after the run, before its line
-            result = train(recipe, overwrite=True, progress=False, probe=probe)
+            result = train(recipe, overwrite=True, progress=False, probe=probe, baselines=False)
         metrics = _numbers(result.metrics)
         if unit.kind == "seed":
             metrics |= {f"forgetting_{name}": value for name, value in self._forgotten(result).items()}

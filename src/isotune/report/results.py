@@ -145,8 +145,11 @@ def run_table(runs: Sequence[RunResult]) -> Table:
     return simple("Runs", [*titles, "s a step", "peak memory", "seed"], lines)
 
 
+_MEASURES = ("accuracy", "f1", "matthews", "pearson", "spearman", "rmse", "perplexity", "loss")
+
+
 def _is_score(key: str) -> bool:
-    return key.startswith(("test_", "validation_")) and key.endswith(("accuracy", "f1", "perplexity", "loss"))
+    return key.startswith(("test_", "validation_")) and key.endswith(_MEASURES)
 
 
 def _plain(value: Any, form: str) -> TableCell:

@@ -41,7 +41,7 @@ def evaluate(
     model: str | None = None,
     columns: dict[str, Any] | None = None,
     predictions: str | Path | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     force: bool = False,
     forgetting: ForgettingSettings | None = None,
     task: str | None = None,
@@ -58,7 +58,7 @@ def evaluate(
         model: An adapter's pretrained model, where it is not what the adapter was trained on by name.
         columns: Column names (`text`, `label`, `prompt`, `completion`) where they differ from the run's.
         predictions: A .csv or .jsonl file to write one line a row to; the rows may then lack what is to be predicted.
-        batch_size: Rows at a time.
+        batch_size: Rows at a time; by default 64, of language models 8, whose logits are large.
         force: Use the adapter on a base model that does not look like its own.
         forgetting: Other rows, on which the pretrained model is measured before and after, too.
         task: What the model is for, where it does not say so itself.
@@ -78,6 +78,7 @@ def evaluate(
     quiet_libraries()
     screen = Screen(progress)
     trained, recipe, spec = _found(path, task, model)
+    batch_size = batch_size or TASKS[spec.task].rows_at_a_time
     if predictions is not None:
         _check_predictions(Path(predictions))
     rows = rows_for(
@@ -120,7 +121,7 @@ def _generated(
     """What the answers are worth, where the rows have answers of their own, and each row with the model's."""
     prompts, wanted = prompts_and_answers(rows, session)
     with screen.counting("answering", len(rows)) as advance:
-        answers = generate_texts(session, prompts, most, min(batch_size, 16), advance)
+        answers = generate_texts(session, prompts, most, batch_size, advance)
     metrics = {} if wanted is None else {"exact_match": exact_match(answers, wanted, match)}
     return metrics, [{**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)]
 

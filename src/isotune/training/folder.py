@@ -17,7 +17,7 @@ from typing import Any
 
 from isotune.checkpoint.files import TEMPORARY, sync, write_atomically
 from isotune.errors import CheckpointError, IsotuneError
-from isotune.folders import ADAPTER, HISTORY, METRICS, MODEL, RECIPE
+from isotune.folders import ADAPTER, BASELINES, HISTORY, METRICS, MODEL, RECIPE
 from isotune.training.recipe import Recipe, build_recipe
 
 _MARK = "# A resolved isotune recipe: `isotune evaluate` and `isotune train --resume` read it.\n"
@@ -32,6 +32,7 @@ class RunFolder:
         self.recipe_file = self.path / RECIPE
         self.metrics_file = self.path / METRICS
         self.history_file = self.path / HISTORY
+        self.baselines_file = self.path / BASELINES
         self.adapter = self.path / ADAPTER
         self.model = self.path / MODEL
 
@@ -83,6 +84,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.metrics_file.unlink(missing_ok=True)
             self.history_file.unlink(missing_ok=True)
+            self.baselines_file.unlink(missing_ok=True)
             for folder in (self.adapter, self.model, self.path / "runs", *self._checkpoints()):
                 if folder.is_dir():
                     shutil.rmtree(folder)

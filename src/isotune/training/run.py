@@ -20,6 +20,7 @@ from isotune.folders import MODEL_CONFIG, TASK
 from isotune.model.calibrate import wants_calibration
 from isotune.statistics.second_moment import check_informative
 from isotune.training.arguments import resolve_training, training_arguments
+from isotune.training.baselines import base_scores, constant_scores, keep, kept, probe_scores
 from isotune.training.classifiers import OWN
 from isotune.training.data import Splits, load_splits
 from isotune.training.folder import RunFolder, adapter_folder, checkpoint_step
@@ -71,6 +72,8 @@ class _Run:
     screen: Screen
     session: Session
     examples: dict[str, list[Example]]
+    constant: dict[str, float]
+    """What saying always the same scores."""
     stop: StopOnInterrupt = field(default_factory=StopOnInterrupt)
 
 
@@ -80,6 +83,7 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
     probe: Probe | None = None,
+    baselines: bool = True,
 ) -> Result:
     """Train an adapter, or the whole model, as the recipe says, evaluate it, and leave all in its output folder.
 
@@ -90,6 +94,8 @@ def train(
         overwrite: Replace a run that is in the output folder.
         progress: Whether to show anything on standard error.
         probe: For `head: probe`, one fitted before on the same rows; by default it is fitted here.
+        baselines: Whether to measure what the scores are against: a probe on the test rows, or a language model
+            before it is trained.
 
     Raises:
         IsotuneError: A mistake in the recipe, the data, the model or the output folder; nothing is written then.
@@ -112,12 +118,24 @@ def train(
         else:
             folder.create(recipe)
     if starts_from_probe(recipe) and checkpoint is None:
-        start_from(run.session, probe or probe_of(run.session, run.examples, screen), screen)
+        probe = probe or probe_of(run.session, run.examples, screen)
+        start_from(run.session, probe, screen)
     trainer = _trainer(run)
+    if checkpoint is None and baselines:
+        _measure_baselines(run, trainer, probe)
     if checkpoint is None and wants_calibration(run.session.model):
         calibrate_on(run.session, run.examples["train"], recipe, screen)
     _fit(run, trainer, checkpoint)
     return _finish(run, trainer)
+
+
+def _measure_baselines(run: _Run, trainer: AdapterTrainer, probe: Probe | None) -> None:
+    found = dict(run.constant)
+    if probe is not None:
+        found |= probe_scores(run.session, probe, run.examples, run.screen)
+    found |= base_scores(run.session, trainer, run.examples, run.screen)
+    if is_first_process():
+        keep(run.folder, found)
 
 
 def _check(recipe: Recipe, resume: bool, overwrite: bool, screen: Screen) -> tuple[Recipe, RunFolder]:
@@ -198,7 +216,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
         f"{recipe.method['name']} on {recipe.model}: {sum(trainable(session.model, [])):,} trainable parameters"
     )
     screen.say(f"examples: {counts}" + (f"; labels: {', '.join(splits.labels)}" if splits.labels else ""))
-    return _Run(recipe, folder, screen, session, examples)
+    return _Run(recipe, folder, screen, session, examples, constant_scores(session, splits))
 
 
 def _adapt(session: Session, recipe: Recipe) -> None:
@@ -253,6 +271,7 @@ def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
     for name in ("validation", "test"):
         if run.examples[name]:
             metrics |= _measured(run, trainer, name)
+    metrics |= kept(run.folder)
     metrics |= run_metrics(run.recipe, trainer, _default_rate(run.recipe), run.session.head)
     if is_first_process():
         write_atomically(run.folder.history_file, json.dumps(history_of(trainer)) + "\n")

@@ -56,7 +56,7 @@ class TaskSpec:
         """
         if task not in TASKS:
             raise OptionError(f"task {task!r} is unknown.{nearest(task, TASKS)} The tasks are: {', '.join(TASKS)}")
-        labels = [] if task in ("causal-lm", "regression") else own_labels(model)
+        labels = own_labels(model) if TASKS[task].named else []
         return cls(task, model, labels, "auto", None, "\n", "float32", None, False, True)
 
     @classmethod

@@ -43,16 +43,20 @@ def token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """Per row, the summed loss of its trained tokens and their number, shape (batch, 2)."""
     scores = logits[0] if isinstance(logits, tuple) else logits
     targets = labels[:, 1:]
-    losses = torch.nn.functional.cross_entropy(
-        scores[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
-    return torch.stack([losses.double().sum(1), (targets != IGNORED).double().sum(1)], dim=1)
+    # Row by row: a batch of logits in fp32 beside the batch itself is what would take the most memory of all.
+    losses = [
+        torch.nn.functional.cross_entropy(own[:-1].float(), wanted, ignore_index=IGNORED, reduction="none")
+        for own, wanted in zip(scores, targets, strict=True)
+    ]
+    return torch.stack([torch.stack(losses).double().sum(1), (targets != IGNORED).double().sum(1)], dim=1)
 
 
 class CausalLM(Task):
     """Rows of `prompt` and `completion`, of `messages`, or of `text`."""
 
     answer = "completion"
+    named = False
+    rows_at_a_time = 8  # their logits are large
     metrics = ("perplexity", "loss")
     metric = "loss"
     higher_is_better = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,11 @@ class Classification(OnTexts):
     def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
         """Of logits of shape (rows, classes)."""
         return classification_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+
+    def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
+        """Of the commonest training label."""
+        (commonest, _), *_ = Counter(row["label"] for row in train).most_common(1)
+        return {"majority_accuracy": sum(row["label"] == commonest for row in rows) / len(rows)}
 
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
         """Each row with its most probable label and that label's probability."""

@@ -31,6 +31,10 @@ class Task(ABC):
     """What methods are compared by."""
     higher_is_better: ClassVar[bool]
     """Of `metric`."""
+    named: ClassVar[bool] = True
+    """Whether it has labels with names."""
+    rows_at_a_time: ClassVar[int] = 64
+    """In evaluation, where nobody says."""
     probed: ClassVar[bool] = False
     """Whether a linear probe on the frozen model's features is a baseline, and a start for its head."""
     expectation: ClassVar[Expectation] = "sample"
@@ -69,6 +73,10 @@ class Task(ABC):
     @abstractmethod
     def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
         """`metrics` of what the trainer kept; `labels` are the task's."""
+
+    def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
+        """What always the same answer, that of `train`, scores on the rows; keys end with the metric's name."""
+        return {}
 
     @abstractmethod
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class Regression(OnTexts):
     """A number for a text, or a pair, by least squares."""
 
+    named = False
     metrics = ("pearson", "spearman", "rmse", "loss")
     metric = "pearson"
     higher_is_better = True
@@ -39,6 +40,11 @@ class Regression(OnTexts):
     def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
         """Of outputs of shape (rows, 1)."""
         return regression_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+
+    def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
+        """Of the training rows' mean."""
+        mean = float(np.mean([row["label"] for row in train]))
+        return {"mean_rmse": float(np.sqrt(np.mean([(row["label"] - mean) ** 2 for row in rows])))}
 
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
         """Each row with its number."""

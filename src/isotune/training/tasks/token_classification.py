@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,12 @@ class TokenClassification(Task):
     def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
         """Of the `reduced` tokens of all rows."""
         return token_metrics(np.asarray(prediction.predictions), labels)
+
+    def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
+        """Of the commonest training tag."""
+        (commonest, _), *_ = Counter(tag for row in train for tag in row["label"]).most_common(1)
+        tags = [tag for row in rows for tag in row["label"]]
+        return {"majority_accuracy": tags.count(commonest) / len(tags)}
 
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
         """Each row with a tag for each word; None for words beyond the longest sequence."""
