@@ -7,6 +7,7 @@ how the libraries do it.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -33,18 +34,31 @@ def dequantized(layer: nn.Module) -> Tensor:
     state = getattr(weight, "quant_state", None)
     if state is not None:
         try:
-            from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found, unused-ignore]
+            import bitsandbytes.functional as library
         except ImportError:
             pass
         else:
-            return dequantize_4bit(weight.detach(), state)
+            packed = weight.detach()
+            if getattr(state, "packing_format_for_cpu", False):  # by an evaluation on a CPU
+                packed, state = library._convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
+            return library.dequantize_4bit(packed, state)
     elif isinstance(weight, Tensor) and (_unpacks_itself(weight) or weight.is_quantized):
         return weight.detach().dequantize()
+    elif (scale := _row_scale(layer, weight)) is not None:
+        return weight.detach().to(torch.float32) * (scale.detach().to(torch.float32) / 127)[:, None]
     raise TargetError(
         f"the weight of a {bare_class(layer).__name__} ({layer.in_features} -> {layer.out_features}) is packed, and "
         "there is no known way to dequantise it; training, saving and loading work without it, and for anything else "
         "put the adapter on the unquantised base model"
     )
+
+
+def _row_scale(layer: Any, weight: Any) -> Tensor | None:
+    """The largest value of each row (out) of a weight in bitsandbytes' int8, which its forward moves to the layer."""
+    for holder in (weight, getattr(layer, "state", None)):
+        if isinstance(scale := getattr(holder, "SCB", None), Tensor) and weight.dtype == torch.int8:
+            return scale
+    return None
 
 
 def _weight_of(layer: Any) -> Any:

@@ -51,6 +51,7 @@ def load_classifier(
     dtype: str = "float32",
     backbone: str | None = None,
     of_tokens: bool = False,
+    quantization: str | None = None,
 ) -> Any:
     """A pretrained model that classifies; its head is drawn where the model has none for as many labels.
 
@@ -61,6 +62,7 @@ def load_classifier(
             pools like that, and else `PooledForSequenceClassification`.
         dtype: Of the backbone.
         backbone: The backbone's name within a class of ours; by default what the architecture's own class has.
+        quantization: How the backbone is quantised, as `open_pretrained` takes it.
         of_tokens: Whether each token is classified, by the architecture's own class for it.
 
     Returns:
@@ -74,7 +76,7 @@ def load_classifier(
     names = dict(enumerate(labels or ["LABEL_0"]))
     said: dict[str, Any] = {"id2label": names, "label2id": {label: number for number, label in names.items()}}
     if of_tokens:
-        return _token_classifier(name, path, config, dtype, said)
+        return _token_classifier(name, path, config, dtype, quantization, said)
     said["problem_type"] = "single_label_classification" if labels else "regression"
     if config.model_type == PooledConfig.model_type:
         model, _ = open_pretrained(PooledForSequenceClassification, name, path, dtype)
@@ -84,22 +86,24 @@ def load_classifier(
     own = _own_options(config, pooling) if backbone is None else None
     if own is not None:
         options = {**own, **said, "ignore_mismatched_sizes": True}
-        model, drawn = open_pretrained(AutoModelForSequenceClassification, name, path, dtype, **options)
+        model, drawn = open_pretrained(AutoModelForSequenceClassification, name, path, dtype, quantization, **options)
         _check_drawn(model, drawn, name)
         model.accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever the Trainer passes
         return _marked(model, drawn)
-    base, drawn = open_pretrained(AutoModel, name, path, dtype, **backbone_options(config))
+    base, drawn = open_pretrained(AutoModel, name, path, dtype, quantization, **backbone_options(config))
     _check_drawn(base, drawn, name)
     chosen = _pooling_of(Path(path), config.model_type) if pooling in ("auto", OWN) else pooling
     prefix = backbone or base.base_model_prefix or "backbone"
     return _marked(PooledForSequenceClassification(PooledConfig(base.config, chosen, prefix, **said), base), [])
 
 
-def _token_classifier(name: str, path: str, config: Any, dtype: str, said: dict[str, Any]) -> Any:
+def _token_classifier(
+    name: str, path: str, config: Any, dtype: str, quantization: str | None, said: dict[str, Any]
+) -> Any:
     if config.model_type not in modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
         raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that tags tokens")
     model, drawn = open_pretrained(
-        AutoModelForTokenClassification, name, path, dtype, **said, ignore_mismatched_sizes=True
+        AutoModelForTokenClassification, name, path, dtype, quantization, **said, ignore_mismatched_sizes=True
     )
     _check_drawn(model, drawn, name)
     model.accepts_loss_kwargs = False

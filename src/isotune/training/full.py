@@ -28,6 +28,10 @@ def check_full(recipe: Recipe) -> None:
     for key in ("targets", "exclude", "overrides"):
         if getattr(recipe, key) != Recipe.model_fields[key].default:
             raise OptionError(f"{key}: method full trains every layer; leave it out, or choose an adapter's method")
+    if recipe.quantization is not None:
+        raise OptionError(
+            "quantization is for a frozen base, and method full trains all of it; leave it out, or choose an adapter"
+        )
     if recipe.dtype != "float32":
         raise IsotuneError(
             f"dtype: {recipe.dtype} is for a frozen base: most updates of full fine-tuning would be rounded away; "

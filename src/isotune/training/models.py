@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_causal(name: str, dtype: str = "float32") -> Any:
+def load_causal(name: str, dtype: str = "float32", quantization: str | None = None) -> Any:
     """A pretrained causal language model.
 
     Raises:
@@ -48,7 +49,7 @@ def load_causal(name: str, dtype: str = "float32") -> Any:
     config = read_config(name, path)
     if config.model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise IsotuneError(f"{name}: a {config.model_type} model is no causal language model")
-    model, missing = open_pretrained(transformers.AutoModelForCausalLM, name, path, dtype)
+    model, missing = open_pretrained(transformers.AutoModelForCausalLM, name, path, dtype, quantization)
     check_whole(name, missing)
     return model
 
@@ -107,13 +108,37 @@ def own_labels(name: str) -> list[str]:
     return labels
 
 
-def open_pretrained(kind: Any, name: str, path: str, dtype: str, **options: Any) -> tuple[Any, list[str]]:
+def open_pretrained(
+    kind: Any, name: str, path: str, dtype: str, quantization: str | None = None, **options: Any
+) -> tuple[Any, list[str]]:
     """A model, and the names of its tensors that the weights do not have, or not in that shape."""
+    if quantization is not None:
+        options["quantization_config"] = _quantization(quantization, dtype)
     try:
         model, info = kind.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True, **options)
     except Exception as error:  # broken weights surface as whatever the reader raises
         raise IsotuneError(f"{name}: the weights cannot be loaded: {_first(error)}") from None
+    if quantization == "nf4":
+        for layer in model.modules():  # of which bitsandbytes' fast form for CPUs refuses some shapes, and rounds
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
     return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+
+
+def _quantization(how: str, dtype: str) -> Any:
+    """transformers' configuration for a way to quantise. Raises IsotuneError where its package is missing."""
+    package = "torchao" if how == "int8" else "bitsandbytes"
+    if importlib.util.find_spec(package) is None:
+        raise IsotuneError(f"quantization: {how} needs {package}: pip install {package}")
+    if how == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    if how == "nf4":
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+        )
+    return transformers.BitsAndBytesConfig(load_in_8bit=True)
 
 
 def check_whole(name: str, missing: Sequence[str]) -> None:

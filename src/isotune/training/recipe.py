@@ -128,6 +128,10 @@ class Recipe(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Data type of the frozen base model."
     )
+    quantization: Literal["int8", "nf4", "llm-int8"] | None = Field(
+        default=None,
+        description="Quantise the frozen base: int8 (torchao's, weights only), nf4 or llm-int8 (bitsandbytes').",
+    )
     training: dict[str, Any] = Field(default={}, description="Fields of transformers.TrainingArguments.")
     save_second_moments: bool = Field(
         default=False, description="Write Adam's second moments beside the adapter, for merging (ota, ffg)."

@@ -34,6 +34,8 @@ class TaskSpec:
     dtype: str
     backbone: str | None = "backbone"
     """What the classifiers of version 0.1.0 call their backbone; None since."""
+    quantization: str | None = None
+    """How the base was quantised."""
     packing: bool = False
     """Whether prompts and chats share sequences."""
     pairs: bool = False
@@ -45,7 +47,7 @@ class TaskSpec:
         data = recipe.data
         return cls(
             recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype, None,
-            data.packing, True,
+            recipe.quantization, data.packing, True,
         )  # fmt: skip
 
     @classmethod
@@ -57,7 +59,7 @@ class TaskSpec:
         if task not in TASKS:
             raise OptionError(f"task {task!r} is unknown.{nearest(task, TASKS)} The tasks are: {', '.join(TASKS)}")
         labels = own_labels(model) if TASKS[task].named else []
-        return cls(task, model, labels, "auto", None, "\n", "float32", None, False, True)
+        return cls(task, model, labels, "auto", None, "\n", "float32", None, None, False, True)
 
     @classmethod
     def read(cls, adapter: Path) -> TaskSpec:

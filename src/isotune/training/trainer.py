@@ -30,7 +30,8 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, *args: Any, base_model: str, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
         self.timer = StepTimer()
-        super().__init__(*args, callbacks=[self.timer, *callbacks], **kwargs)
+        with _as_one_with_adapters(kwargs["model"]):
+            super().__init__(*args, callbacks=[self.timer, *callbacks], **kwargs)
         self.base_model = base_model
         self.remove_callback(PrinterCallback)
         self.add_callback(_AdapterSteps())
@@ -108,6 +109,19 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_weights(self.model, Path(self.state.best_model_checkpoint or ""))
+
+
+@contextmanager
+def _as_one_with_adapters(model: Any) -> Iterator[None]:
+    """Let a quantised base pass for one with adapters on it, which it is: Trainer looks for those of PEFT alone."""
+    quantised = getattr(model, "is_quantized", False)
+    if quantised:
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if quantised:
+            model._hf_peft_config_loaded = False
 
 
 class _AdapterSteps(AfterStep):

@@ -88,7 +88,7 @@ class CausalLM(Task):
 
     def load(self, spec: TaskSpec) -> tuple[Any, list[str], TaskSpec]:
         """A language model, which has no head that would be trained by itself."""
-        return load_causal(spec.model, spec.dtype), [], spec
+        return load_causal(spec.model, spec.dtype, spec.quantization), [], spec
 
     def examples(self, rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[Example]:
         """What is not trained on is masked; texts are packed into blocks of `spec.max_length`.

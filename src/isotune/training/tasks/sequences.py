@@ -37,7 +37,9 @@ class OnTexts(Task):
 
     def load(self, spec: TaskSpec) -> tuple[Any, list[str], TaskSpec]:
         """A model with one output for each label (or a single one), and its pooling."""
-        model = load_classifier(spec.model, spec.labels, spec.pooling, spec.dtype, spec.backbone)
+        model = load_classifier(
+            spec.model, spec.labels, spec.pooling, spec.dtype, spec.backbone, quantization=spec.quantization
+        )
         return model, head_paths(model), replace(spec, pooling=pooling_of(model))
 
     def number(self, label: Any, spec: TaskSpec) -> Any:

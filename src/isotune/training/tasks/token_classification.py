@@ -65,7 +65,9 @@ class TokenClassification(Task):
 
     def load(self, spec: TaskSpec) -> tuple[Any, list[str], TaskSpec]:
         """A model that scores the tags of each token."""
-        model = load_classifier(spec.model, spec.labels, dtype=spec.dtype, of_tokens=True)
+        model = load_classifier(
+            spec.model, spec.labels, dtype=spec.dtype, of_tokens=True, quantization=spec.quantization
+        )
         return model, head_paths(model), spec
 
     def examples(self, rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[Example]:
