@@ -18,8 +18,7 @@ from isotune.training.recipe import Recipe
 from isotune.training.session import TaskSpec
 from isotune.training.tasks.causal import causal_metrics, token_losses
 from isotune.training.tasks.classification import classification_metrics
-from isotune.training.tasks.collator import Collator
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Collator, Example
 from isotune.training.tasks.names import TASKS
 
 EOS = 3

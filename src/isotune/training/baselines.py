@@ -12,7 +12,7 @@ from isotune.checkpoint.files import write_atomically
 from isotune.model.switch import adapter_names
 from isotune.training.probe import Probe
 from isotune.training.start import split_features
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Example
 
 if TYPE_CHECKING:
     from isotune.training.data import Splits

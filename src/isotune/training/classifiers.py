@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -104,6 +105,27 @@ def _token_classifier(
         raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that tags tokens")
     model, drawn = open_pretrained(
         AutoModelForTokenClassification, name, path, dtype, quantization, **said, ignore_mismatched_sizes=True
+    )
+    _check_drawn(model, drawn, name)
+    model.accepts_loss_kwargs = False
+    return _marked(model, drawn)
+
+
+def load_image_classifier(
+    name: str, labels: Sequence[str], dtype: str = "float32", quantization: str | None = None
+) -> Any:
+    """A pretrained model of images with a head for these labels, drawn where it has none for as many.
+
+    Raises IsotuneError where there is no such model, or transformers has no class of its kind that classifies images.
+    """
+    path = locate(name)
+    config = read_config(name, path)
+    if config.model_type not in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that classifies images")
+    names = dict(enumerate(labels))
+    said = {"id2label": names, "label2id": {label: number for number, label in names.items()}}
+    model, drawn = open_pretrained(
+        AutoModelForImageClassification, name, path, dtype, quantization, **said, ignore_mismatched_sizes=True
     )
     _check_drawn(model, drawn, name)
     model.accepts_loss_kwargs = False

@@ -22,7 +22,7 @@ from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import build_recipe
 from isotune.training.run import Result, train
 from isotune.training.session import Session
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Example
 
 METHODS: dict[str, dict[str, Any]] = {"hra": {"name": "hra", "rank": 8}, "lora": {"name": "lora", "rank": 4}}
 """HRA of rank 8 and LoRA of rank 4 train the same number of parameters in a square layer."""

@@ -28,7 +28,7 @@ from isotune.training.model_folder import open_trained
 from isotune.training.progress import Screen, is_first_process, quiet_libraries
 from isotune.training.recipe import DataSettings, Recipe
 from isotune.training.session import Session, TaskSpec
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Example
 from isotune.training.tasks.names import TASKS
 
 _NO_CHANGES: dict[str, Any] = {}

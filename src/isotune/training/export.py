@@ -50,9 +50,13 @@ def export_merged(adapter: str | Path, output: str | Path, base: str | None = No
     adapter, where = Path(adapter), base_of(adapter, base)
     with replaced_folder(output, replaces=None) as folder:
         spec = TaskSpec.read(adapter) if (adapter / TASK).is_file() else None
-        model = Session(replace(spec, model=where, quantization=None)).model if spec else _load_by_architecture(where)
+        if spec:
+            session = Session(replace(spec, model=where, quantization=None))
+            model, tokenizer = session.model, session.tokenizer
+        else:
+            model, tokenizer = _load_by_architecture(where), load_tokenizer(where)
         fold(load(model, adapter, force=force), keep_base=False)
-        write_model(folder, model, load_tokenizer(where), spec)
+        write_model(folder, model, tokenizer, spec)
     return Path(output)
 
 

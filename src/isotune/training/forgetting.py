@@ -25,8 +25,7 @@ from isotune.training.recipe import DataSettings
 from isotune.training.recipe import ForgettingSettings as ForgettingSettings
 from isotune.training.session import Session, TaskSpec
 from isotune.training.tasks.causal import causal_metrics, token_losses
-from isotune.training.tasks.collator import Collator
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Collator, Example
 from isotune.training.tasks.names import TASKS
 
 HIGHER_IS_BETTER = {"probe_accuracy": True, "similarity": True, "perplexity": False}

@@ -44,9 +44,9 @@ class StepTimer(TrainerCallback):
         self.tokens[-1] = attention_mask.sum() + self.tokens[-1]
 
     def tokens_per_second(self) -> float | None:
-        """Tokens a second without the warm-up; None where this process took no step."""
+        """Tokens a second without the warm-up; None where this process took no step, or its batches have none."""
         tokens, seconds = self._steady(self.tokens), self._steady(self.seconds)
-        return sum(int(count) for count in tokens) / sum(seconds) if seconds else None
+        return sum(int(count) for count in tokens) / sum(seconds) if seconds and any(tokens) else None
 
     def median(self) -> float | None:
         """Median seconds a step without the warm-up; None where this process took no step."""

@@ -39,6 +39,15 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def load_image_processor(name: str) -> Any:
+    """What makes pixels of images for a model. Raises IsotuneError where its folder has none that can be read."""
+    path = locate(name)
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(path)
+    except Exception as error:  # as many kinds as there are processors
+        raise IsotuneError(f"{name}: the image processor cannot be loaded: {_first(error)}") from None
+
+
 def load_causal(name: str, dtype: str = "float32", quantization: str | None = None) -> Any:
     """A pretrained causal language model.
 

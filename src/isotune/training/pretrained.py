@@ -14,7 +14,7 @@ from isotune.training.progress import Screen
 from isotune.training.recipe import Recipe
 from isotune.training.session import Session, TaskSpec
 from isotune.training.start import session_probe, split_features
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Example
 
 
 @dataclass(frozen=True)

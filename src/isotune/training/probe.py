@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from isotune.training.classifiers import features_as_logits, logits_layer
 from isotune.training.tasks.classification import classification_metrics
-from isotune.training.tasks.collator import Collator
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Collator, Example
 from isotune.training.tasks.regression import regression_metrics
 
 STRENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -57,7 +56,7 @@ def extract_features(
         advance: Called with the number of rows after each batch.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].get("input_ids", ())))
     features = torch.empty(len(examples), logits_layer(model).in_features, dtype=torch.float64)
     was_training = model.training
     model.eval()

@@ -37,6 +37,7 @@ class DataSettings(Section):
         description="Column with the text, or two with a pair of texts; three or more are joined, and so are those "
         "of a causal-lm. By default one of the usual names (text, sentence, premise and hypothesis, ...).",
     )
+    image: str | None = Field(default=None, description="Column with the image (image-classification).")
     label: str | None = Field(
         default=None, description="Column with the label, the number, or the tags; by default one of the usual names."
     )
@@ -108,8 +109,8 @@ class Recipe(Section):
     """A training run. `resolved` gives the recipe with absolute paths, as it is kept in the run's folder."""
 
     model: str = Field(description="Folder or hub id of the pretrained model; `minilm` for the packaged one.")
-    task: Literal["classification", "regression", "token-classification", "causal-lm"] = Field(
-        default="classification", description="What to learn."
+    task: Literal["classification", "regression", "token-classification", "image-classification", "causal-lm"] = (
+        Field(default="classification", description="What to learn.")
     )
     data: DataSettings = Field(description="The rows and their columns.")
     method: dict[str, Any] = Field(

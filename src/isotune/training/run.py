@@ -34,7 +34,7 @@ from isotune.training.results import history_of, run_metrics, trainable
 from isotune.training.session import Session, TaskSpec
 from isotune.training.start import calibrate_on, probe_of, start_from, starts_from_probe
 from isotune.training.statistics import check_keeps_second_moments, write_second_moments
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Example
 from isotune.training.trainer import AdapterTrainer, StopOnInterrupt, resume_command
 from isotune.training.weights import load_weights
 

@@ -29,7 +29,7 @@ from isotune.training.evaluation import measured
 from isotune.training.folder import RunFolder, adapter_folder
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.session import Session, TaskSpec
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Example
 from isotune.training.weight_search import search_weights
 
 _TRIAL = "isotune-merged"
@@ -138,7 +138,7 @@ def _task(
     session = sessions.setdefault(key, Session(spec)) if key not in sessions else sessions[key]
     examples = session.task.examples(rows, session.tokenizer, replace(session.spec, labels=spec.labels))
     # Rows of one length side by side need no padding.
-    examples = sorted(examples, key=lambda example: len(example["input_ids"]))
+    examples = sorted(examples, key=lambda example: len(example.get("input_ids", ())))
     return TaskRows(name, session, examples, read_stored(adapter).trained)
 
 

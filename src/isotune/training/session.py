@@ -13,10 +13,9 @@ import transformers
 from isotune.errors import IsotuneError, OptionError, nearest
 from isotune.folders import TASK
 from isotune.training.data import Row
-from isotune.training.models import load_tokenizer, own_labels
+from isotune.training.models import own_labels
 from isotune.training.recipe import Recipe
-from isotune.training.tasks.collator import Collator
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Example
 from isotune.training.tasks.names import TASKS
 from isotune.training.trainer import AdapterTrainer
 
@@ -83,15 +82,14 @@ class TaskSpec:
 
 
 class Session:
-    """A pretrained model for a task, with its tokenizer; its `spec` says what "auto" and the defaults came to."""
+    """A pretrained model for a task, with its tokenizer or image processor; `spec` says what the defaults came to."""
 
     def __init__(self, spec: TaskSpec) -> None:
         self.task = TASKS[spec.task]
         self.model, self.head, spec = self.task.load(spec)
-        self.tokenizer = load_tokenizer(spec.model)
-        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.tokenizer = self.task.processor(spec, self.model)
         self.spec = replace(spec, max_length=_max_length(spec, self.model.config))
-        self.collator = Collator(self.tokenizer.pad_token_id)
+        self.collator = self.task.collator(self.tokenizer)
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenise rows for the task."""

@@ -26,6 +26,7 @@ _FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 Source = dict[str, datasets.Dataset]
 """Datasets by split name; a file alone is the split `train`."""
 
@@ -60,12 +61,27 @@ def _folder(path: Path, quoting: str) -> Source:
         found = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         return {str(name): _with_label_names(split) for name, split in found.items()}
     files = sorted(file for file in path.iterdir() if file.is_file() and _format(file))
+    if not files and any(file.suffix.lower() in _IMAGES for file in path.rglob("*")):
+        return _images(path)
     if not files:
-        raise DataError(f"{path}: no data file in this folder; known endings: {', '.join(_FORMATS)} (and .gz)")
+        raise DataError(
+            f"{path}: no data file in this folder; known endings: {', '.join(_FORMATS)} (and .gz), and images in "
+            "folders named for their labels"
+        )
     splits = {_split_of(file): file for file in files}
     if None not in splits and len(splits) == len(files):
         return {str(name): _file(file, quoting) for name, file in splits.items()}
     return {"train": datasets.concatenate_datasets([_file(file, quoting) for file in files])}
+
+
+def _images(path: Path) -> Source:
+    """A folder of folders of images, named for their labels; the folders above may be train, validation and test."""
+    with tempfile.TemporaryDirectory(prefix="isotune-") as cache:
+        try:
+            found = datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=cache, keep_in_memory=True)
+        except Exception as error:  # whatever its readers raise
+            raise DataError(f"{path}: the images cannot be read: {error.__cause__ or error}") from None
+    return {str(name): _with_label_names(split) for name, split in found.items()}
 
 
 def _split_of(file: Path) -> str | None:

@@ -11,7 +11,7 @@ from isotune.training.probe import Probe, extract_features, fit_probe
 from isotune.training.progress import Screen
 from isotune.training.recipe import Recipe
 from isotune.training.session import Session
-from isotune.training.tasks.contract import Example
+from isotune.training.tasks.collator import Example
 from isotune.training.tasks.names import TASKS
 
 CALIBRATION_ROWS = 512

@@ -39,7 +39,8 @@ class AdapterTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, counting tokens."""
-        self.timer.count(inputs["attention_mask"])
+        if "attention_mask" in inputs:
+            self.timer.count(inputs["attention_mask"])
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(

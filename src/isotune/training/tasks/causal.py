@@ -20,8 +20,8 @@ from torch import Tensor
 
 from isotune.errors import DataError
 from isotune.training.models import load_causal
-from isotune.training.tasks.collator import IGNORED
-from isotune.training.tasks.contract import Example, Task, named_or_guessed
+from isotune.training.tasks.collator import IGNORED, Example
+from isotune.training.tasks.contract import Task, named_or_guessed
 
 if TYPE_CHECKING:
     from isotune.training.data import Row

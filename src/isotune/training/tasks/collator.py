@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from isotune.training.tasks.contract import Example
-
+Example = dict[str, Any]
+"""`input_ids` (a list) and `labels` (a number, or a list as long as `input_ids`); or `image` and `labels`."""
 IGNORED = -100
 """The label of tokens that are not trained on."""
 

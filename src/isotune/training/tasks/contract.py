@@ -10,14 +10,13 @@ import numpy as np
 import transformers
 
 from isotune.statistics.likelihood import Expectation
+from isotune.training.models import load_tokenizer
+from isotune.training.tasks.collator import Collator, Example
 
 if TYPE_CHECKING:
     from isotune.training.data import Row
     from isotune.training.recipe import DataSettings
     from isotune.training.session import TaskSpec
-
-Example = dict[str, Any]
-"""`input_ids` (a list) and `labels` (a number, or a list as long as `input_ids`)."""
 
 
 class Task(ABC):
@@ -62,6 +61,16 @@ class Task(ABC):
     @abstractmethod
     def load(self, spec: TaskSpec) -> tuple[Any, list[str], TaskSpec]:
         """The pretrained model, the names of its head's modules, and the spec with what "auto" came to."""
+
+    def processor(self, spec: TaskSpec, model: Any) -> Any:
+        """What makes inputs of rows: by default the tokenizer, whose padding token the model is told."""
+        tokenizer = load_tokenizer(spec.model)
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return tokenizer
+
+    def collator(self, processor: Any) -> Any:
+        """What makes batches of examples."""
+        return Collator(processor.pad_token_id)
 
     @abstractmethod
     def examples(self, rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[Example]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from isotune.training.tasks.causal import CausalLM
 from isotune.training.tasks.classification import Classification
 from isotune.training.tasks.contract import Task
+from isotune.training.tasks.images import ImageClassification
 from isotune.training.tasks.regression import Regression
 from isotune.training.tasks.token_classification import TokenClassification
 
@@ -12,6 +13,7 @@ TASKS: dict[str, Task] = {
     "classification": Classification(),
     "regression": Regression(),
     "token-classification": TokenClassification(),
+    "image-classification": ImageClassification(),
     "causal-lm": CausalLM(),
 }
 """Recipes and task.json name them; both are checked when they are read."""

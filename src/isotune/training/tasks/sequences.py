@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from isotune.training.classifiers import head_paths, load_classifier, pooling_of
-from isotune.training.tasks.contract import Example, Task, named_or_guessed
+from isotune.training.tasks.collator import Example
+from isotune.training.tasks.contract import Task, named_or_guessed
 
 if TYPE_CHECKING:
     from isotune.training.data import Row

@@ -12,8 +12,8 @@ import transformers
 
 from isotune.errors import DataError
 from isotune.training.classifiers import head_paths, load_classifier
-from isotune.training.tasks.collator import IGNORED
-from isotune.training.tasks.contract import Example, Task, as_words, named_or_guessed
+from isotune.training.tasks.collator import IGNORED, Example
+from isotune.training.tasks.contract import Task, as_words, named_or_guessed
 
 if TYPE_CHECKING:
     from isotune.training.data import Row

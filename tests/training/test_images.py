@@ -1,0 +1,116 @@
+"""Images are classified: from folders and Parquet to the run, its evaluation, its predictions and its export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from isotune.errors import DataError, IsotuneError
+from isotune.training.data import load_splits
+from isotune.training.evaluation import evaluate
+from isotune.training.export import export_merged
+from isotune.training.recipe import DataSettings, build_recipe
+from isotune.training.run import train
+
+COLOURS = {"red": 0, "blue": 2}
+
+
+def picture(label: str, draw: np.random.Generator) -> Image.Image:
+    """Noise with more of a colour."""
+    pixels = draw.integers(0, 160, (12, 14, 3))
+    pixels[..., COLOURS[label]] += 90
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer vision transformer for images of 16 x 16."""
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=4
+    )
+    transformers.ViTModel(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of images named for their labels, under train and test."""
+    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 6)):
+        for label in COLOURS:
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                picture(label, draw).save(folder / split / label / f"{number}.png")
+    return folder
+
+
+def flags(vit: Path, data: Path, output: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(vit), "task": "image-classification", "data.train": str(data), "output": str(output),
+        "training.max_steps": 4, "training.report_to": "none", "method.rank": 4, **more,
+    }  # fmt: skip
+
+
+def test_a_run_on_folders_of_images_goes_to_its_export(vit: Path, pictures: Path, tmp_path: Path) -> None:
+    result = train(
+        build_recipe(None, flags(vit, pictures, tmp_path / "run", **{"data.test": "test"})), progress=False
+    )
+    assert result.metrics["test_accuracy"] > 0.9
+    assert result.metrics["test_majority_accuracy"] == 0.5
+    assert {"test_probe_accuracy", "seconds_per_step"} <= result.metrics.keys()
+    assert result.metrics["tokens_per_second"] is None
+    again = evaluate(result.output, progress=False)
+    assert again["loss"] == pytest.approx(result.metrics["test_loss"], rel=1e-5)
+    merged = export_merged(result.adapter, tmp_path / "merged")
+    assert evaluate(merged, str(pictures), progress=False)["loss"] == pytest.approx(again["loss"], rel=1e-4)
+    told = transformers.pipeline("image-classification", str(merged))(str(pictures / "test" / "red" / "0.png"))
+    assert {one["label"] for one in told} == COLOURS.keys()
+
+
+def test_predictions_name_the_images_and_need_no_labels(vit: Path, pictures: Path, tmp_path: Path) -> None:
+    result = train(build_recipe(None, flags(vit, pictures, tmp_path / "run")), progress=False)
+    files = sorted(str(file) for file in (pictures / "test").rglob("*.png"))
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps({"path": file}) + "\n" for file in files))
+    lines = tmp_path / "told.jsonl"
+    assert evaluate(result.output, str(tmp_path / "bare.jsonl"), predictions=lines, progress=False) == {"rows": 12}
+    told = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [one["image"] for one in told] == files
+    assert sum(one["prediction"] == Path(one["image"]).parent.name for one in told) > 9
+
+
+def test_parquet_with_images_in_it_gives_the_same_images(pictures: Path, tmp_path: Path) -> None:
+    found = load_splits(DataSettings(train=str(pictures), validation=None), "image-classification", 0)
+    bytes_of = [
+        {"image": {"bytes": Path(row["image"].info["file"]).read_bytes(), "path": None}, "label": row["label"]}
+        for row in found.train
+    ]
+    datasets.Dataset.from_list(bytes_of).to_parquet(tmp_path / "x.parquet")
+    again = load_splits(DataSettings(train=str(tmp_path / "x.parquet"), validation=None), "image-classification", 0)
+    assert len(again.train) == len(found.train) == 40
+    for one, other in zip(found.train, again.train, strict=True):
+        assert one["label"] == other["label"]
+        assert np.array_equal(np.asarray(one["image"]), np.asarray(other["image"]))
+
+
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no image")
+    for value, message in ((str(tmp_path / "x.png"), "no image that can be read"), (3, "a int and no image")):
+        (tmp_path / "x.jsonl").write_text(json.dumps({"image": value, "label": "a"}) + "\n")
+        with pytest.raises(DataError, match=rf"row 1 has {message}.* in column 'image'"):
+            load_splits(DataSettings(train=str(tmp_path / "x.jsonl")), "image-classification", 0)
+
+
+def test_a_model_of_texts_classifies_no_images(bert: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(IsotuneError, match="transformers has no class of bert models that classifies images"):
+        train(build_recipe(None, flags(bert, pictures, tmp_path / "run")), progress=False)
