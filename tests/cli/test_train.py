@@ -36,7 +36,7 @@ def test_flags_alone_train_and_json_keeps_standard_output_clean(
     assert metrics["peak_memory_bytes"] > 10**7
     assert "hra's default" in err
     assert sorted(path.name for path in run.iterdir()) == [
-        "adapter", "checkpoint-4", "history.json", "metrics.json", "recipe.yaml", "report.html"
+        "adapter", "baselines.json", "checkpoint-4", "history.json", "metrics.json", "recipe.yaml", "report.html"
     ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ MISTAKES = {
     ),
     "training value of a wrong kind": (arguments("--set", "training.max_steps=many"), "'training.max_steps'"),
     "set without a value": (arguments("--set", "method.rank"), "--set takes key=value"),
-    "unknown task": (arguments("--task", "poetry"), "'token-classification' or 'causal-lm'"),
+    "unknown task": (arguments("--task", "poetry"), "'causal-lm' or 'seq2seq-lm'"),
     "unknown method": (arguments("--method", "hre"), "'hra'"),
     "unknown option": (arguments("--set", "method.rnak=4"), "'rank'"),
     "rank zero": (arguments("--rank", 0), "rank"),

@@ -72,7 +72,7 @@ def train_command(
     model: Annotated[str | None, Flag(help="Folder or hub id of the pretrained model; minilm.")] = None,
     task: Annotated[
         str | None,
-        Flag(help="classification, regression, token-classification, image-classification, causal-lm."),
+        Flag(help="classification, regression, token-classification, image-classification, causal-lm, seq2seq-lm."),
     ] = None,
     data: Annotated[str | None, Flag(help="Training rows: file, folder, or hub id.")] = None,
     test: Annotated[str | None, Flag(help="Test rows: file, or a split of the data.")] = None,

@@ -11,7 +11,7 @@ import torch
 from isotune.errors import DataError, OptionError
 from isotune.model.batches import evaluating
 from isotune.training.session import Session
-from isotune.training.tasks.causal import CausalLM, prompt_tokens
+from isotune.training.tasks.causal import CausalLM
 
 if TYPE_CHECKING:
     from isotune.training.data import Row
@@ -30,20 +30,21 @@ def generate(
     """What the session's model, with the adapters in use, answers to each prompt: greedy, up to its end token.
 
     Args:
-        session: Of a causal language model.
-        prompts: Token ids, of `prompt_tokens`; those of like length are answered together, padded on the left.
+        session: Of a model that writes.
+        prompts: Token ids, of its task's `prompts`; those of like length are answered together.
         max_new_tokens: The longest answer.
         batch_size: Prompts at a time.
         advance: Called with the number of prompts after each batch.
 
     Raises:
-        OptionError: The task is no causal language modelling, or a number below 1.
+        OptionError: The task writes no text, or a number below 1.
     """
     if not isinstance(session.task, CausalLM):
         raise OptionError(f"a {session.spec.task} model generates no text; its predictions are what it has to say")
     if max_new_tokens < 1 or batch_size < 1:
         raise OptionError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be 1 or more")
     model, pad = session.model, session.tokenizer.pad_token_id
+    apart = bool(model.config.is_encoder_decoder)  # the prompt is not before what is written; it is padded behind
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found = [""] * len(prompts)
@@ -51,16 +52,19 @@ def generate(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             longest = max(len(prompts[index]) for index in chosen)
-            padding = [longest - len(prompts[index]) for index in chosen]
-            ids = [[pad] * more + list(prompts[index]) for more, index in zip(padding, chosen, strict=True)]
-            mask = [[0] * more + [1] * (longest - more) for more in padding]
+            ids, mask = [], []
+            for own in (list(prompts[index]) for index in chosen):
+                more, ones = [pad] * (longest - len(own)), [1] * len(own)
+                zeros = [0] * len(more)
+                ids.append(own + more if apart else more + own)
+                mask.append(ones + zeros if apart else zeros + ones)
             answers = model.generate(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,
-            )[:, longest:]
+            )[:, 0 if apart else longest :]
             for index, answer in zip(chosen, answers, strict=True):
                 found[index] = session.tokenizer.decode(answer, skip_special_tokens=True).strip()
             if advance is not None:
@@ -73,9 +77,10 @@ def prompts_and_answers(rows: Sequence[Row], session: Session) -> tuple[list[lis
 
     Raises DataError for rows of plain text, which ask for nothing.
     """
-    if not rows or "text" in rows[0]:
+    task = session.task
+    if not isinstance(task, CausalLM) or not rows or "text" in rows[0]:
         raise DataError("plain text asks for nothing; give rows with a prompt, or chats (data.prompt, data.messages)")
-    prompts = prompt_tokens(rows, session.tokenizer, session.spec)
+    prompts = task.prompts(rows, session.tokenizer, session.spec)
     if "messages" in rows[0]:
         turns = [[message for message in row["messages"] if message["role"] == "assistant"] for row in rows]
         return prompts, [own[-1]["content"] for own in turns]
@@ -106,9 +111,9 @@ class Talk:
 
         Raises OptionError where the model is no causal language model.
         """
-        if not isinstance(session.task, CausalLM):
+        if type(session.task) is not CausalLM:
             raise OptionError(f"a {session.spec.task} model cannot chat; take a run with task: causal-lm")
-        self.session = session
+        self.session, self.task = session, session.task
         self.start = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = list(self.start)
 
@@ -141,4 +146,4 @@ class Talk:
                     self.messages, tokenize=True, add_generation_prompt=True, return_dict=False
                 )
             )
-        return prompt_tokens([{"prompt": self.messages[-1]["content"]}], tokenizer, spec)[0]
+        return self.task.prompts([{"prompt": self.messages[-1]["content"]}], tokenizer, spec)[0]

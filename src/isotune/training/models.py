@@ -63,6 +63,23 @@ def load_causal(name: str, dtype: str = "float32", quantization: str | None = No
     return model
 
 
+def load_seq2seq(name: str, dtype: str = "float32", quantization: str | None = None) -> Any:
+    """A pretrained encoder-decoder that writes.
+
+    Raises:
+        IsotuneError: There is no such model, it has no weights, or it is no encoder-decoder of language.
+    """
+    path = locate(name)
+    config = read_config(name, path)
+    if config.model_type not in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        raise IsotuneError(
+            f"{name}: a {config.model_type} model is no encoder-decoder; task: causal-lm is for decoders"
+        )
+    model, missing = open_pretrained(transformers.AutoModelForSeq2SeqLM, name, path, dtype, quantization)
+    check_whole(name, missing)
+    return model
+
+
 def load_empty(name: str) -> Any:
     """The model in the class that its config names, without weights (on the meta device).
 

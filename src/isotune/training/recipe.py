@@ -19,8 +19,13 @@ _FIELD_TASKS = {
     "text-regression": "regression",
     "ner": "token-classification",
     "text-generation": "causal-lm",
+    "text2text-generation": "seq2seq-lm",
+    "summarization": "seq2seq-lm",
+    "translation": "seq2seq-lm",
 }
 """What the tasks are called elsewhere."""
+_WRITING = ("causal-lm", "seq2seq-lm")
+"""The tasks whose rows have prompts and completions."""
 
 
 class DataSettings(Section):
@@ -109,9 +114,9 @@ class Recipe(Section):
     """A training run. `resolved` gives the recipe with absolute paths, as it is kept in the run's folder."""
 
     model: str = Field(description="Folder or hub id of the pretrained model; `minilm` for the packaged one.")
-    task: Literal["classification", "regression", "token-classification", "image-classification", "causal-lm"] = (
-        Field(default="classification", description="What to learn.")
-    )
+    task: Literal[
+        "classification", "regression", "token-classification", "image-classification", "causal-lm", "seq2seq-lm"
+    ] = Field(default="classification", description="What to learn.")
     data: DataSettings = Field(description="The rows and their columns.")
     method: dict[str, Any] = Field(
         default={"name": "hra"}, description="The method's name and its options; `full` trains the whole model."
@@ -156,8 +161,8 @@ class Recipe(Section):
     def _prompt_with_completion(self) -> Recipe:
         if (self.data.prompt is None) != (self.data.completion is None):
             raise ValueError("data.prompt and data.completion are given together")
-        if self.task != "causal-lm" and (self.data.prompt is not None or self.data.messages is not None):
-            raise ValueError("data.prompt, data.completion and data.messages belong to task: causal-lm")
+        if self.task not in _WRITING and (self.data.prompt is not None or self.data.messages is not None):
+            raise ValueError("data.prompt, data.completion and data.messages belong to task: causal-lm or seq2seq-lm")
         if sum(named is not None for named in (self.data.text, self.data.prompt, self.data.messages)) > 1:
             raise ValueError("name one of data.text, data.prompt (with data.completion) and data.messages")
         return self

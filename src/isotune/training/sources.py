@@ -41,7 +41,7 @@ def open_source(source: str, subset: str | None = None, quoting: str = "auto") -
         DataError: There is no such file, it is empty or unreadable, or the hub cannot be reached.
     """
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it has to say is in the error that it raises
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, quoting)

@@ -42,10 +42,14 @@ _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "ass
 def token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """Per row, the summed loss of its trained tokens and their number, shape (batch, 2)."""
     scores = logits[0] if isinstance(logits, tuple) else logits
-    targets = labels[:, 1:]
+    return summed_losses(scores[:, :-1], labels[:, 1:])
+
+
+def summed_losses(scores: Tensor, targets: Tensor) -> Tensor:
+    """Of scores (batch, length, vocabulary) per row the summed loss of its targets and their number, (batch, 2)."""
     # Row by row: a batch of logits in fp32 beside the batch itself is what would take the most memory of all.
     losses = [
-        torch.nn.functional.cross_entropy(own[:-1].float(), wanted, ignore_index=IGNORED, reduction="none")
+        torch.nn.functional.cross_entropy(own.float(), wanted, ignore_index=IGNORED, reduction="none")
         for own, wanted in zip(scores, targets, strict=True)
     ]
     return torch.stack([torch.stack(losses).double().sum(1), (targets != IGNORED).double().sum(1)], dim=1)
@@ -108,6 +112,10 @@ class CausalLM(Task):
         else:
             found = _completions(rows, tokenizer, spec.max_length, spec.separator)
         return _packed(found, spec.max_length) if spec.packing else found
+
+    def prompts(self, rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[list[int]]:
+        """What the model is asked with, as `prompt_tokens`."""
+        return prompt_tokens(rows, tokenizer, spec)
 
     def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
         """Of the rows' `token_losses`."""

@@ -24,17 +24,18 @@ class Collator:
         """`input_ids`, `attention_mask` of shape (batch, longest); `token_type_ids` and `labels` where given."""
         longest = max(len(example["input_ids"]) for example in examples)
         batch = {
-            "input_ids": _padded([example["input_ids"] for example in examples], longest, self.pad_token_id),
-            "attention_mask": _padded([[1] * len(example["input_ids"]) for example in examples], longest, 0),
+            "input_ids": padded([example["input_ids"] for example in examples], longest, self.pad_token_id),
+            "attention_mask": padded([[1] * len(example["input_ids"]) for example in examples], longest, 0),
         }
         if "token_type_ids" in examples[0]:
-            batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], longest, 0)
+            batch["token_type_ids"] = padded([example["token_type_ids"] for example in examples], longest, 0)
         labels = [example["labels"] for example in examples if "labels" in example]
         if labels:
             numbers = isinstance(labels[0], int | float)
-            batch["labels"] = torch.tensor(labels) if numbers else _padded(labels, longest, IGNORED)
+            batch["labels"] = torch.tensor(labels) if numbers else padded(labels, longest, IGNORED)
         return batch
 
 
-def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:
+def padded(rows: list[list[int]], length: int, value: int) -> Tensor:
+    """The rows side by side, shape (rows, length), what is missing at their ends as `value`."""
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])

@@ -7,6 +7,7 @@ from isotune.training.tasks.classification import Classification
 from isotune.training.tasks.contract import Task
 from isotune.training.tasks.images import ImageClassification
 from isotune.training.tasks.regression import Regression
+from isotune.training.tasks.seq2seq import Seq2SeqLM
 from isotune.training.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, Task] = {
@@ -15,5 +16,6 @@ TASKS: dict[str, Task] = {
     "token-classification": TokenClassification(),
     "image-classification": ImageClassification(),
     "causal-lm": CausalLM(),
+    "seq2seq-lm": Seq2SeqLM(),
 }
 """Recipes and task.json name them; both are checked when they are read."""

@@ -1,0 +1,90 @@
+"""An encoder-decoder learns to write what it read, and is measured by what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny import save_tokenizer, write_jsonl
+
+from isotune.errors import DataError, IsotuneError
+from isotune.training.evaluation import evaluate, open_any
+from isotune.training.generation import Talk, generate, prompts_and_answers
+from isotune.training.recipe import build_recipe
+from isotune.training.run import train
+
+ROWS = [
+    {"source": "the cat sees", "target": "a dog"}, {"source": "a hen", "target": "near the oak and the fir"},
+    {"source": "the old green fox sees a small owl", "target": "the ivy"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 of two layers each."""
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=save_tokenizer(folder, classify=True), d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
+        pad_token_id=0, eos_token_id=3, decoder_start_token_id=0, dropout_rate=0.0,
+    )  # fmt: skip
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def flags(model: Path, rows: Path, output: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(model), "task": "seq2seq-lm", "data.train": str(rows), "data.validation": None,
+        "output": str(output), "training.report_to": "none", **more,
+    }  # fmt: skip
+
+
+def test_what_was_learnt_by_heart_is_written(t5: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "x.jsonl", ROWS * 16)
+    more = {"method.name": "full", "training.learning_rate": 0.01, "training.num_train_epochs": 20}
+    run = train(build_recipe(None, flags(t5, rows, tmp_path / "run", **more)), progress=False).output
+    lines = tmp_path / "told.jsonl"
+    found = evaluate(
+        run, str(write_jsonl(tmp_path / "y.jsonl", ROWS)), generate=12, predictions=lines, progress=False
+    )
+    assert found["exact_match"] == 1.0
+    assert found["loss"] < 0.5
+    assert [json.loads(line)["prediction"] for line in lines.read_text().splitlines()] == [r["target"] for r in ROWS]
+    session = open_any(run, "seq2seq-lm")
+    prompts, wanted = prompts_and_answers([{"prompt": r["source"], "completion": r["target"]} for r in ROWS], session)
+    assert generate(session, prompts, 12, batch_size=2) == wanted  # of different lengths, padded behind
+    with pytest.raises(IsotuneError, match="a seq2seq-lm model cannot chat"):
+        Talk(session)
+
+
+def test_the_loss_is_the_models_own(t5: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "x.jsonl", ROWS)
+    found = evaluate(t5, str(rows), task="seq2seq-lm", progress=False)
+    session = open_any(t5, "seq2seq-lm")
+    batch = session.collator(session.examples([{"prompt": r["source"], "completion": r["target"]} for r in ROWS]))
+    assert batch["labels"].shape[1] != batch["input_ids"].shape[1]
+    with torch.no_grad():
+        assert found["loss"] == pytest.approx(session.model.eval()(**batch).loss.item(), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+
+
+def test_an_adapter_on_the_whole_model_trains_and_resumes_its_task(t5: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "x.jsonl", ROWS * 8)
+    more = {"targets": "all-linear", "method.rank": 4, "training.max_steps": 20, "training.learning_rate": 0.02}
+    result = train(build_recipe(None, flags(t5, rows, tmp_path / "run", **more)), progress=False)
+    before = evaluate(t5, str(rows), task="seq2seq-lm", progress=False)
+    assert evaluate(result.output, str(rows), progress=False)["loss"] < before["loss"]
+
+
+def test_what_is_no_seq2seq_is_refused(t5: Path, llama: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "x.jsonl", ROWS * 8)
+    with pytest.raises(IsotuneError, match="a llama model is no encoder-decoder"):
+        train(build_recipe(None, flags(llama, rows, tmp_path / "run")), progress=False)
+    with pytest.raises(DataError, match="reads prompts and writes completions"):
+        train(build_recipe(None, flags(t5, rows, tmp_path / "run", **{"data.text": "source"})), progress=False)
+    assert not (tmp_path / "run").exists()
