@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from tiny import environment, write_recipe
 
+from isotune.training.progress import lone_process
+
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
     "accelerate launch": [
@@ -70,3 +72,12 @@ def test_a_model_sharded_by_fsdp2_or_replicated_by_ddp_trains_and_is_saved_as_a_
     assert found["moved"] > 1e-3
     assert found["losses"] < 1e-5
     assert found["adapter"] < 1e-5
+
+
+def test_one_process_where_several_were_asked_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lone_process() is None
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert "starts one process, whatever --num_processes says" in (lone_process() or "")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert lone_process() is None

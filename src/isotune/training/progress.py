@@ -21,6 +21,23 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def lone_process() -> str | None:
+    """What to say where `accelerate launch` was asked for several processes and started this one alone.
+
+    With `--cpu` it leaves them to MPI; what it sets for them is all that tells.
+    """
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    started = any(
+        name in os.environ for name in ("RANK", "WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+    )
+    if not told or started:
+        return None
+    return (
+        "accelerate launch --cpu starts one process, whatever --num_processes says, so that this run is one; several "
+        "on CPUs: torchrun --nproc-per-node 2 -m isotune.cli train recipe.yaml"
+    )
+
+
 def quiet_libraries() -> None:
     """Turn off the loggers' and progress bars' noise of the libraries underneath."""
     transformers_logging.set_verbosity_error()

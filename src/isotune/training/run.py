@@ -28,7 +28,7 @@ from isotune.training.full import LEARNING_RATE, check_full, is_full, unfreeze
 from isotune.training.measure import reset_peak_memory
 from isotune.training.model_folder import write_model
 from isotune.training.probe import Probe
-from isotune.training.progress import ProgressLine, Screen, is_first_process, quiet_libraries
+from isotune.training.progress import ProgressLine, Screen, is_first_process, lone_process, quiet_libraries
 from isotune.training.recipe import Recipe
 from isotune.training.results import history_of, run_metrics, trainable
 from isotune.training.session import Session, TaskSpec
@@ -104,6 +104,8 @@ def train(
     quiet_libraries()
     reset_peak_memory()
     screen = Screen(progress)
+    if (alone := lone_process()) is not None:
+        screen.say(alone)
     recipe, folder = _check(recipe, resume, overwrite, screen)
     finished = folder.metrics() if resume else None
     if finished is not None:
