@@ -88,3 +88,17 @@ def test_a_missing_column_lists_those_that_are_there(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "n.jsonl", sentences(4, 0))
     with pytest.raises(DataError, match=r"no column 'lable' .*Did you mean 'label'\? Columns there: text, label"):
         load_rows(str(path), DataSettings(train="-", label="lable"), "classification")
+
+
+def test_a_share_of_the_rows_is_held_out_for_the_test(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "n.jsonl", sentences(100, 0))
+    data = DataSettings(train=str(path), test="0.2", validation=0.25)  # type: ignore[arg-type]
+    splits = load_splits(data, "classification", 1)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [60, 20, 20]
+    assert Counter(row["label"] for row in splits.test) == {"animal": 10, "plant": 10}
+    again = load_splits(data, "classification", 1)
+    assert again == splits
+    assert load_splits(data, "classification", 2) != splits
+    (tmp_path / "book.txt").write_text("0123456789" * 10)
+    data = DataSettings(train=str(tmp_path / "book.txt"), validation=None, test=0.2)
+    assert load_splits(data, "causal-lm", 0).test == [{"text": "0123456789" * 2}]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from isotune.adapters.settings import Settings
     from isotune.model.catalogue import MethodInfo
 
@@ -19,7 +22,7 @@ def method_page(found: MethodInfo, kind: type[Settings]) -> str:
     module = sys.modules[kind.__module__]
     title, *about = (module.__doc__ or found.name).strip().split("\n\n")
     parts = [f"# {found.name}", prose(title), *map(prose, about), _use(found, kind), _can(found)]
-    if rows := [_option(name, schema) for name, schema in _properties(kind).items()]:
+    if rows := [option_row(name, schema) for name, schema in properties(kind).items()]:
         header = ["option", "values", "default", "meaning"]
         parts += ["## Options", markdown_table(header, rows)]
     if kind.exempt:
@@ -68,7 +71,8 @@ def _can(found: MethodInfo) -> str:
     return f"## What it can do\n\n{markdown_table(['at the default options', 'probed'], rows)}"
 
 
-def _properties(kind: type[Settings]) -> dict[str, dict[str, Any]]:
+def properties(kind: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """The schema of each field, what it refers to filled in."""
     schema = kind.model_json_schema()
     named = schema.get("$defs", {})
     return {
@@ -77,10 +81,17 @@ def _properties(kind: type[Settings]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _option(name: str, schema: dict[str, Any]) -> list[str]:
+def option_row(name: str, schema: dict[str, Any]) -> list[str]:
+    """A row of a table: the option, what it may be, its default, and what it means."""
     default = schema.get("default")
-    shown = "-" if default is None else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    shown = "-" if default is None else f"`{_written(default)}`"
     return [f"`{name}`", _values(schema), shown, prose(schema.get("description", ""))]
+
+
+def _written(default: Any) -> str:
+    """A default as YAML has it."""
+    plain = isinstance(default, str) and default.strip()
+    return str(default) if plain else json.dumps(default, ensure_ascii=False)
 
 
 def _values(schema: dict[str, Any]) -> str:
@@ -90,7 +101,10 @@ def _values(schema: dict[str, Any]) -> str:
     if words := schema.get("enum", [schema["const"]] if "const" in schema else []):
         return ", ".join(f"`{word}`" for word in words)
     bounds = " and ".join(f"{sign} {schema[key]}" for key, sign in _BOUNDS.items() if key in schema)
-    names = {"boolean": "`true`, `false`", "integer": "whole number", "string": "text", "array": "list"}
+    names = {
+        "boolean": "`true`, `false`", "integer": "whole number", "string": "text", "array": "list",
+        "object": "section",
+    }  # fmt: skip
     return f"{names.get(schema.get('type', ''), schema.get('type', 'any'))} {bounds}".strip()
 
 

@@ -75,7 +75,9 @@ def train_command(
         Flag(help="classification, regression, token-classification, image-classification, causal-lm, seq2seq-lm."),
     ] = None,
     data: Annotated[str | None, Flag(help="Training rows: file, folder, or hub id.")] = None,
-    test: Annotated[str | None, Flag(help="Test rows: file, or a split of the data.")] = None,
+    test: Annotated[
+        str | None, Flag(help="Test rows: file, a split of the data, or a share to hold out (0.2).")
+    ] = None,
     text: Annotated[list[str] | None, Flag(help="Column with the text; given twice, a pair of texts.")] = None,
     label: Annotated[str | None, Flag(help="Column with the label, number or tags.")] = None,
     prompt: Annotated[str | None, Flag(help="Column with the prompt (causal-lm).")] = None,

@@ -48,9 +48,12 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     columns = TASKS[task].columns(data, source["train"].column_names)
     train = read_rows(source["train"], data, task, data.train)
     labels = TASKS[task].labels(train, data)
-    test = _named_split(data.test, source, data, task) if data.test else []
+    cut = _cut_tail if TASKS[task].is_one_document(train) else hold_out
+    if isinstance(data.test, float):
+        train, test = cut(train, data.test, seed)
+    else:
+        test = _named_split(data.test, source, data, task) if data.test else []
     if isinstance(data.validation, float):
-        cut = _cut_tail if TASKS[task].is_one_document(train) else hold_out
         train, validation = cut(train, data.validation, seed)
     else:
         validation = _named_split(data.validation, source, data, task) if data.validation else []
@@ -91,8 +94,8 @@ def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], li
         held.update(members[: min(round(fraction * len(members)), len(members) - 1)])
     if not held:
         raise DataError(
-            f"data.validation: {fraction} of {len(rows)} rows leaves no validation row; "
-            "give a larger fraction, a file, or null for none"
+            f"{fraction} of {len(rows)} rows leaves none to hold out (data.validation, data.test); give a larger "
+            "fraction, a file, or null for none"
         )
     kept = [row for index, row in enumerate(rows) if index not in held]
     return kept, [rows[index] for index in sorted(held)]

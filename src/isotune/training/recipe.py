@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,7 +36,9 @@ class DataSettings(Section):
     validation: float | str | None = Field(
         default=0.1, description="A file, a split's name, or the fraction of the training rows to hold out."
     )
-    test: str | None = Field(default=None, description="A file, or the name of a split of `train`.")
+    test: float | str | None = Field(
+        default=None, description="A file, the name of a split of `train`, or the fraction of its rows to hold out."
+    )
     subset: str | None = Field(default=None, description="Which configuration of a hub dataset.")
     text: str | list[str] | None = Field(
         default=None,
@@ -68,10 +71,15 @@ class DataSettings(Section):
         default=None, ge=1, description="Validate and test on a seeded sample of the rows each."
     )
 
-    @field_validator("validation")
+    @field_validator("validation", "test", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        return float(value) if isinstance(value, str) and re.fullmatch(r"0?\.\d+", value) else value
+
+    @field_validator("validation", "test")
     @classmethod
     def _fraction(cls, value: float | str | None) -> float | str | None:
-        return _checked_fraction(value, "a fraction lies between 0 and 1; null means no validation rows")
+        return _checked_fraction(value, "a fraction lies between 0 and 1; null means no rows")
 
 
 class ForgettingSettings(Section):
@@ -113,7 +121,9 @@ class ForgettingSettings(Section):
 class Recipe(Section):
     """A training run. `resolved` gives the recipe with absolute paths, as it is kept in the run's folder."""
 
-    model: str = Field(description="Folder or hub id of the pretrained model; `minilm` for the packaged one.")
+    model: str = Field(
+        description="Folder, GGUF file or hub id of the pretrained model; `minilm` and `smollm2` come with packages."
+    )
     task: Literal[
         "classification", "regression", "token-classification", "image-classification", "causal-lm", "seq2seq-lm"
     ] = Field(default="classification", description="What to learn.")
@@ -174,7 +184,7 @@ class Recipe(Section):
             update={
                 "train": _absolute(self.data.train),
                 "validation": _absolute(validation) if isinstance(validation, str) else validation,
-                "test": _absolute(self.data.test) if self.data.test else None,
+                "test": _absolute(self.data.test) if isinstance(self.data.test, str) else self.data.test,
             }
         )
         output = str(Path(self.output).expanduser().absolute())

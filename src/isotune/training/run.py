@@ -214,9 +214,9 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
         said = "; ".join(f"{key}: {', '.join(names)}" for key, names in splits.columns.items())
         screen.say(f"columns, by their usual names: {said}")
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in examples.items() if rows)
-    screen.say(
-        f"{recipe.method['name']} on {recipe.model}: {sum(trainable(session.model, [])):,} trainable parameters"
-    )
+    inside, head = trainable(session.model, session.head)
+    above = f", and {head:,} in the head" if head else ""
+    screen.say(f"{recipe.method['name']} on {recipe.model}: {inside:,} trainable parameters{above}")
     screen.say(f"examples: {counts}" + (f"; labels: {', '.join(splits.labels)}" if splits.labels else ""))
     return _Run(recipe, folder, screen, session, examples, constant_scores(session, splits))
 
