@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import statistics
 
 import pytest
 
@@ -34,3 +36,26 @@ def test_a_difference_is_paired_by_seed_over_those_that_both_have() -> None:
 def test_only_an_interval_that_leaves_zero_out_excludes_it() -> None:
     assert [Interval(0.2, half).holds_zero for half in (0.1, 0.2, None)] == [False, True, True]
     assert -Interval(0.2, 0.1, [0.1, 0.3]) == Interval(-0.2, 0.1, [-0.1, -0.3])
+
+
+def test_seeds_that_agree_to_a_row_leave_the_rows_own_uncertainty() -> None:
+    ours, theirs = {1: 0.802, 2: 0.812}, {1: 0.800, 2: 0.810}  # a row of 500 each time
+    plain, floored = paired(ours, theirs), paired(ours, theirs, rows=500)
+    assert plain is not None
+    assert floored is not None
+    assert plain.half_width == pytest.approx(0, abs=1e-12)
+    assert not plain.holds_zero
+    assert floored.half_width == pytest.approx(1.96 * (0.002 / 500) ** 0.5, rel=2e-3)
+    assert floored.holds_zero
+    apart = {1: 0.9, 2: 0.5}  # where the seeds differ by more, they decide
+    assert paired(apart, theirs, rows=500) == paired(apart, theirs)
+    assert paired({1: 0.9}, theirs, rows=500) == paired({1: 0.9}, theirs)
+
+
+def test_the_floor_is_what_redrawn_rows_would_show_at_the_least() -> None:
+    """Two that disagree on as few rows as their difference allows, on rows drawn anew many times."""
+    draw, rows, d = random.Random(0), 400, 0.03
+    found = [sum(draw.random() < d for _ in range(rows)) / rows for _ in range(4000)]
+    floored = paired({1: d, 2: d}, {1: 0.0, 2: 0.0}, rows=rows)
+    assert floored is not None
+    assert floored.half_width == pytest.approx(1.96 * statistics.stdev(found), rel=0.05)

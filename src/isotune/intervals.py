@@ -34,10 +34,21 @@ class Interval:
         return Interval(-self.mean, self.half_width, [-value for value in self.values])
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
-    """Ours minus theirs over the seeds that both have; None where there is no such seed."""
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float], rows: int | None = None) -> Interval | None:
+    """Ours minus theirs over the seeds that both have; None where there is no such seed.
+
+    Of shares of so many `rows` that are right, the interval is no narrower than the draw of these rows alone makes
+    it: two that differ by d disagree on d of the rows at least, so that the variance of d is `(|d| - d²) / rows` or
+    more (McNemar). Seeds that agree to a row say nothing about other rows.
+    """
     seeds = [seed for seed in ours if seed in theirs]
-    return Interval.of([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
+    if not seeds:
+        return None
+    found = Interval.of([ours[seed] - theirs[seed] for seed in seeds])
+    if not rows or found.half_width is None:
+        return found
+    least = statistics.NormalDist().inv_cdf(0.975) * math.sqrt(max(abs(found.mean) - found.mean**2, 0.0) / rows)
+    return Interval(found.mean, max(found.half_width, least), found.values)
 
 
 def half_width(values: Sequence[float]) -> float:

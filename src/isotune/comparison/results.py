@@ -42,6 +42,8 @@ class Row(_Stored):
     seeds: list[int] = []
     values: list[float]
     """The score of each seed."""
+    test_rows: int | None = None
+    """How many test rows the score is a share of, where it is one."""
     mean: float | None = None
     half_width: float | None = None
     difference: Interval | None = None
@@ -236,7 +238,7 @@ def lead(one: Row, other: Row, higher_is_better: bool) -> Interval | None:
     ours, theirs = one.by_seed, other.by_seed
     if other.method == FROZEN and len(theirs) == 1:  # the same for every seed: nothing in it is drawn
         theirs = dict.fromkeys(ours, *theirs.values())
-    found = paired(ours, theirs)
+    found = paired(ours, theirs, one.test_rows)
     return found if found is None or higher_is_better else -found
 
 

@@ -28,7 +28,9 @@ def summarise(
     rows = [row for cell in cells if (row := _row(cell, recipe, lines, f"test_{metric}")) is not None]
     for row in rows:
         others = [one for one in rows if one.method == recipe.baseline and one.budget == row.budget]
-        row.difference = paired(row.by_seed, others[0].by_seed) if others and others[0] is not row else None
+        row.difference = (
+            paired(row.by_seed, others[0].by_seed, row.test_rows) if others and others[0] is not row else None
+        )
         row.front = not any(_dominates(other, row, higher) for other in rows)
     rows.sort(key=lambda row: row.score.mean, reverse=higher)
     done = belonging(cells, recipe, lines)
@@ -73,6 +75,7 @@ def _row(cell: Cell, recipe: ComparisonRecipe, lines: Mapping[str, Line], metric
         edge=search is not None and len(search.scores) > 1 and rate in (min(search.scores), max(search.scores)),
         seeds=[line.seed for line in done],
         values=[line.metrics[metric] for line in done],
+        test_rows=done[-1].metrics.get("test_rows") if TASKS[recipe.task].counted else None,
         forgetting={
             name.removeprefix("forgetting_"): Interval.of([line.metrics[name] for line in done]) for name in kept
         },

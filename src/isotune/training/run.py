@@ -273,6 +273,8 @@ def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
     for name in ("validation", "test"):
         if run.examples[name]:
             metrics |= _measured(run, trainer, name)
+    if run.examples["test"]:
+        metrics["test_rows"] = len(run.examples["test"])
     metrics |= kept(run.folder)
     metrics |= run_metrics(run.recipe, trainer, _default_rate(run.recipe), run.session.head)
     if is_first_process():

@@ -25,6 +25,7 @@ class Classification(OnTexts):
 
     metrics = ("accuracy", "macro_f1", "matthews", "loss")
     metric = "accuracy"
+    counted = True
     higher_is_better = True
     expectation = "exact"
 

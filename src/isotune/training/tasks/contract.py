@@ -32,6 +32,8 @@ class Task(ABC):
     """Of `metric`."""
     named: ClassVar[bool] = True
     """Whether it has labels with names."""
+    counted: ClassVar[bool] = False
+    """Whether `metric` is the share of rows that are right."""
     rows_at_a_time: ClassVar[int] = 64
     """In evaluation, where nobody says."""
     probed: ClassVar[bool] = False
