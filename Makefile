@@ -1,6 +1,7 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
 # make test   install the development tools too, then lint, type-check and run the whole suite
 # make test-models  the tests with SmolLM2-135M (fetches 93 MB; about ten minutes)
+# make serving  ask PEFT and llama.cpp what they write with an exported LoRA (compiles llama.cpp: a quarter of an hour)
 # make anywhere  run the suite with other vector instructions and numbers of threads (about an hour)
 # make docs   build the documentation into site/; read it with: python3 -m http.server -d site
 # make bench  time isotune and PEFT side by side (about 20 minutes; BENCH=--quick: one) and render benchmarks/
@@ -10,7 +11,7 @@ BIN    := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs bench test test-models lint types unit anywhere clean
+.PHONY: help demo docs bench test test-models serving lint types unit anywhere clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -61,6 +62,19 @@ SETTINGS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTR
 
 test-models: $(VENV)/.installed-dev,llm
 	$(BIN)/python -m pytest -m models $(PYTEST)
+
+LLAMA = .venv-llama
+$(LLAMA)/.installed:
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install --quiet numpy
+	$(LLAMA)/bin/python -m pip download --quiet --no-deps --no-binary :all: llama-cpp-python==0.3.36 -d $(LLAMA)/source
+	tar xzf $(LLAMA)/source/*.tar.gz -C $(LLAMA)/source --strip-components 1
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" \
+		$(LLAMA)/bin/python -m pip install --quiet $(LLAMA)/source/*.tar.gz
+	@touch $@
+
+serving: $(VENV)/.installed-dev,llm $(LLAMA)/.installed
+	$(BIN)/python -m benchmarks.serving --llama-python $(LLAMA)/bin/python --llama-source $(LLAMA)/source/vendor/llama.cpp
 
 anywhere: $(VENV)/.installed-dev
 	@failed=0; for setting in $(SETTINGS); do \

@@ -72,7 +72,10 @@ def train_command(
     model: Annotated[str | None, Flag(help="Folder or hub id of the pretrained model; minilm.")] = None,
     task: Annotated[
         str | None,
-        Flag(help="classification, regression, token-classification, image-classification, causal-lm, seq2seq-lm."),
+        Flag(
+            help="classification, regression, token-classification, image-classification, causal-lm, seq2seq-lm or "
+            "preference."
+        ),
     ] = None,
     data: Annotated[str | None, Flag(help="Training rows: file, folder, or hub id.")] = None,
     test: Annotated[

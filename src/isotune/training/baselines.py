@@ -35,7 +35,19 @@ def constant_scores(session: Session, splits: Splits) -> dict[str, float]:
     }
 
 
-def probe_scores(
+def measured_baselines(
+    session: Session,
+    trainer: AdapterTrainer,
+    examples: Mapping[str, list[Example]],
+    probe: Probe | None,
+    screen: Screen,
+) -> dict[str, float]:
+    """What the linear probe scores, where there is one, and a model without a head before it is trained."""
+    found = {} if probe is None else _probe_scores(session, probe, examples, screen)
+    return found | _base_scores(session, trainer, examples, screen)
+
+
+def _probe_scores(
     session: Session, probe: Probe, examples: Mapping[str, list[Example]], screen: Screen
 ) -> dict[str, float]:
     """What the linear probe scores, as it was on the validation rows, and on the features of the test rows."""
@@ -48,12 +60,12 @@ def probe_scores(
     return found
 
 
-def base_scores(
+def _base_scores(
     session: Session, trainer: AdapterTrainer, examples: Mapping[str, list[Example]], screen: Screen
 ) -> dict[str, float]:
     """What a model without a head does before it is trained: on the test rows, else the validation rows."""
     name = next((name for name in reversed(MEASURED) if examples[name]), None)
-    if name is None or session.head or trainer.args.world_size > 1:
+    if name is None or session.head or session.task.has_reference or trainer.args.world_size > 1:
         return {}
     with (
         isotune.disabled(session.model) if adapter_names(session.model) else nullcontext(),

@@ -9,6 +9,7 @@ from torch import nn
 
 from isotune.errors import IsotuneError, OptionError
 from isotune.training.recipe import Recipe
+from isotune.training.tasks.names import TASKS
 
 FULL = "full"
 LEARNING_RATE = 1e-4
@@ -28,6 +29,11 @@ def check_full(recipe: Recipe) -> None:
     for key in ("targets", "exclude", "overrides"):
         if getattr(recipe, key) != Recipe.model_fields[key].default:
             raise OptionError(f"{key}: method full trains every layer; leave it out, or choose an adapter's method")
+    if TASKS[recipe.task].has_reference:
+        raise OptionError(
+            f"task {recipe.task} has the model without its adapter for a reference, and method full has no adapter; "
+            "choose one"
+        )
     if recipe.quantization is not None:
         raise OptionError(
             "quantization is for a frozen base, and method full trains all of it; leave it out, or choose an adapter"

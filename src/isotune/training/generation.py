@@ -111,7 +111,7 @@ class Talk:
 
         Raises OptionError where the model is no causal language model.
         """
-        if type(session.task) is not CausalLM:
+        if not isinstance(session.task, CausalLM) or session.model.config.is_encoder_decoder:
             raise OptionError(f"a {session.spec.task} model cannot chat; take a run with task: causal-lm")
         self.session, self.task = session, session.task
         self.start = [] if system is None else [{"role": "system", "content": system}]

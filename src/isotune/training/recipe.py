@@ -23,9 +23,10 @@ _FIELD_TASKS = {
     "text2text-generation": "seq2seq-lm",
     "summarization": "seq2seq-lm",
     "translation": "seq2seq-lm",
+    "dpo": "preference",
 }
 """What the tasks are called elsewhere."""
-_WRITING = ("causal-lm", "seq2seq-lm")
+_WRITING = ("causal-lm", "seq2seq-lm", "preference")
 """The tasks whose rows have prompts and completions."""
 
 
@@ -51,6 +52,8 @@ class DataSettings(Section):
     )
     prompt: str | None = Field(default=None, description="Column with the prompt (causal-lm); not trained on.")
     completion: str | None = Field(default=None, description="Column with the completion (causal-lm).")
+    chosen: str | None = Field(default=None, description="Column with the better answer (preference).")
+    rejected: str | None = Field(default=None, description="Column with the worse answer (preference).")
     messages: str | None = Field(
         default=None, description="Column with a chat (causal-lm): its assistant's turns are trained on."
     )
@@ -125,7 +128,13 @@ class Recipe(Section):
         description="Folder, GGUF file or hub id of the pretrained model; `minilm` and `smollm2` come with packages."
     )
     task: Literal[
-        "classification", "regression", "token-classification", "image-classification", "causal-lm", "seq2seq-lm"
+        "classification",
+        "regression",
+        "token-classification",
+        "image-classification",
+        "causal-lm",
+        "seq2seq-lm",
+        "preference",
     ] = Field(default="classification", description="What to learn.")
     data: DataSettings = Field(description="The rows and their columns.")
     method: dict[str, Any] = Field(
@@ -148,6 +157,9 @@ class Recipe(Section):
         default=None,
         description="Quantise the frozen base: int8 (torchao's, weights only), nf4 or llm-int8 (bitsandbytes').",
     )
+    dpo_beta: float = Field(
+        default=0.1, gt=0, description="Preference: how dear it is to leave the reference, the model without adapter."
+    )
     training: dict[str, Any] = Field(default={}, description="Fields of transformers.TrainingArguments.")
     save_second_moments: bool = Field(
         default=False, description="Write Adam's second moments beside the adapter, for merging (ota, ffg)."
@@ -169,7 +181,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _prompt_with_completion(self) -> Recipe:
-        if (self.data.prompt is None) != (self.data.completion is None):
+        if self.task != "preference" and (self.data.prompt is None) != (self.data.completion is None):
             raise ValueError("data.prompt and data.completion are given together")
         if self.task not in _WRITING and (self.data.prompt is not None or self.data.messages is not None):
             raise ValueError("data.prompt, data.completion and data.messages belong to task: causal-lm or seq2seq-lm")

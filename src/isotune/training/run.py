@@ -20,7 +20,7 @@ from isotune.folders import MODEL_CONFIG, TASK
 from isotune.model.calibrate import wants_calibration
 from isotune.statistics.second_moment import check_informative
 from isotune.training.arguments import resolve_training, training_arguments
-from isotune.training.baselines import base_scores, constant_scores, keep, kept, probe_scores
+from isotune.training.baselines import constant_scores, keep, kept, measured_baselines
 from isotune.training.classifiers import OWN
 from isotune.training.data import Splits, load_splits
 from isotune.training.folder import RunFolder, adapter_folder, checkpoint_step
@@ -124,20 +124,13 @@ def train(
         start_from(run.session, probe, screen)
     trainer = _trainer(run)
     if checkpoint is None and baselines:
-        _measure_baselines(run, trainer, probe)
+        against = run.constant | measured_baselines(run.session, trainer, run.examples, probe, screen)
+        if is_first_process():
+            keep(folder, against)
     if checkpoint is None and wants_calibration(run.session.model):
         calibrate_on(run.session, run.examples["train"], recipe, screen)
     _fit(run, trainer, checkpoint)
     return _finish(run, trainer)
-
-
-def _measure_baselines(run: _Run, trainer: AdapterTrainer, probe: Probe | None) -> None:
-    found = dict(run.constant)
-    if probe is not None:
-        found |= probe_scores(run.session, probe, run.examples, run.screen)
-    found |= base_scores(run.session, trainer, run.examples, run.screen)
-    if is_first_process():
-        keep(run.folder, found)
 
 
 def _check(recipe: Recipe, resume: bool, overwrite: bool, screen: Screen) -> tuple[Recipe, RunFolder]:

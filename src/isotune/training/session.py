@@ -35,6 +35,8 @@ class TaskSpec:
     """What the classifiers of version 0.1.0 call their backbone; None since."""
     quantization: str | None = None
     """How the base was quantised."""
+    dpo_beta: float = 0.1
+    """Of a preference."""
     packing: bool = False
     """Whether prompts and chats share sequences."""
     pairs: bool = False
@@ -46,7 +48,7 @@ class TaskSpec:
         data = recipe.data
         return cls(
             recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype, None,
-            recipe.quantization, data.packing, True,
+            recipe.quantization, recipe.dpo_beta, data.packing, True,
         )  # fmt: skip
 
     @classmethod
@@ -58,7 +60,7 @@ class TaskSpec:
         if task not in TASKS:
             raise OptionError(f"task {task!r} is unknown.{nearest(task, TASKS)} The tasks are: {', '.join(TASKS)}")
         labels = own_labels(model) if TASKS[task].named else []
-        return cls(task, model, labels, "auto", None, "\n", "float32", None, None, False, True)
+        return cls(task, model, labels, "auto", None, "\n", "float32", None, None, 0.1, False, True)
 
     @classmethod
     def read(cls, adapter: Path) -> TaskSpec:
@@ -113,6 +115,7 @@ class Session:
             preprocess_logits_for_metrics=self.task.reduced,
             callbacks=callbacks,
             base_model=self.spec.model,
+            task_loss=lambda model, inputs: self.task.loss(model, inputs, self.spec),
         )
 
 

@@ -6,7 +6,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,15 @@ from isotune.training.weights import load_weights, save_weights
 class AdapterTrainer(Trainer):
     """A Trainer whose checkpoints hold the adapter alone (a model without adapters whole), once they are complete."""
 
-    def __init__(self, *args: Any, base_model: str, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        base_model: str,
+        task_loss: Callable[[Any, Any], tuple[Any, Any] | None],
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.task_loss = task_loss
         self.timer = StepTimer()
         with _as_one_with_adapters(kwargs["model"]):
             super().__init__(*args, callbacks=[self.timer, *callbacks], **kwargs)
@@ -46,8 +54,8 @@ class AdapterTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss and, in training, the adapters' penalty."""
-        loss, outputs = super().compute_loss(
+        """The task's loss, by default the model's own, and in training the adapters' penalty."""
+        loss, outputs = self.task_loss(model, inputs) or super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if model.training:

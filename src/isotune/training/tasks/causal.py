@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -61,10 +61,10 @@ class CausalLM(Task):
     answer = "completion"
     named = False
     rows_at_a_time = 8  # their logits are large
-    metrics = ("perplexity", "loss")
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "loss")
     metric = "loss"
     higher_is_better = False
-    reduced = staticmethod(token_losses)
+    reduced: ClassVar[Callable[..., Any] | None] = staticmethod(token_losses)
 
     def columns(self, data: DataSettings, found: Sequence[str]) -> dict[str, list[str]]:
         """Prompt and completion, chats, or text: as named, else as the columns are called."""
@@ -81,7 +81,7 @@ class CausalLM(Task):
     def cell(self, key: str, value: Any) -> Any:
         """Chats are lists of messages; the rest is text."""
         if key == "messages":
-            return _chat(value)
+            return as_chat(value)
         if isinstance(value, (list, dict)):
             raise ValueError(f"a {type(value).__name__} and no text (chats are named with data.messages)")
         return super().cell(key, value)
@@ -110,7 +110,7 @@ class CausalLM(Task):
         if "messages" in rows[0]:
             found = _chats(rows, tokenizer, spec.max_length)
         else:
-            found = _completions(rows, tokenizer, spec.max_length, spec.separator)
+            found = completions(rows, tokenizer, spec.max_length, spec.separator)
         return _packed(found, spec.max_length) if spec.packing else found
 
     def prompts(self, rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[list[int]]:
@@ -145,7 +145,7 @@ def _last_turn(messages: Sequence[dict[str, str]]) -> int:
     return max(place for place, message in enumerate(messages) if message["role"] == "assistant")
 
 
-def _completions(rows: Sequence[Row], tokenizer: Any, max_length: int, separator: str) -> list[Example]:
+def completions(rows: Sequence[Row], tokenizer: Any, max_length: int, separator: str) -> list[Example]:
     """Too long a row keeps its completion, and loses the start of its prompt first."""
     prompts = tokenizer([row["prompt"] + separator for row in rows])["input_ids"]
     completions = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
@@ -159,7 +159,7 @@ def _completions(rows: Sequence[Row], tokenizer: Any, max_length: int, separator
     return examples
 
 
-def _chat(value: Any) -> list[dict[str, str]]:
+def as_chat(value: Any) -> list[dict[str, str]]:
     """A cell as a chat, whose messages have a role and a content. Raises ValueError where it is none."""
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"a {type(value).__name__} and no list of messages")
@@ -198,8 +198,12 @@ def _check_template(tokenizer: Any) -> None:
         )
 
 
-def chat_tokens(messages: list[dict[str, str]], tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+def chat_tokens(
+    messages: list[dict[str, str]], tokenizer: Any, where: str, last_only: bool = False
+) -> tuple[list[int], list[int]]:
     """A chat as tokens, and its labels: each turn of the assistant's from where it is asked for to its end token.
+
+    With `last_only`, the last turn alone.
 
     Raises DataError where the template does not grow turn by turn, or the tokenizer cannot tell a token's place.
     """
@@ -213,7 +217,7 @@ def chat_tokens(messages: list[dict[str, str]], tokenizer: Any, where: str) -> t
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, labels = tokens["input_ids"], [IGNORED] * len(tokens["input_ids"])
     for place, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or (last_only and place + 1 < len(messages)):
             continue
         before, after = rendered(place, asking=True), rendered(place + 1)
         if not text.startswith(after) or not after.startswith(before):

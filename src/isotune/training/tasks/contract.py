@@ -32,6 +32,8 @@ class Task(ABC):
     """Of `metric`."""
     named: ClassVar[bool] = True
     """Whether it has labels with names."""
+    has_reference: ClassVar[bool] = False
+    """Whether its `loss` asks the model without its adapter, too."""
     counted: ClassVar[bool] = False
     """Whether `metric` is the share of rows that are right."""
     rows_at_a_time: ClassVar[int] = 64
@@ -77,6 +79,10 @@ class Task(ABC):
     @abstractmethod
     def examples(self, rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[Example]:
         """The rows as tokens, at most `spec.max_length` of them."""
+
+    def loss(self, model: Any, inputs: Mapping[str, Any], spec: TaskSpec) -> tuple[Any, dict[str, Any]] | None:
+        """The loss of a batch and the model's outputs; None: the model's own."""
+        return None
 
     reduced: ClassVar[Callable[..., Any] | None] = None
     """What the trainer keeps of each batch's logits, as a function of logits and labels; None: the logits."""

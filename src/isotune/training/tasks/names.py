@@ -6,6 +6,7 @@ from isotune.training.tasks.causal import CausalLM
 from isotune.training.tasks.classification import Classification
 from isotune.training.tasks.contract import Task
 from isotune.training.tasks.images import ImageClassification
+from isotune.training.tasks.preference import Preference
 from isotune.training.tasks.regression import Regression
 from isotune.training.tasks.seq2seq import Seq2SeqLM
 from isotune.training.tasks.token_classification import TokenClassification
@@ -17,5 +18,6 @@ TASKS: dict[str, Task] = {
     "image-classification": ImageClassification(),
     "causal-lm": CausalLM(),
     "seq2seq-lm": Seq2SeqLM(),
+    "preference": Preference(),
 }
 """Recipes and task.json name them; both are checked when they are read."""
