@@ -137,7 +137,7 @@ MISTAKES = {
     ),
     "training value of a wrong kind": (arguments("--set", "training.max_steps=many"), "'training.max_steps'"),
     "set without a value": (arguments("--set", "method.rank"), "--set takes key=value"),
-    "unknown task": (arguments("--task", "poetry"), "'causal-lm' or 'seq2seq-lm'"),
+    "unknown task": (arguments("--task", "poetry"), "'seq2seq-lm' or 'preference'"),
     "unknown method": (arguments("--method", "hre"), "'hra'"),
     "unknown option": (arguments("--set", "method.rnak=4"), "'rank'"),
     "rank zero": (arguments("--rank", 0), "rank"),

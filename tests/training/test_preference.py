@@ -78,7 +78,7 @@ def test_what_is_preferred_is_learnt_and_the_run_begins_at_log_2(llama: Path, tm
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert result.metrics["test_accuracy"] == 1.0
-    assert result.metrics["test_loss"] < 0.6
+    assert result.metrics["test_loss"] < 0.65
     lines = tmp_path / "told.jsonl"
     again = evaluate(result.output, str(rows), predictions=lines, progress=False)
     assert again["accuracy"] == 1.0
