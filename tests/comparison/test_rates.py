@@ -19,9 +19,16 @@ def searched(trials: int, optimum: float, diverges_above: float = math.inf) -> d
     return scores
 
 
-def test_the_first_two_thirds_are_an_even_grid_with_both_ends() -> None:
+def test_the_first_two_thirds_are_an_even_grid_with_both_ends_and_the_methods_own_rate_is_next() -> None:
     rates, missing = tried(CELL, SPAN, 6, {})
-    assert rates == missing == [1e-4, 4.64e-4, 2.15e-3, 1e-2]
+    assert rates == missing == [1e-4, 4.64e-4, 2.15e-3, 1e-2, 1e-3]
+
+
+def test_the_methods_own_rate_is_always_tried_where_the_span_has_it() -> None:
+    for trials in range(1, 13):
+        assert 1e-3 in searched(trials, 3e-3)
+    assert tried(CELL, (1.5, 10.0), 6, {})[0] == [1.5e-3, 2.82e-3, 5.31e-3, 1e-2]
+    assert tried(CELL, (0.1, 10.0), 2, {})[0] == [1e-3, 1e-2]
 
 
 def test_one_trial_is_the_methods_own_rate() -> None:
@@ -50,7 +57,7 @@ def test_rates_that_diverged_are_shunned_and_counted() -> None:
 
 
 def test_the_next_rate_follows_from_the_results_in_whatever_order_they_came() -> None:
-    scores = {rate: -abs(math.log(rate / 2e-3)) for rate in (1e-4, 4.64e-4, 2.15e-3, 1e-2)}
+    scores = {rate: -abs(math.log(rate / 2e-3)) for rate in (1e-4, 4.64e-4, 2.15e-3, 1e-2, 1e-3)}
     turned = dict(reversed(scores.items()))
     assert tried(CELL, SPAN, 6, scores) == tried(CELL, SPAN, 6, turned)
-    assert tried(CELL, SPAN, 6, {**scores, 0.5: 1.0})[0][:4] == list(scores)
+    assert tried(CELL, SPAN, 6, {**scores, 0.5: 1.0})[0][:4] == list(scores)[:4]

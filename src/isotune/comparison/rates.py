@@ -28,12 +28,12 @@ def tried(cell: Cell, span: tuple[float, float], trials: int, scores: Scores) ->
     Args:
         cell: The method, and the rate that the span is about.
         span: The least and the largest rate, in multiples of that one.
-        trials: How many rates in all; two thirds of them on the grid.
+        trials: How many rates in all; two thirds of them on the grid, the next one the method's own.
         scores: What is known.
     """
     assert cell.rate is not None
     low, high = (cell.rate * multiple for multiple in span)
-    rates = _grid(low, high, trials - trials // 3)
+    rates = _with(cell.rate, _grid(low, high, trials - trials // 3), trials)
     missing = [rate for rate in rates if rate not in scores]
     while not missing and len(rates) < trials:
         rates.append(_suggested(low, high, tuple((rate, scores[rate]) for rate in rates)))
@@ -45,6 +45,17 @@ def _grid(low: float, high: float, count: int) -> list[float]:
     if count == 1 or low == high:
         return [_rounded(math.sqrt(low * high))]
     return [_rounded(low * (high / low) ** (index / (count - 1))) for index in range(count)]
+
+
+def _with(default: float, rates: list[float], trials: int) -> list[float]:
+    """The method's own rate among them: users try it first. Where all are on the grid, it takes the nearest's place."""
+    default = _rounded(default)
+    if default in rates or not rates[0] <= default <= rates[-1]:
+        return rates
+    if len(rates) < trials:
+        return [*rates, default]
+    nearest = min(rates, key=lambda rate: abs(math.log(rate / default)))
+    return [default if rate == nearest else rate for rate in rates]
 
 
 @functools.lru_cache(maxsize=4096)
