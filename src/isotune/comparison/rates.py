@@ -48,7 +48,7 @@ def _grid(low: float, high: float, count: int) -> list[float]:
 
 
 def _with(default: float, rates: list[float], trials: int) -> list[float]:
-    """The method's own rate among them: users try it first. Where all are on the grid, it takes the nearest's place."""
+    """The method's own rate among them, which users try first; where all are on the grid, in the nearest's place."""
     default = _rounded(default)
     if default in rates or not rates[0] <= default <= rates[-1]:
         return rates
