@@ -74,6 +74,7 @@ $(LLAMA)/.installed:
 	@touch $@
 
 serving: $(VENV)/.installed-dev,llm $(LLAMA)/.installed
+	$(INSTALL) sentencepiece  # llama.cpp's converter imports it
 	$(BIN)/python -m benchmarks.serving --llama-python $(LLAMA)/bin/python --llama-source $(LLAMA)/source/vendor/llama.cpp
 
 anywhere: $(VENV)/.installed-dev

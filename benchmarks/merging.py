@@ -24,12 +24,12 @@ from benchmarks.__main__ import rounded
 from benchmarks.machine import machine, now, versions
 from benchmarks.memory import run_child
 from benchmarks.tables import table
+from isotune.checkpoint.base import MINILM
 from isotune.checkpoint.files import STATISTICS
 from isotune.intervals import half_width
 from isotune.merging.adapters.merge import merge
 from isotune.merging.reversible.adapters import compress_adapters, recover_adapter
 from isotune.training.folder import RunFolder
-from isotune.training.models import MINILM
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import build_recipe
 from isotune.training.run import train

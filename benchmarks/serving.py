@@ -29,7 +29,7 @@ PROMPTS = [
     "What is the capital of France?",
     "List three colours.",
 ]
-TOKENS = 24
+TOKENS = 16
 DTYPES = ("float32", "float16", "bfloat16")
 Answers = dict[str, list[list[int]]]
 """For each model ("bare", or an adapter's name) the tokens of each prompt's answer."""
@@ -39,9 +39,10 @@ OPENING = """# What servers wrote
 Written by `python -m benchmarks.serving`, from `benchmarks/results/serving.json`; do not edit.
 
 An HRA adapter of rank 8 on all linear layers of SmolLM2-135M-Instruct, trained for {steps} steps on sums, exported by
-`isotune export --to lora`. {tokens} tokens each, greedily, after {prompts} prompts in the model's chat template; in
-fp32, but for what a row says. "The same" counts the tokens until the first that differs, out of {all}. The bare model
-and the adapted one agree in {apart} of {all}, so that an adapter that does nothing would be seen.
+`isotune export --to lora`. Up to {tokens} tokens, greedily, after {prompts} prompts in the model's chat template; in
+fp32, but for what a row says. "The same" counts the tokens until the first that differs, out of those that isotune's
+own model wrote. The bare model and the adapted one agree in {apart} tokens, so that an adapter that does nothing would
+be seen.
 
 {rows}
 
@@ -126,7 +127,7 @@ def written(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     for prompt in prompts:
         with torch.no_grad():
             ids = torch.tensor([prompt])
-            whole = model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+            whole = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)
         found.append(whole[0, len(prompt) :].tolist())
     return found
 
@@ -140,8 +141,8 @@ def by_peft(base: Path, loras: Mapping[str, Path], prompts: list[list[int]]) -> 
     for name, lora in loras.items():
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), lora).eval()
         found[name] = written(model, prompts)
-        with model.disable_adapter():
-            found["bare"] = written(model, prompts)
+    with model.disable_adapter():
+        found["bare"] = written(model, prompts)
     return found
 
 
@@ -156,7 +157,9 @@ def by_llama_cpp(
         files[name] = folder / f"{name}.gguf"
         kind = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[name]
         convert(source / "convert_lora_to_gguf.py", lora, "--base", base, "--outfile", files[name], "--outtype", kind)
-    task = {"model": str(model), "loras": {name: str(file) for name, file in files.items()}, "prompts": prompts}
+    end = json.loads((base / "config.json").read_text())["eos_token_id"]
+    given = {name: str(file) for name, file in files.items()}
+    task = {"model": str(model), "loras": given, "prompts": prompts, "end": end}
     script = Path(__file__).with_name("serving_llama_cpp.py")
     done = subprocess.run(
         [python, script, str(TOKENS)], input=json.dumps(task), capture_output=True, text=True, check=False
@@ -176,26 +179,27 @@ def convert(script: Path, *arguments: Any) -> None:
 
 
 def agreed(one: list[list[int]], other: list[list[int]]) -> int:
-    """How many tokens are the same, of each answer up to the first that differs."""
+    """How many tokens are the same, of each answer up to the first that differs, or to the end of the shorter."""
     total = 0
     for a, b in zip(one, other, strict=True):
-        total += next((place for place, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+        same = [x == y for x, y in zip(a, b, strict=False)]
+        total += same.index(False) if False in same else len(same)
     return total
 
 
 def page(found: Mapping[str, Any]) -> str:
     """The page as Markdown."""
-    ours, count = found["ours"], found["tokens"] * len(found["prompts"])
-    rows = []
+    ours, rows = found["ours"], []
+    count = {name: sum(map(len, answers)) for name, answers in ours.items()}
     for server, answers in found["servers"].items():
         for name, answer in answers.items():
             other = "bare" if name == "bare" else "adapted"
             what = "without the adapter" if name == "bare" else f"with the LoRA in {name}"
-            rows.append([server, what, f"{agreed(answer, ours[other])} of {count}"])
+            rows.append([server, what, f"{agreed(answer, ours[other])} of {count[other]}"])
     told = ", ".join(f"{value:.1e} in {dtype}" for dtype, value in found["residuals"].items())
     versions_of = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return OPENING.format(
-        steps=found["steps"], tokens=found["tokens"], prompts=len(found["prompts"]), all=count,
+        steps=found["steps"], tokens=found["tokens"], prompts=len(found["prompts"]),
         apart=agreed(ours["bare"], ours["adapted"]), rows=table(["server", "", "the same"], rows), residuals=told,
         where=f"{found['machine']['cpu']}, {found['date']}: {versions_of}.",
     )  # fmt: skip

@@ -86,7 +86,7 @@ def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> 
     def run(name: str) -> tuple[DemoRow, Tensor]:
         """Train, and forget the model: it would count as the next run's memory."""
         screen.say(f"{2 + list(recipes).index(name)}. {name}, rank {METHODS[name]['rank']}")
-        result = train(recipes[name], overwrite=True, progress=progress, probe=frozen.probe)
+        result = train(recipes[name], overwrite=True, progress=progress, probe=frozen.probe, baselines=False)
         return _row(name, result), _predict(result.model, session, test, screen)
 
     (hra, trained), (lora, _) = run("hra"), run("lora")
