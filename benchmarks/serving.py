@@ -41,8 +41,8 @@ Written by `python -m benchmarks.serving`, from `benchmarks/results/serving.json
 An HRA adapter of rank 8 on all linear layers of SmolLM2-135M-Instruct, trained for {steps} steps on sums, exported by
 `isotune export --to lora`. Up to {tokens} tokens, greedily, after {prompts} prompts in the model's chat template; in
 fp32, but for what a row says. "The same" counts the tokens until the first that differs, out of those that isotune's
-own model wrote. The bare model and the adapted one agree in {apart} tokens, so that an adapter that does nothing would
-be seen.
+own model wrote. The bare model and the adapted one agree in {apart} tokens: an adapter that does nothing would be
+seen.
 
 {rows}
 
