@@ -124,7 +124,7 @@ def test_an_anchored_adapter_in_pefts_own_layout_is_plain_hra_of_twice_the_rank(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--to", "gguf"], "choose lora, merged or peft"),
+        (["--to", "gguf"], "choose lora, diffusers, merged or peft"),
         (["--to", "lora", "--dtype", "int4"], "choose from float32, float16, bfloat16"),
         (["--to", "lora", "--rank-multiple", "0"], "at least 1"),
         (["--to", "lora", "--base", "./no-such-base"], "no model folder at ./no-such-base"),

@@ -87,7 +87,7 @@ class Tasks:
         rows: int | None = None,
     ) -> None:
         """`rows` takes so many of each run's, evenly spaced. Raises IsotuneError for a run without such rows."""
-        sessions: dict[tuple[Any, ...], Session] = {}
+        sessions: dict[str, Session] = {}
         self.tasks = [
             _task(run, name, split, rows, sessions) for run, name in zip(runs, model_names(runs, names), strict=True)
         ]
@@ -122,7 +122,7 @@ class Tasks:
 
 
 def _task(
-    run: str | Path, name: str, split: str, count: int | None, sessions: dict[tuple[Any, ...], Session]
+    run: str | Path, name: str, split: str, count: int | None, sessions: dict[str, Session]
 ) -> TaskRows:
     folder = RunFolder(run)
     if not folder.is_run():
@@ -134,7 +134,7 @@ def _task(
     if count is not None and count < len(rows):
         rows = [rows[index * len(rows) // count] for index in range(count)]
     spec = TaskSpec.read(adapter)
-    key = (spec.task, spec.model, spec.pooling, spec.max_length, spec.dtype, spec.separator, spec.backbone)
+    key = replace(spec, labels=[]).to_json()
     session = sessions.setdefault(key, Session(spec)) if key not in sessions else sessions[key]
     examples = session.task.examples(rows, session.tokenizer, replace(session.spec, labels=spec.labels))
     # Rows of one length side by side need no padding.
