@@ -121,9 +121,7 @@ class Tasks:
         return statistics.fmean(kind.signed(found[name][kind.metric]) for name, kind in kinds.items())
 
 
-def _task(
-    run: str | Path, name: str, split: str, count: int | None, sessions: dict[str, Session]
-) -> TaskRows:
+def _task(run: str | Path, name: str, split: str, count: int | None, sessions: dict[str, Session]) -> TaskRows:
     folder = RunFolder(run)
     if not folder.is_run():
         raise IsotuneError(f"{run} is no run's folder, whose {split} rows could be used; give runs of isotune train")
