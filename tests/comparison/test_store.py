@@ -90,3 +90,16 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
         Store(tmp_path).check(recipe(tmp_path))
     with pytest.raises(IsotuneError, match="holds no comparison"):
         Store(tmp_path).recipe()
+
+
+def test_a_comparison_of_an_older_version_which_named_the_plain_columns_goes_on(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "c", forgetting={"train": "other.csv"})
+    with Store(tmp_path / "c").open(made):
+        pass
+    stored = Store(tmp_path / "c").recipe_file
+    older = stored.read_text().replace("text: null", "text: text").replace("label: null", "label: label")
+    assert older.count("text: text") == 2  # of the data, and of what was forgotten
+    stored.write_text(older)
+    Store(tmp_path / "c").check(made)
+    with pytest.raises(IsotuneError, match="holds a comparison of another kind"):
+        Store(tmp_path / "c").check(made.model_copy(update={"targets": "mlp"}))

@@ -11,6 +11,7 @@ import yaml
 from isotune.errors import IsotuneError
 from isotune.recipes import parse_yaml
 from isotune.training.arguments import resolve_training, training_arguments
+from isotune.training.folder import RunFolder
 from isotune.training.recipe import DataSettings, Recipe, build_recipe
 
 FLAGS: dict[str, Any] = {"model": "base", "data.train": "rows.csv", "output": "run"}
@@ -56,3 +57,16 @@ def test_training_has_our_defaults_under_the_recipes_own_values() -> None:
 def test_a_field_that_the_recipe_holds_elsewhere_is_refused() -> None:
     with pytest.raises(IsotuneError, match=r"training\.output_dir is decided elsewhere: use output"):
         resolve_training(build_recipe(None, FLAGS, ["training.output_dir=x"]), 0.1)
+
+
+def test_a_run_of_an_older_version_which_named_the_plain_columns_is_the_same_run(tmp_path: Path) -> None:
+    recipe = build_recipe(None, {"model": "m", "data.train": "x", "output": str(tmp_path / "run")})
+    folder = RunFolder(tmp_path / "run")
+    folder.create(recipe)
+    older = recipe.model_copy(update={"data": recipe.data.model_copy(update={"text": "text", "label": "label"})})
+    folder.recipe_file.write_text(folder.recipe_file.read_text().split("\n")[0] + "\n" + older.to_yaml())
+    assert folder.recipe().data.text == "text"
+    folder.check_same(recipe)
+    other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"text": "sentence"})})
+    with pytest.raises(IsotuneError, match=r"data\.text: None then, 'sentence' now"):
+        folder.check_same(other)

@@ -22,6 +22,7 @@ from isotune.comparison.recipe import ComparisonRecipe, build_comparison
 from isotune.comparison.results import Line
 from isotune.errors import IsotuneError
 from isotune.locks import lock
+from isotune.training.recipe import with_plain_columns
 
 MARK = "# A resolved isotune comparison: `isotune compare` goes on with it, `isotune report` shows it.\n"
 _EXTENDABLE = ("methods", "budgets", "seeds", "trials", "baseline", "full", "frozen", "cost_steps")
@@ -156,4 +157,4 @@ def _fixed(recipe: ComparisonRecipe) -> dict[str, Any]:
     """What may not change between two starts, flat enough to be compared and named."""
     fields = recipe.model_dump(mode="json", exclude={"output", "method", "compare"})
     section = recipe.compare.model_dump(mode="json", exclude=set(_EXTENDABLE))
-    return {**fields, **{f"compare.{key}": value for key, value in section.items()}}
+    return with_plain_columns({**fields, **{f"compare.{key}": value for key, value in section.items()}})

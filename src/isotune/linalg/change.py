@@ -41,7 +41,9 @@ def total(changes: Sequence[Change], weights: Sequence[float]) -> Change:
 
 def size(change: Change) -> float:
     """The Frobenius norm, summed in float64."""
-    return norm(change) if isinstance(change, Factored) else float(change.double().norm())
+    if isinstance(change, Factored):
+        return norm(change)
+    return float(torch.linalg.vector_norm(change, dtype=torch.float64))  # which copies nothing
 
 
 def product(one: Change, other: Change) -> float:

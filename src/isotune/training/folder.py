@@ -18,7 +18,7 @@ from typing import Any
 from isotune.checkpoint.files import TEMPORARY, sync, write_atomically
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.folders import ADAPTER, BASELINES, HISTORY, METRICS, MODEL, RECIPE
-from isotune.training.recipe import Recipe, build_recipe
+from isotune.training.recipe import Recipe, build_recipe, with_plain_columns
 
 _MARK = "# A resolved isotune recipe: `isotune evaluate` and `isotune train --resume` read it.\n"
 _COMPLETE = "complete"
@@ -95,6 +95,17 @@ class RunFolder:
     def recipe(self) -> Recipe:
         """The recipe the run was started with."""
         return build_recipe(self.recipe_file)
+
+    def check_same(self, recipe: Recipe) -> None:
+        """Raise IsotuneError unless this is the recipe that the run was started with, but for its output."""
+        before, now = (_flat(with_plain_columns(r.model_dump(mode="json"))) for r in (self.recipe(), recipe))
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "output"]
+        if changed:
+            listed = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+            raise IsotuneError(
+                f"the recipe differs from the run's in {self.path} ({listed}); resume with the run's own: "
+                f"{resume_command(self.path)}"
+            )
 
     def metrics(self) -> dict[str, Any] | None:
         """The results of a finished run, or None."""
@@ -183,3 +194,15 @@ def checkpoint_step(checkpoint: Path) -> tuple[int, int]:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name[11:])
+
+
+def resume_command(output: str | Path) -> str:
+    """The command that continues the run in this folder."""
+    return f"isotune train {Path(output) / 'recipe.yaml'} --resume"
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return flat

@@ -214,6 +214,19 @@ def build_recipe(
     return checked(Recipe, path, flags, sets)
 
 
+def with_plain_columns(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's fields with `text: text` and `label: label` left to be found, as they would be.
+
+    Version 0.1.0 named them by default: its runs and comparisons go on under the recipes that they were started with.
+    """
+    return {
+        key: with_plain_columns(value) if isinstance(value, dict)
+        else None if key in ("text", "label") and value == key
+        else value
+        for key, value in recipe.items()
+    }  # fmt: skip
+
+
 def _absolute(value: str) -> str:
     """`value` as an absolute path where it names something here; otherwise (a hub id, a split) unchanged."""
     path = Path(value).expanduser()

@@ -15,7 +15,6 @@ from isotune.adapters.registry import method_class
 from isotune.adapters.settings import Settings
 from isotune.checkpoint.files import replaced_folder, write_atomically
 from isotune.checkpoint.save import save
-from isotune.errors import IsotuneError
 from isotune.folders import MODEL_CONFIG, TASK
 from isotune.model.calibrate import wants_calibration
 from isotune.statistics.second_moment import check_informative
@@ -23,7 +22,7 @@ from isotune.training.arguments import resolve_training, training_arguments
 from isotune.training.baselines import constant_scores, keep, kept, measured_baselines
 from isotune.training.classifiers import OWN
 from isotune.training.data import Splits, load_splits
-from isotune.training.folder import RunFolder, adapter_folder, checkpoint_step
+from isotune.training.folder import RunFolder, adapter_folder, checkpoint_step, resume_command
 from isotune.training.full import LEARNING_RATE, check_full, is_full, unfreeze
 from isotune.training.measure import reset_peak_memory
 from isotune.training.model_folder import write_model
@@ -35,7 +34,7 @@ from isotune.training.session import Session, TaskSpec
 from isotune.training.start import calibrate_on, probe_of, start_from, starts_from_probe
 from isotune.training.statistics import check_keeps_second_moments, write_second_moments
 from isotune.training.tasks.collator import Example
-from isotune.training.trainer import AdapterTrainer, StopOnInterrupt, resume_command
+from isotune.training.trainer import AdapterTrainer, StopOnInterrupt
 from isotune.training.weights import load_weights
 
 
@@ -147,7 +146,7 @@ def _check(recipe: Recipe, resume: bool, overwrite: bool, screen: Screen) -> tup
     if is_first_process():
         folder.check(resume, overwrite)
     if resume:
-        _check_same(recipe, folder)
+        folder.check_same(recipe)
     training_arguments(recipe, recipe.output)
     return recipe, folder
 
@@ -166,24 +165,6 @@ def _settings(recipe: Recipe) -> Settings:
 def _default_rate(recipe: Recipe) -> float:
     """The method's own learning rate."""
     return LEARNING_RATE if is_full(recipe) else method_class(recipe.method["name"]).learning_rate
-
-
-def _check_same(recipe: Recipe, folder: RunFolder) -> None:
-    before, now = (_flat(r.model_dump(mode="json")) for r in (folder.recipe(), recipe))
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "output"]
-    if changed:
-        listed = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
-        raise IsotuneError(
-            f"the recipe differs from the run's in {folder.path} ({listed}); resume with the run's own: "
-            f"{resume_command(folder.path)}"
-        )
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return flat
 
 
 def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:

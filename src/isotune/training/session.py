@@ -60,7 +60,10 @@ class TaskSpec:
         if task not in TASKS:
             raise OptionError(f"task {task!r} is unknown.{nearest(task, TASKS)} The tasks are: {', '.join(TASKS)}")
         labels = own_labels(model) if TASKS[task].named else []
-        return cls(task, model, labels, "auto", None, "\n", "float32", None, None, 0.1, False, True)
+        return cls(
+            task, model, labels, pooling="auto", max_length=None, separator="\n", dtype="float32", backbone=None,
+            pairs=True,
+        )  # fmt: skip
 
     @classmethod
     def read(cls, adapter: Path) -> TaskSpec:

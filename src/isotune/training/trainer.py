@@ -20,7 +20,7 @@ import isotune
 from isotune.errors import CheckpointError, DivergedError
 from isotune.integrations.transformers import AfterStep
 from isotune.model.rates import treatments
-from isotune.training.folder import mark_complete, mark_incomplete
+from isotune.training.folder import mark_complete, mark_incomplete, resume_command
 from isotune.training.measure import StepTimer
 from isotune.training.weights import load_weights, save_weights
 
@@ -192,8 +192,3 @@ class StopOnInterrupt(TrainerCallback):
         """Leave at once: no evaluation on the way out."""
         if self.requested:
             control.should_evaluate = control.should_save = False
-
-
-def resume_command(output: str | Path) -> str:
-    """The command that continues the run in this folder."""
-    return f"isotune train {Path(output) / 'recipe.yaml'} --resume"
