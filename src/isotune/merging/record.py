@@ -42,6 +42,10 @@ class MergeRecord(BaseModel):
         """The contents of `merge.json`."""
         return self.model_dump_json(indent=1, exclude={"path"}) + "\n"
 
+    def write(self, folder: Path) -> None:
+        """Leave it in a folder that is being written."""
+        (folder / MERGE).write_text(self.text(), encoding="utf-8")
+
 
 class MergedAdapter(MergeRecord):
     """Adapters that became one adapter."""

@@ -74,10 +74,11 @@ def load_classifier(
     """
     path = locate(name)
     config = read_config(name, path)
-    names = dict(enumerate(labels or ["LABEL_0"]))
-    said: dict[str, Any] = {"id2label": names, "label2id": {label: number for number, label in names.items()}}
+    said = _named(labels or ["LABEL_0"])
     if of_tokens:
-        return _token_classifier(name, path, config, dtype, quantization, said)
+        if config.model_type not in modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
+            raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that tags tokens")
+        return _own_class(AutoModelForTokenClassification, name, path, dtype, quantization, said)
     said["problem_type"] = "single_label_classification" if labels else "regression"
     if config.model_type == PooledConfig.model_type:
         model, _ = open_pretrained(PooledForSequenceClassification, name, path, dtype)
@@ -86,11 +87,7 @@ def load_classifier(
         raise IsotuneError(f"{name}: classification needs an encoder or a decoder, not an encoder-decoder")
     own = _own_options(config, pooling) if backbone is None else None
     if own is not None:
-        options = {**own, **said, "ignore_mismatched_sizes": True}
-        model, drawn = open_pretrained(AutoModelForSequenceClassification, name, path, dtype, quantization, **options)
-        _check_drawn(model, drawn, name)
-        model.accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever the Trainer passes
-        return _marked(model, drawn)
+        return _own_class(AutoModelForSequenceClassification, name, path, dtype, quantization, {**own, **said})
     base, drawn = open_pretrained(AutoModel, name, path, dtype, quantization, **backbone_options(config))
     _check_drawn(base, drawn, name)
     chosen = _pooling_of(Path(path), config.model_type) if pooling in ("auto", OWN) else pooling
@@ -98,17 +95,18 @@ def load_classifier(
     return _marked(PooledForSequenceClassification(PooledConfig(base.config, chosen, prefix, **said), base), [])
 
 
-def _token_classifier(
-    name: str, path: str, config: Any, dtype: str, quantization: str | None, said: dict[str, Any]
-) -> Any:
-    if config.model_type not in modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
-        raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that tags tokens")
-    model, drawn = open_pretrained(
-        AutoModelForTokenClassification, name, path, dtype, quantization, **said, ignore_mismatched_sizes=True
-    )
+def _own_class(kind: Any, name: str, path: str, dtype: str, quantization: str | None, options: dict[str, Any]) -> Any:
+    """A model of the architecture's own class, its head marked; what of it the weights do not have is drawn."""
+    model, drawn = open_pretrained(kind, name, path, dtype, quantization, **options, ignore_mismatched_sizes=True)
     _check_drawn(model, drawn, name)
-    model.accepts_loss_kwargs = False
+    model.accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever the Trainer passes
     return _marked(model, drawn)
+
+
+def _named(labels: Sequence[str]) -> dict[str, Any]:
+    """The labels as a configuration has them."""
+    names = dict(enumerate(labels))
+    return {"id2label": names, "label2id": {label: number for number, label in names.items()}}
 
 
 def load_image_classifier(
@@ -122,14 +120,7 @@ def load_image_classifier(
     config = read_config(name, path)
     if config.model_type not in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that classifies images")
-    names = dict(enumerate(labels))
-    said = {"id2label": names, "label2id": {label: number for number, label in names.items()}}
-    model, drawn = open_pretrained(
-        AutoModelForImageClassification, name, path, dtype, quantization, **said, ignore_mismatched_sizes=True
-    )
-    _check_drawn(model, drawn, name)
-    model.accepts_loss_kwargs = False
-    return _marked(model, drawn)
+    return _own_class(AutoModelForImageClassification, name, path, dtype, quantization, _named(labels))
 
 
 def is_classifier(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from isotune.errors import DataError, OptionError
 from isotune.model.batches import evaluating
 from isotune.training.session import Session
-from isotune.training.tasks.causal import CausalLM
+from isotune.training.tasks.causal import CausalLM, asked_in
 
 if TYPE_CHECKING:
     from isotune.training.data import Row
@@ -141,9 +141,5 @@ class Talk:
     def _tokens(self) -> list[int]:
         tokenizer, spec = self.session.tokenizer, self.session.spec
         if getattr(tokenizer, "chat_template", None):
-            return list(
-                tokenizer.apply_chat_template(
-                    self.messages, tokenize=True, add_generation_prompt=True, return_dict=False
-                )
-            )
+            return asked_in(self.messages, tokenizer)
         return self.task.prompts([{"prompt": self.messages[-1]["content"]}], tokenizer, spec)[0]

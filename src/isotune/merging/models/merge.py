@@ -19,7 +19,7 @@ from isotune.checkpoint.export import DTYPES
 from isotune.checkpoint.files import check_writable
 from isotune.checkpoint.streaming import Entry, by_file, by_size, parse_size, write_index
 from isotune.errors import OptionError
-from isotune.folders import MERGE, MODEL_CONFIG
+from isotune.folders import MODEL_CONFIG
 from isotune.merging.adapters.checks import check_options
 from isotune.merging.contract import AnyRule, Rule
 from isotune.merging.models.checks import ModelInputs, Vocabulary, check_checkpoints, no_space, refuse
@@ -134,7 +134,7 @@ def merge_checkpoints(
             bytes=total,
             factor=merging.run.factor,
         )
-        (unfinished.model / MERGE).write_text(record.text(), encoding="utf-8")
+        record.write(unfinished.model)
     return record
 
 

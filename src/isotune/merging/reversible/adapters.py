@@ -18,7 +18,7 @@ from isotune.checkpoint.paired_files import Shapes, read_sealed, write_sealed
 from isotune.checkpoint.save import write_parts
 from isotune.checkpoint.stored import StoredAdapter
 from isotune.errors import CheckpointError, NoLowRankFormError
-from isotune.folders import MERGE, TASK
+from isotune.folders import TASK
 from isotune.linalg.low_rank import Factored
 from isotune.merging.adapters.checks import read_models
 from isotune.merging.adapters.inputs import Model
@@ -116,7 +116,7 @@ def compress_adapters(
     with replaced_folder(output, INDEX) as folder:
         found.write(folder)
         write_sealed(folder, NAME, index, trained)
-        (folder / MERGE).write_text(record.text(), encoding="utf-8")
+        record.write(folder)
     return record
 
 

@@ -26,7 +26,6 @@ from isotune.checkpoint.files import CARD, check_writable, read_adapter, replace
 from isotune.checkpoint.stored import PREFIX
 from isotune.checkpoint.vocabularies import token_ids
 from isotune.errors import CheckpointError, OptionError
-from isotune.folders import MERGE
 from isotune.linalg.low_rank import Factored
 from isotune.merging.names import model_names
 from isotune.merging.record import MovedSkill
@@ -100,7 +99,7 @@ def transfer(
         for part in sorted(set(theirs.base.file_of.values())):
             shutil.copyfile(theirs.folder / part, folder / part)
             rewrite(folder / part, lambda name: None if name in left_out else _sum(name, *models, symmetry, scale))
-        (folder / MERGE).write_text(record.text(), encoding="utf-8")
+        record.write(folder)
     return record
 
 
@@ -164,7 +163,7 @@ def transfer_adapter(
         (written / CARD).write_text(
             f"{card}\nTrained on {source_base} and moved into the basis of {target}; the residuals are from before.\n"
         )
-        (written / MERGE).write_text(record.text(), encoding="utf-8")
+        record.write(written)
     return record
 
 

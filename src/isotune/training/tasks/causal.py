@@ -130,15 +130,14 @@ def prompt_tokens(rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[l
     """What the model goes on from, as in training: of each row the prompt, or the chat up to its last answer."""
     if "messages" in rows[0]:
         _check_template(tokenizer)
-        return [
-            list(tokenizer.apply_chat_template(
-                [*row["messages"][: _last_turn(row["messages"])]], tokenize=True, add_generation_prompt=True,
-                return_dict=False,
-            ))
-            for row in rows
-        ]  # fmt: skip
+        return [asked_in(row["messages"][: _last_turn(row["messages"])], tokenizer) for row in rows]
     found = tokenizer([row["prompt"] + spec.separator for row in rows])["input_ids"]
     return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in found]
+
+
+def asked_in(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """A chat as tokens, up to where the assistant's next turn begins."""
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False))
 
 
 def _last_turn(messages: Sequence[dict[str, str]]) -> int:
