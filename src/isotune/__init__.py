@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from isotune.model.catalogue import methods as methods
     from isotune.model.fold import fold as fold
     from isotune.model.fold import unfold as unfold
-    from isotune.model.rates import parameter_groups as parameter_groups
+    from isotune.model.groups import parameter_groups as parameter_groups
     from isotune.model.switch import after_step as after_step
     from isotune.model.switch import describe as describe
     from isotune.model.switch import disabled as disabled
@@ -66,7 +66,7 @@ _HOMES = {
     "after_step": "model.switch",
     "describe": "model.switch",
     "disabled": "model.switch",
-    "parameter_groups": "model.rates",
+    "parameter_groups": "model.groups",
     "penalty": "model.switch",
     "route": "model.switch",
     "use": "model.switch",

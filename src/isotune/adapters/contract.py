@@ -7,7 +7,7 @@ so that the same adapter serves a bare layer and a layer that has adapters alrea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from isotune.linalg.low_rank import at_most_full_rank
 from isotune.linalg.precision import autocast
 from isotune.linalg.thin import thin_add, thin_linear
 from isotune.sites import Site
+from isotune.sites.block import replaced_first
 
 Side = Literal["in", "out"]
 
@@ -40,8 +41,11 @@ class Treatment(NamedTuple):
     """Factor on the learning rate."""
     decay: float = 1.0
     """Factor on the weight decay."""
-    algorithm: str | None = None
-    """The optimizer that suits it, where the usual one does not."""
+
+
+Part = Literal["A", "B", "columns", "matrix", "matrices", "skew"]
+"""What a matrix is: one of B A; directions, as columns (d, r); any, or a batch; skew, given above its diagonal."""
+Parts = Mapping[str, Part]
 
 
 class Adapter(nn.Module, ABC):
@@ -51,6 +55,10 @@ class Adapter(nn.Module, ABC):
     """Name of the method; the prefix of its tensors on disk."""
     stride: Mapping[str, float] = MappingProxyType({})
     """`strides` as they were when the adapter was put on its layer."""
+    parts: Parts = MappingProxyType({})
+    """Which of its own parameters, by name, are matrices to an optimizer that steps them as a whole, such as Muon."""
+    product_scale: float | None = None
+    """s, where the change is `s B A`, or differs from it by a constant, with its own parameters A and B."""
     shared: Shared
     """What it has in common with the adapters on other layers, once `share` was called."""
 
@@ -190,16 +198,6 @@ class Branch(Adapter):
         return Branch.forward(self, x, site, *args, **kwargs)
 
 
-def replaced_first(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a block gave (a tensor, a tuple, or transformers' mapping), its first tensor changed, of any shape."""
-    if isinstance(y, Tensor):
-        return change(y)
-    if isinstance(y, Mapping):
-        name = next(iter(y))
-        return type(y)(**{**y, name: change(y[name])})
-    return (change(y[0]), *y[1:])
-
-
 class Rotation(WeightAdapter):
     """`W' = W R` (side "in", R is in x in) or `W' = Rᵀ W` (side "out", R is out x out), R orthogonal."""
 
@@ -227,6 +225,8 @@ class Rotation(WeightAdapter):
 
 class LowRank(WeightAdapter):
     """`W' = W + B A`, with B (out, r) and A (r, in) that do not depend on W."""
+
+    parts: Parts = MappingProxyType({"A": "A", "B": "B"})
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()

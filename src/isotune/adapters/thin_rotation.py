@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from isotune.adapted_site import AdaptedSite
 from isotune.adapters.cache import Kept
-from isotune.adapters.contract import Rotation, Thin, before, beside
+from isotune.adapters.contract import Parts, Rotation, Thin, before, beside
 from isotune.linalg.forms import Form, cheapest
 from isotune.linalg.householder import rotate
 from isotune.linalg.precision import at_least_fp32, autocast
@@ -27,6 +28,8 @@ class _Constants(NamedTuple):
 
 class ThinRotation(Rotation):
     """`W' = W (I - U M)` (side "in") or `W' = (I - U M)ᵀ W` (side "out"), with U (d x r) and M (r x d)."""
+
+    parts: Parts = MappingProxyType({"U": "columns"})
 
     def __init__(self) -> None:
         super().__init__()

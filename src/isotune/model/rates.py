@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -41,26 +40,6 @@ def treatments(model: nn.Module) -> dict[nn.Parameter, Treatment]:
             if parameter.dim() > 1 and (side := min(len(parameter), parameter[0].numel())) > _NARROW:
                 found[parameter] = Treatment(rate=_NARROW / side)
     return {parameter: how for parameter, how in found.items() if how != Treatment()}
-
-
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """What trains, in groups for an optimizer such as `torch.optim.AdamW`.
-
-    Args:
-        model: A model with adapters in use.
-        lr: The learning rate; methods put factors on it for some of their parameters (LoRA+ for B).
-        weight_decay: The weight decay, likewise.
-    """
-    own = treatments(model)
-    groups: dict[Treatment, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            groups.setdefault(own.get(parameter, Treatment()), []).append(parameter)
-    return [
-        {"params": found, "lr": lr * how.rate, "weight_decay": weight_decay * how.decay}
-        | ({} if how.algorithm is None else {"algorithm": how.algorithm})
-        for how, found in groups.items()
-    ]
 
 
 def choose_lengths(adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> None:

@@ -108,6 +108,8 @@ class AISARAH(Optimizer):
 
 
 def _gradients(value: Any, params: list[Tensor], create_graph: bool = False) -> list[Tensor]:
+    if not value.requires_grad:
+        return [torch.zeros_like(p) for p in params]
     found = torch.autograd.grad(value, params, create_graph=create_graph, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
 

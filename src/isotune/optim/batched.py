@@ -59,10 +59,8 @@ class BatchedOptimizer(Optimizer, ABC):
         super().add_param_group(param_group)
         if asked == self.algorithm:
             for p in self.param_groups[-1]["params"]:
-                if not self.takes(p):
-                    raise ValueError(
-                        f"{self.algorithm} steps matrices, and a parameter of shape {tuple(p.shape)} is none"
-                    )
+                if not self.takes(p) and part != "skew":
+                    raise ValueError(f"{self.algorithm} steps matrices; a parameter has the shape {tuple(p.shape)}")
 
     def takes(self, p: Tensor) -> bool:
         """Whether the algorithm is for parameters like this one."""
@@ -115,7 +113,7 @@ class BatchedOptimizer(Optimizer, ABC):
                 continue
             if p.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} takes no sparse gradients")
-            own = group["algorithm"] != ADAMW and self.takes(p)
+            own = group["algorithm"] != ADAMW and (self.takes(p) or group["part"] == "skew")
             where = (p.device_mesh, p.placements) if isinstance(p, DTensor) else p.device
             found.setdefault((own, tuple(p.shape), p.dtype, where), []).append(p)
         for (own, *_), alike in found.items():

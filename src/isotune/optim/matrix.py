@@ -34,6 +34,8 @@ def adjustment(shape: Sequence[int], how: Adjustment | None) -> float:
 class MatrixOptimizer(BatchedOptimizer):
     """Steps matrices by what `orthogonalize` makes of them; vectors, and groups that ask for it, go to AdamW."""
 
+    process_group: dist.ProcessGroup | None = None
+
     def __init__(
         self, params: Params, defaults: dict[str, Any], process_group: dist.ProcessGroup | None = None
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,3 +83,13 @@ class Block(Site):
 
     def _no_weight(self) -> NoWeightError:
         return NoWeightError(f"a {bare_class(self.layer).__name__} is adapted as a block, which has no weight")
+
+
+def replaced_first(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a block gave (a tensor, a tuple, or transformers' mapping), its first tensor changed, of any shape."""
+    if isinstance(y, Tensor):
+        return change(y)
+    if isinstance(y, Mapping):
+        name = next(iter(y))
+        return type(y)(**{**y, name: change(y[name])})
+    return (change(y[0]), *y[1:])

@@ -14,13 +14,14 @@ Cost for n rows: 2 r in out flops for W', or 2 n in out beside the layer's own, 
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import WeightAdapter
+from isotune.adapters.contract import Parts, WeightAdapter
 from isotune.adapters.settings import Settings
 from isotune.errors import OptionError, TargetError
 from isotune.linalg.precision import autocast
@@ -66,6 +67,7 @@ class BATAdapter(WeightAdapter):
     """Holds the blocks B (out / r x r x r)."""
 
     method = "bat"
+    parts: Parts = MappingProxyType({"block": "matrices"})
 
     def __init__(self, block: Tensor) -> None:
         super().__init__()

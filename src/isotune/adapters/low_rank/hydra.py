@@ -14,13 +14,14 @@ The weight's change is a LoRA of rank r_p + r_s; the bias changes with it, so th
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import WeightAdapter, uniform
+from isotune.adapters.contract import Parts, WeightAdapter, uniform
 from isotune.adapters.low_rank.lora import fresh_factors
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
@@ -67,6 +68,7 @@ class HydraAdapter(WeightAdapter):
     """Holds A_p (r_p x in), B_p (out x r_p), A_s (r_s x out) and B_s (out x r_s)."""
 
     method = "hydra"
+    parts: Parts = MappingProxyType({"A_p": "A", "A_s": "A", "B_p": "B", "B_s": "B"})
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ class LoRAAdapter(LowRank):
     def __init__(self, A: Tensor, B: Tensor, scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__(dropout)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.scale = scale
+        self.scale = self.product_scale = scale
 
     def change(self) -> tuple[Tensor, Tensor]:
         return (self.B if self.scale == 1 else self.scale * self.B), self.A

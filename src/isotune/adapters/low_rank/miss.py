@@ -12,13 +12,14 @@ Cost for n rows: n in additions and 2 n r out flops, half of LoRA's.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import LowRank
+from isotune.adapters.contract import LowRank, Parts
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
 from isotune.linalg.shards import shard_columns, shard_sum
@@ -59,6 +60,7 @@ class MiSSAdapter(LowRank):
     """Holds the block D (r x out, or r x mini)."""
 
     method = "miss"
+    parts: Parts = MappingProxyType({"block": "matrix"})
 
     def __init__(self, block: Tensor, n_in: int, n_out: int, dropout: float = 0.0) -> None:
         super().__init__(dropout)

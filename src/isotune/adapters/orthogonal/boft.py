@@ -14,6 +14,7 @@ Parameters: m in (b - 1) / 2 + out. Cost for n rows: 2 n in b m + O(m in b²) fl
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.block_rotation import BlockRotation, BlockSettings
-from isotune.adapters.contract import Side, check_tensors
+from isotune.adapters.contract import Parts, Side, check_tensors
 from isotune.errors import OptionError
 from isotune.linalg.butterfly import rotate_butterfly
 from isotune.linalg.cayley import above_diagonal, rotation, skew, upper_of
@@ -80,6 +81,7 @@ class BOFTAdapter(BlockRotation):
     """Holds Q, the numbers above the diagonals (m x D x b (b - 1) / 2), and perhaps s (out)."""
 
     method = "boft"
+    parts: Parts = MappingProxyType({"Q": "skew"})
 
     def __init__(self, Q: Tensor, b: int, side: Side = "in", s: Tensor | None = None, dropout: float = 0.0) -> None:
         super().__init__(side, s, dropout)

@@ -14,6 +14,7 @@ Finetuning Made Scalable", 2025, arXiv 2506.19847. Parameters: in (b - 1) / 2. C
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -21,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.block_rotation import BlockRotation, BlockSettings
-from isotune.adapters.contract import Side, check_tensors
+from isotune.adapters.contract import Parts, Side, check_tensors
 from isotune.errors import OptionError
 from isotune.linalg.butterfly import nearest_divisor, rotate_blocks
 from isotune.linalg.cayley import above_diagonal, rotation
@@ -89,6 +90,7 @@ class OFTAdapter(BlockRotation):
     """Holds Q, the numbers above the diagonals (D x b (b - 1) / 2), or (1 x ...) when shared, and perhaps s (out)."""
 
     method = "oft"
+    parts: Parts = MappingProxyType({"Q": "skew"})
 
     def __init__(
         self,

@@ -110,6 +110,7 @@ class PSOFTAdapter(LowRank):
         self.beta = nn.Parameter(torch.ones(r)) if settings.scale_out else None
         self.alpha = nn.Parameter(torch.ones(r)) if settings.scale_in else None
         self.settings = settings
+        self.parts = {"R": "skew" if settings.orthogonal else "matrix"}
 
     def strides(self, site: Site) -> dict[str, float]:
         r = len(self.A)

@@ -97,7 +97,7 @@ class Principal(LowRank):
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.register_buffer("A0", A.clone())
         self.register_buffer("B0", B.clone())
-        self.scale = sizes.scale
+        self.scale = self.product_scale = sizes.scale
 
     @abstractmethod
     def start_from(self, W: Tensor, generator: torch.Generator | None = None) -> None:

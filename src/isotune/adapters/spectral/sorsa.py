@@ -56,6 +56,7 @@ class SORSAAdapter(Principal):
     def __init__(self, sizes: Sizes, gamma: float = 0.0, squared: bool = False) -> None:
         super().__init__(sizes)
         self.sigma = nn.Parameter(torch.zeros(sizes.rank))
+        self.product_scale = None  # σ stands between B and A
         self.gamma, self.squared = gamma, squared
 
     def start_from(self, W: Tensor, generator: torch.Generator | None = None) -> None:
