@@ -82,5 +82,5 @@ def _each_its_share(B: Tensor, compute: Any, group: dist.ProcessGroup) -> Tensor
     padded[: len(flat)] = flat
     rank = dist.get_rank(group)
     own = compute(padded[rank * share : (rank + 1) * share]).contiguous()
-    dist.all_gather_into_tensor(padded, own, group=group)
+    dist.all_gather(list(padded.chunk(world)), own, group=group)
     return padded[: len(flat)].view(B.shape)

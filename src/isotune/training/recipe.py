@@ -161,6 +161,10 @@ class Recipe(Section):
         default=0.1, gt=0, description="Preference: how dear it is to leave the reference, the model without adapter."
     )
     training: dict[str, Any] = Field(default={}, description="Fields of transformers.TrainingArguments.")
+    optimizer: dict[str, Any] | None = Field(
+        default=None,
+        description="The name of one of isotune's optimizers (muon, ...), and its options; else training.optim.",
+    )
     save_second_moments: bool = Field(
         default=False, description="Write Adam's second moments beside the adapter, for merging (ota, ffg)."
     )
@@ -178,6 +182,13 @@ class Recipe(Section):
         if isinstance(value, str):
             return {"name": value}
         return {"name": "hra", **value} if isinstance(value, dict) else value
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _optimizer_named(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not isinstance(value.get("name"), str):
+            raise ValueError("an optimizer needs a name, such as {name: muon, momentum: 0.9}")
+        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _prompt_with_completion(self) -> Recipe:

@@ -25,6 +25,7 @@ def run_metrics(recipe: Recipe, trainer: AdapterTrainer, default_rate: float, he
         "method": recipe.method["name"],
         "learning_rate": rate,
         "learning_rate_is_the_methods_default": rate == default_rate,
+        "optimizer": recipe.optimizer["name"] if recipe.optimizer else str(trainer.args.optim.value),
         "trainable_parameters": encoder + above,
         "trainable_parameters_encoder": encoder,
         "seconds_per_step": trainer.timer.median(),

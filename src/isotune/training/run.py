@@ -26,6 +26,7 @@ from isotune.training.folder import RunFolder, adapter_folder, checkpoint_step, 
 from isotune.training.full import LEARNING_RATE, check_full, is_full, unfreeze
 from isotune.training.measure import reset_peak_memory
 from isotune.training.model_folder import write_model
+from isotune.training.optimizers import check_optimizer
 from isotune.training.probe import Probe
 from isotune.training.progress import ProgressLine, Screen, is_first_process, lone_process, quiet_libraries
 from isotune.training.recipe import Recipe
@@ -147,6 +148,7 @@ def _check(recipe: Recipe, resume: bool, overwrite: bool, screen: Screen) -> tup
         folder.check(resume, overwrite)
     if resume:
         folder.check_same(recipe)
+    check_optimizer(recipe)
     training_arguments(recipe, recipe.output)
     return recipe, folder
 
@@ -217,7 +219,9 @@ def _trainer(run: _Run) -> AdapterTrainer:
     arguments = training_arguments(run.recipe, run.recipe.output)
     if arguments.world_size == 1:  # launchers take Ctrl-C themselves
         callbacks.append(run.stop)
-    return run.session.trainer(arguments, run.examples["train"], run.examples["validation"], callbacks)
+    return run.session.trainer(
+        arguments, run.examples["train"], run.examples["validation"], callbacks, run.recipe.optimizer
+    )
 
 
 def _fit(run: _Run, trainer: AdapterTrainer, checkpoint: Path | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,9 @@ class Session:
         train: Sequence[Example] = (),
         validation: Sequence[Example] = (),
         callbacks: Sequence[transformers.TrainerCallback] = (),
+        optimizer: Mapping[str, Any] | None = None,
     ) -> AdapterTrainer:
-        """A trainer that measures what the task asks for."""
+        """A trainer that measures what the task asks for, with the optimizer of a recipe."""
         return AdapterTrainer(
             model=self.model,
             args=arguments,
@@ -118,6 +119,7 @@ class Session:
             preprocess_logits_for_metrics=self.task.reduced,
             callbacks=callbacks,
             base_model=self.spec.model,
+            chosen_optimizer=optimizer,
             task_loss=lambda model, inputs: self.task.loss(model, inputs, self.spec),
         )
 

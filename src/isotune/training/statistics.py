@@ -90,7 +90,7 @@ def collect_fisher(
 
 def check_keeps_second_moments(recipe: Recipe) -> None:
     """Raise IsotuneError where the optimizer of the recipe would not leave whole second moments."""
-    optimizer = recipe.training.get("optim", OPTIMIZERS[0])
+    optimizer = recipe.optimizer["name"] if recipe.optimizer else recipe.training.get("optim", OPTIMIZERS[0])
     if optimizer not in OPTIMIZERS:
         raise IsotuneError(
             f"save_second_moments needs training.optim to be {' or '.join(OPTIMIZERS)}, not {optimizer!r}"

@@ -6,7 +6,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from isotune.integrations.transformers import AfterStep
 from isotune.model.rates import treatments
 from isotune.training.folder import mark_complete, mark_incomplete, resume_command
 from isotune.training.measure import StepTimer
+from isotune.training.optimizers import build_optimizer
 from isotune.training.weights import load_weights, save_weights
 
 
@@ -33,10 +34,12 @@ class AdapterTrainer(Trainer):
         *args: Any,
         base_model: str,
         task_loss: Callable[[Any, Any], tuple[Any, Any] | None],
+        chosen_optimizer: Mapping[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
         self.task_loss = task_loss
+        self.chosen_optimizer = chosen_optimizer
         self.timer = StepTimer()
         with _as_one_with_adapters(kwargs["model"]):
             super().__init__(*args, callbacks=[self.timer, *callbacks], **kwargs)
@@ -65,7 +68,13 @@ class AdapterTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, with a group for each of the methods' own factors on the learning rate."""
+        """The recipe's, or the Trainer's, with a group for each of the methods' own factors on the learning rate."""
+        if self.chosen_optimizer is not None and getattr(self, "optimizer", None) is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            free = {p for name, p in self.model.named_parameters() if name not in decayed}
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer: Any = build_optimizer(self.model, self.chosen_optimizer, rate, decay, free)
+            return self.optimizer
         optimizer = super().create_optimizer(*args, **kwargs)
         factors = {p: how.rate for p, how in treatments(self.model).items() if how.rate != 1}
         for group in list(optimizer.param_groups):
