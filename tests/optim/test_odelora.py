@@ -26,7 +26,7 @@ def balanced() -> tuple[Tensor, Tensor]:
 def test_the_product_goes_down_the_gradient_as_far_as_its_rank_lets_it_and_stays_balanced(scale: float) -> None:
     A, B = balanced()
     G = torch.randn(m, n, dtype=torch.float64)
-    dA, dB = flow(A, B, scale * B.mT @ G, scale * G @ A.mT, scale)
+    (dA,), (dB,) = flow(A[None], B[None], (scale * B.mT @ G)[None], (scale * G @ A.mT)[None], scale)
     P_A, P_B = A.mT @ torch.linalg.inv(A @ A.mT) @ A, B @ torch.linalg.inv(B.mT @ B) @ B.mT
     torch.testing.assert_close(scale * (B @ dA + dB @ A), -(P_B @ G + G @ P_A - P_B @ G @ P_A))
     torch.testing.assert_close(B.mT @ dB + dB.mT @ B, dA @ A.mT + A @ dA.mT)
@@ -78,6 +78,24 @@ def test_balancing_leaves_the_product() -> None:
     a, b = rebalanced(A, B)
     torch.testing.assert_close(b @ a, B @ A, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(b.mT @ b, a @ a.mT, rtol=1e-4, atol=1e-5)
+    a, b = rebalanced(A, 0 * B)  # nothing is known of which directions matter: A keeps what it has
+    assert torch.equal(a, A)
+    assert not b.any()
+
+
+def test_small_factors_are_not_thrown_far() -> None:
+    A, B = balanced()
+    a, b = nn.Parameter(1e-4 * A), nn.Parameter(1e-4 * B)
+    G = torch.randn(m, n, dtype=torch.float64)
+    optimizer = ODELoRA([a, b], lr=0.1)
+    sizes = []
+    for _ in range(40):
+        a.grad, b.grad = b.detach().mT @ G, G @ a.detach().mT
+        optimizer.step()
+        sizes.append(float((b @ a).detach().norm()))
+    assert sizes[0] < 1e-6
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == pytest.approx(0.1 * 40 * float(torch.linalg.svdvals(G)[:r].norm()), rel=0.5)
 
 
 def test_a_lora_from_zero_trains_and_the_head_beside_it_by_adamw() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from isotune.adapters.budget import nearest_to, total_parameters
 from isotune.adapters.registry import method, method_class
-from isotune.comparison.recipe import ComparisonRecipe, label
+from isotune.comparison.recipe import ComparisonRecipe, label, without_optimizer
 from isotune.comparison.results import FROZEN, FULL
 from isotune.errors import IsotuneError
 from isotune.model.targets import find_targets
 from isotune.sites import Site, require_site
 from isotune.training.data import load_splits
 from isotune.training.full import LEARNING_RATE
+from isotune.training.optimizers import rate_factor
 from isotune.training.results import trainable
 from isotune.training.session import Session, TaskSpec
 
@@ -64,17 +66,20 @@ def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
     found = find_targets(model, recipe.targets, recipe.exclude, trained=[*session.head, *recipe.train_also])
     sites = {path: require_site(layer, path) for path, layer in found.items()}
     budgets = recipe.compare.budgets or [total_parameters(method("hra", rank=8), list(sites.values()))]
-    cells = [_sized(options, budget, sites) for budget in budgets for options in recipe.methods]
+    cells = [_sized(options, budget, sites, recipe.optimizer) for budget in budgets for options in recipe.methods]
     if recipe.compare.full:
         trained, _ = trainable(model, session.head)
-        cells.append(Cell(FULL, {"name": FULL}, None, trained, LEARNING_RATE))
+        rate = LEARNING_RATE * rate_factor(recipe.optimizer)
+        cells.append(Cell(FULL, {"name": FULL}, None, trained, rate))
     if recipe.compare.frozen:
         cells.append(Cell(FROZEN, {"name": FROZEN}, None, 0, None))
     return cells
 
 
-def _sized(options: dict[str, Any], budget: int, sites: dict[str, Site]) -> Cell:
-    settings = nearest_to(budget, method(**options), list(sites.values()))
+def _sized(
+    options: dict[str, Any], budget: int, sites: dict[str, Site], optimizer: Mapping[str, Any] | None = None
+) -> Cell:
+    settings = nearest_to(budget, method(**without_optimizer(options)), list(sites.values()))
     for path, site in sites.items():
         if site.kind not in settings.kinds:
             raise IsotuneError(
@@ -86,5 +91,8 @@ def _sized(options: dict[str, Any], budget: int, sites: dict[str, Site]) -> Cell
         except IsotuneError as error:
             raise IsotuneError(f"compare.methods: {label(options)} does not fit {path!r}: {error}") from None
     sized = {"name": options["name"], **settings.model_dump(exclude_unset=True)}
+    if "optimizer" in options:
+        sized["optimizer"] = options["optimizer"]
     parameters = total_parameters(settings, list(sites.values()))
-    return Cell(label(options), sized, budget, parameters, method_class(options["name"]).learning_rate)
+    rate = method_class(options["name"]).learning_rate * rate_factor(options.get("optimizer", optimizer))
+    return Cell(label(options), sized, budget, parameters, rate)

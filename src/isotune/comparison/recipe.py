@@ -13,6 +13,7 @@ from isotune.adapters.registry import method
 from isotune.comparison.results import FROZEN, FULL
 from isotune.errors import IsotuneError
 from isotune.recipes import Section, checked, parse_yaml
+from isotune.training.optimizers import checked_optimizer
 from isotune.training.recipe import ForgettingSettings, Recipe
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
@@ -23,7 +24,8 @@ class CompareSettings(Section):
 
     methods: list[dict[str, Any]] = Field(
         default=[],
-        description="Names of methods, or sections {name: hra, side: out}; by default the recipe's, and lora.",
+        description="Names of methods, or sections {name: hra, side: out, optimizer: muon}; by default the recipe's, "
+        "and lora.",
     )
     budgets: list[int] = Field(
         default=[], description="Trainable parameters beside the head (40k, 1.5M); by default those of HRA of rank 8."
@@ -58,7 +60,8 @@ class CompareSettings(Section):
             if one["name"] in (FULL, FROZEN):
                 raise ValueError(f"{one['name']!r} is a row of its own: compare.{one['name']}: true or false")
             try:
-                size = method(**one).size_option
+                size = method(**without_optimizer(one)).size_option
+                checked_optimizer(one.get("optimizer"))
             except IsotuneError as error:
                 raise ValueError(str(error)) from None
             if size in one:
@@ -132,16 +135,16 @@ class ComparisonRecipe(Recipe):
         fields = {name: getattr(self, name) for name in Recipe.model_fields}
         if method["name"] == FULL:
             fields |= {name: Recipe.model_fields[name].default for name in ("targets", "exclude")}
+        if "optimizer" in method:
+            fields["optimizer"] = method["optimizer"]
         training = {key: value for key, value in self.training.items() if key != "learning_rate"}
         if rate is not None:
             training["learning_rate"] = rate
         if steps is not None:
             training |= {"max_steps": steps, "save_strategy": "no", "eval_strategy": "no"}
         data = self.data if test else self.data.model_copy(update={"test": None})
-        return Recipe(
-            **fields
-            | {"method": dict(method), "training": training, "seed": seed, "output": str(output), "data": data}
-        )
+        own = {"method": without_optimizer(method), "training": training, "data": data}
+        return Recipe(**fields | own | {"seed": seed, "output": str(output)})
 
 
 def build_comparison(
@@ -158,7 +161,17 @@ def comparison_from(text: str) -> ComparisonRecipe:
 
 def label(method: Mapping[str, Any]) -> str:
     """A method and the options given to it, in a few words: `hra side=out`."""
-    return " ".join([method["name"], *(f"{key}={value}" for key, value in method.items() if key != "name")])
+    return " ".join([method["name"], *(f"{key}={_short(value)}" for key, value in method.items() if key != "name")])
+
+
+def _short(value: Any) -> str:
+    """An optimizer with its options, in brackets."""
+    return f"({label(value)})" if isinstance(value, dict) and "name" in value else str(value)
+
+
+def without_optimizer(method: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's own name and options, of one that is compared."""
+    return {key: value for key, value in method.items() if key != "optimizer"}
 
 
 def _count(value: Any) -> Any:

@@ -8,8 +8,10 @@ the projection of -G on what a matrix of rank r can do, while `S_B = S_A` is kep
     dB = -(g_B / s - B S_B⁻¹ M / 2) S_A⁻¹ / s + B K / s,   dA = -S_B⁻¹ (g_A / s - M S_A⁻¹ A / 2) / s - K A / s
 
 K (r x r, symmetric) keeps the balance. Steps are Euler's, Heun's, or of the fourth order (RK4); the last two evaluate
-the same batch anew and need a closure. `S` is damped where it is singular, as it is at B = 0. G is never formed; the
-cost is O((in + out) r² + r³). There is no momentum and no Adam: rates are those of plain gradient descent.
+the same batch anew and need a closure. `S` is damped by a share of its mean, for it is singular at B = 0, and in
+Euler's steps by as much as a step moves the product, without which small factors would be thrown far: `b - h g / 2b`
+with b² below h g. G is never formed; the cost is O((in + out) r² + r³). There is no momentum and no Adam: rates are
+those of plain gradient descent.
 
 Paper: "ODELoRA: Training Low-Rank Adaptation by Solving Ordinary Differential Equations", 2026, arXiv 2602.07479; the
 equations are derived from what its abstract says.
@@ -44,8 +46,9 @@ class ODELoRA(BatchedOptimizer):
         lr: The step h of the integration: the learning rate of gradient descent on the whole weight.
         weight_decay: By which the products shrink, times h.
         integrator: "euler", "heun" or "rk4": one, two or four gradients a step.
-        damping: Added to the diagonals of S, as a share of their mean (of S_A's).
-        rebalance_every: Steps after which the factors are balanced anew, their product unchanged; 0 for never.
+        damping: Added to the diagonals of S, as a share of the mean of S_A's; 0 for no damping at all.
+        rebalance_every: Steps after which the factors are balanced anew, their product unchanged; 0 for never. Where
+            the product has not the full rank, as at the start, they stay as they are.
         scale: s.
     """
 
@@ -98,11 +101,12 @@ class ODELoRA(BatchedOptimizer):
         start = [[whole(p).clone() for p in batch] for _, batch in batches]
         others = [p for group in self.param_groups if group["algorithm"] == ADAMW for p in group["params"]]
         first = [p.grad if p.grad is None or not between else p.grad.clone() for p in others]
-        velocities = [[_velocity(batch, group) for group, batch in batches]]
+        stiff = not between
+        velocities = [[_velocity(batch, group, stiff) for group, batch in batches]]
         for far in between:
             self._move(batches, start, velocities[-1:], (far,))
             evaluate()
-            velocities.append([_velocity(batch, group) for group, batch in batches])
+            velocities.append([_velocity(batch, group, stiff) for group, batch in batches])
         self._move(batches, start, velocities, weights)
         for group, batch in batches:
             self._finish(group, batch)
@@ -143,34 +147,45 @@ def _pairs(group: Group) -> list[list[Tensor]]:
     return list(found.values())
 
 
-def _velocity(batch: list[Tensor], group: Group) -> list[Tensor]:
-    """In the order of the batch."""
+def _velocity(batch: list[Tensor], group: Group, stiff: bool) -> list[Tensor]:
+    """In the order of the batch; damped for Euler's steps where `stiff`."""
     A, B, gA, gB = (
         torch.stack([whole(t) for t in ts])
         for ts in (batch[::2], batch[1::2], [*map(gradient_of, batch[::2])], [*map(gradient_of, batch[1::2])])
     )
-    dA, dB = flow(A, B, gA, gB, group["scale"], group["damping"])
+    much = group["damping"] * A.square().sum((-2, -1)) / A.shape[-2]
+    if stiff and group["damping"]:
+        slope = _over(gB, A) + _over(gA, B)
+        much = much + float(group["lr"]) / (2 * group["scale"] ** 2) * slope
+    dA, dB = flow(A, B, gA, gB, group["scale"], much[:, None, None])
     return [t for pair in zip(dA.unbind(), dB.unbind(), strict=True) for t in pair]
 
 
+def _over(gradient: Tensor, factor: Tensor) -> Tensor:
+    """How steep the product is, seen through one factor (k, ...) from the other's gradient; 0 where that is zero."""
+    length = torch.linalg.vector_norm(factor, dim=(-2, -1))
+    return torch.linalg.vector_norm(gradient, dim=(-2, -1)) / length.where(length > 0, torch.inf)
+
+
 def flow(
-    A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, scale: float = 1.0, damping: float = 0.0
+    A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, scale: float = 1.0, damping: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """dA (..., r, in) and dB (..., out, r) from the factors and their gradients, of the same shapes.
+    """dA (k, r, in) and dB (k, out, r) from the factors and their gradients, of the same shapes.
 
     `scale (B dA + dB A)` is minus the projection of the weight's gradient, and the balance does not change, where
-    `damping` is 0 and A and B have full rank.
+    `damping`, which is added to the diagonals of S, is 0 and A and B have full rank.
     """
     exact = torch.promote_types(A.dtype, torch.float32)
     A, B, gA, gB = A.to(exact), B.to(exact), gA.to(exact) / scale, gB.to(exact) / scale
     SA, SB, M = A @ A.mT, B.mT @ B, B.mT @ gB
-    r = A.shape[-2]
-    trace = SA.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    much = (damping * trace / r).clamp_min(torch.finfo(exact).tiny ** 0.5)
-    eye = much * torch.eye(r, dtype=exact, device=A.device)
+    eye = torch.eye(A.shape[-2], dtype=exact, device=A.device)
+    much = SA.new_tensor(torch.finfo(exact).tiny ** 0.5).maximum(
+        torch.as_tensor(damping, dtype=exact, device=A.device)
+    )
+    eye = much * eye
     inverse_A, inverse_B = torch.linalg.inv(SA + eye), torch.linalg.inv(SB + eye)
     sizes, Q = torch.linalg.eigh((SA + SB) / 2)
-    K = Q @ _balancing(Q.mT @ M @ Q, sizes.clamp_min(0) + much[..., 0]) @ Q.mT
+    K = Q @ _balancing(Q.mT @ M @ Q, sizes.clamp_min(0) + much.reshape(-1, 1)) @ Q.mT
     dB = -(gB - B @ (inverse_B @ M) / 2) @ inverse_A + B @ K
     dA = -inverse_B @ (gA - M @ (inverse_A @ A) / 2) - K @ A
     return dA / scale, dB / scale
@@ -183,10 +198,15 @@ def _balancing(M: Tensor, sizes: Tensor) -> Tensor:
 
 
 def rebalanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A (..., r, in) and B (..., out, r) of the same product, and `Bᵀ B = A Aᵀ`, diagonal. Cost: O((in + out) r²)."""
+    """A (..., r, in) and B (..., out, r) of the same product, and `Bᵀ B = A Aᵀ`, diagonal. Cost: O((in + out) r²).
+
+    Where the product has a lower rank than r they stay as they are: what one of them knows would be lost.
+    """
     exact = torch.promote_types(A.dtype, torch.float32)
     QB, RB = torch.linalg.qr(B.to(exact))
     QA, RA = torch.linalg.qr(A.mT.to(exact))
     U, D, Vh = torch.linalg.svd(RB @ RA.mT)
+    full = (D[..., -1] > max(A.shape[-1], B.shape[-2]) * torch.finfo(exact).eps * D[..., 0])[..., None, None]
     root = D.sqrt()
-    return (root[..., :, None] * (QA @ Vh.mT).mT).to(A.dtype), ((QB @ U) * root[..., None, :]).to(B.dtype)
+    balanced = root[..., :, None] * (QA @ Vh.mT).mT, (QB @ U) * root[..., None, :]
+    return balanced[0].to(A.dtype).where(full, A), balanced[1].to(B.dtype).where(full, B)

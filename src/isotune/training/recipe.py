@@ -186,8 +186,6 @@ class Recipe(Section):
     @field_validator("optimizer", mode="before")
     @classmethod
     def _optimizer_named(cls, value: Any) -> Any:
-        if isinstance(value, dict) and not isinstance(value.get("name"), str):
-            raise ValueError("an optimizer needs a name, such as {name: muon, momentum: 0.9}")
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ from isotune.training.folder import RunFolder, adapter_folder, checkpoint_step, 
 from isotune.training.full import LEARNING_RATE, check_full, is_full, unfreeze
 from isotune.training.measure import reset_peak_memory
 from isotune.training.model_folder import write_model
-from isotune.training.optimizers import check_optimizer
+from isotune.training.optimizers import check_optimizer, rate_factor
 from isotune.training.probe import Probe
 from isotune.training.progress import ProgressLine, Screen, is_first_process, lone_process, quiet_libraries
 from isotune.training.recipe import Recipe
@@ -139,7 +139,8 @@ def _check(recipe: Recipe, resume: bool, overwrite: bool, screen: Screen) -> tup
     _check_method(recipe)
     name, rate = recipe.method["name"], _default_rate(recipe)
     if "learning_rate" not in recipe.training:
-        screen.say(f"learning rate {rate:g}, {name}'s default (training.learning_rate sets it)")
+        how = f" with {recipe.optimizer['name']}" if recipe.optimizer else ""
+        screen.say(f"learning rate {rate:g}, {name}'s default{how} (training.learning_rate sets it)")
     recipe = resolve_training(recipe, rate)
     if recipe.save_second_moments:
         check_keeps_second_moments(recipe)
@@ -165,8 +166,9 @@ def _settings(recipe: Recipe) -> Settings:
 
 
 def _default_rate(recipe: Recipe) -> float:
-    """The method's own learning rate."""
-    return LEARNING_RATE if is_full(recipe) else method_class(recipe.method["name"]).learning_rate
+    """The method's own learning rate, for the optimizer of the recipe."""
+    rate = LEARNING_RATE if is_full(recipe) else method_class(recipe.method["name"]).learning_rate
+    return rate * rate_factor(recipe.optimizer)
 
 
 def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
