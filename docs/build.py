@@ -18,12 +18,15 @@ import yaml
 import isotune
 from isotune.adapters.registry import BUILT_IN, method_class
 from isotune.cli.method_pages import method_page
+from isotune.cli.optimizers import described, optimizer_section
 
 DOCS = Path(__file__).parent
 CONFIG = DOCS.parent / "mkdocs.yml"
 FAMILIES = {"orthogonal": "Orthogonal", "low_rank": "Low rank", "spectral": "Spectral"}
 SHOWN = (".md", ".css", ".html")
 """What of docs/ belongs to the site."""
+REFERENCES = ("methods.md", "optimizers.md")
+"""Tables with sections that have pages of their own in the site."""
 
 
 def build(site: Path) -> None:
@@ -46,7 +49,9 @@ def build(site: Path) -> None:
 
 
 def add_families(nav: list[dict[str, Any]]) -> None:
-    """Put a section for each family of methods under the entry "Methods" of the navigation."""
+    """Put a section for each family of methods under the entry "Methods" of the navigation, and all optimizers."""
+    (optimizers,) = (entry["Optimizers"] for entry in nav if "Optimizers" in entry)
+    optimizers.extend({one.name: f"optimizers/{one.name}.md"} for one in described())
     (methods,) = (entry["Methods"] for entry in nav if "Methods" in entry)
     for family, title in FAMILIES.items():
         names = [name for name, where in BUILT_IN.items() if f".{family}." in where]
@@ -54,7 +59,7 @@ def add_families(nav: list[dict[str, Any]]) -> None:
 
 
 def copy_pages(folder: Path) -> None:
-    """The pages, and one for each method."""
+    """The pages, and one for each method and each optimizer."""
     for file in DOCS.rglob("*"):
         if file.suffix in SHOWN:
             target = folder / file.relative_to(DOCS)
@@ -63,6 +68,9 @@ def copy_pages(folder: Path) -> None:
                 target.write_text(linked(file.read_text(), file.name))
             else:
                 shutil.copyfile(file, target)
+    (folder / "optimizers").mkdir()
+    for one in described():
+        (folder / "optimizers" / f"{one.name}.md").write_text(optimizer_section(one, "#") + "\n")
     (folder / "methods").mkdir()
     for found in isotune.methods():
         if found.name in BUILT_IN:
@@ -70,12 +78,12 @@ def copy_pages(folder: Path) -> None:
 
 
 def linked(markdown: str, name: str) -> str:
-    """Lead to the methods' pages, where the Markdown leads to the sections below the table, which are cut off."""
-    if name == "methods.md":
+    """Lead to pages of their own, where the Markdown leads to the sections below a table, which are cut off."""
+    if name in REFERENCES:
         table = markdown[: markdown.index("\n## ")]
-        table = re.sub(r"\]\(#(\w+)\)", r"](methods/\1.md)", table)
+        table = re.sub(r"\]\(#(\w+)\)", rf"]({name.removesuffix('.md')}/\1.md)", table)
         return f"---\nhide: [toc]\n---\n\n{table}"  # the table is wide, and there is one section
-    return re.sub(r"methods\.md#(\w+)\)", r"methods/\1.md)", markdown)
+    return re.sub(r"(methods|optimizers)\.md#(\w+)\)", r"\1/\2.md)", markdown)
 
 
 if __name__ == "__main__":

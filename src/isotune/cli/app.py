@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from isotune.cli import chat, compare, demo, export, merge, methods, report, rules, train
+from isotune.cli import chat, compare, demo, export, merge, methods, optimizers, report, rules, train
 from isotune.cli import inspect as inspecting
 from isotune.errors import IsotuneError, IsotuneWarning
 from isotune.version import __version__
@@ -75,6 +75,7 @@ inspecting.register(app)
 export.register(app)
 merge.register(app)
 rules.register(app)
+optimizers.register(app)
 report.register(app)
 demo.register(app)
 

@@ -22,6 +22,14 @@ OPTIMIZERS = {
     "trion": "Trion",
 }
 """Classes of `isotune.optim`, by the names that a group's `algorithm` has."""
+OF_LOOPS = {
+    "ai_sarah": "AISARAH",
+    "apts": "APTS",
+    "nog": "nearest_orthogonal_gradients",
+    "olr": "OptimalRates",
+    "width_rule": "scaled_parameter_groups",
+}
+"""What else there is in `isotune.optim`, for loops of one's own."""
 
 
 def optimizer_class(name: str) -> Any:

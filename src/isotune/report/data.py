@@ -21,6 +21,7 @@ from isotune.folders import HISTORY, MODEL, MODEL_CONFIG
 from isotune.merging.record import CompressedAdapters, MergeRecord, read_record
 from isotune.merging.reversible.stored import INDEX, Reversible
 from isotune.training.folder import RunFolder
+from isotune.training.range_test import RangeTest, kept_range_test
 
 COMPARISON = ("comparison.yaml", "summary.json", "results.jsonl")
 
@@ -50,6 +51,8 @@ class RunResult:
     recipe_text: str
     weights: Path | None
     """The adapter's folder, or the model's after a full fine-tuning."""
+    range_test: RangeTest | None = None
+    """How its learning rate was found, where the recipe left it open."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,9 @@ def _run(run: RunFolder, name: str) -> RunResult:
         raise IsotuneError(f"{run.recipe_file} cannot be read: {error}") from None
     lines = read_json(history, list) if history.is_file() else _state(run.path)
     weights = [folder for folder in (run.adapter, run.path / MODEL) if folder.is_dir()]
-    return RunResult(run.path, name, metrics, lines, recipe or {}, text, next(iter(weights), None))
+    return RunResult(
+        run.path, name, metrics, lines, recipe or {}, text, next(iter(weights), None), kept_range_test(run.path)
+    )
 
 
 def _state(path: Path) -> list[Json]:

@@ -13,6 +13,7 @@ from isotune.report.figures.forgetting import forgetting_figures
 from isotune.report.figures.heatmap import heat_maps
 from isotune.report.figures.merging import merge_figures
 from isotune.report.figures.pareto import pareto_figures
+from isotune.report.figures.range_tests import range_test_figures
 from isotune.report.figures.rates import rate_figures
 from isotune.report.figures.scores import score_figures
 from isotune.report.figures.spectra import MOST_SITES, shown_sites, spectra
@@ -108,6 +109,14 @@ def _runs(collected: Collected) -> Iterator[PageSection]:
         yield PageSection("runs", "Runs", "Runs", "", [run_table(collected.runs)])
         yield PageSection(
             "run-curves", "Learning curves of the runs", "Curves", "", figures=run_curves(collected.runs)
+        )
+        yield PageSection(
+            "range-tests",
+            "How learning rates were found",
+            "Range tests",
+            "How much lower the loss of a batch was before the step at each rate than in the untrained model, as a "
+            "running mean. The dotted line is the rate taken, a third of the one at the top.",
+            figures=range_test_figures(collected.runs),
         )
 
 

@@ -14,6 +14,9 @@ from transformers import TrainingArguments
 from isotune.errors import IsotuneError, nearest
 from isotune.training.recipe import Recipe
 
+AUTO = "auto"
+"""As `learning_rate`: to be found on the training rows."""
+
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3,
     "per_device_train_batch_size": 32,
@@ -56,7 +59,8 @@ def resolve_training(recipe: Recipe, hint: float) -> Recipe:
             raise IsotuneError(f"training.{name} is decided elsewhere: use {_OURS[name]}")
         if name not in fields:
             raise IsotuneError(f"unknown key 'training.{name}'.{nearest(name, fields - _OURS.keys())}")
-        _check(name, value, types[name])
+        if (name, value) != ("learning_rate", AUTO):
+            _check(name, value, types[name])
     evaluates = {"eval_strategy": "epoch" if recipe.data.validation is not None else "no"}
     training = {**DEFAULTS, **evaluates, "learning_rate": hint, **recipe.training}
     if recipe.data.validation is None and training["eval_strategy"] != "no":
@@ -65,8 +69,11 @@ def resolve_training(recipe: Recipe, hint: float) -> Recipe:
 
 
 def training_arguments(recipe: Recipe, output: str) -> TrainingArguments:
-    """Build the arguments of a resolved recipe; at least two checkpoints are always kept."""
-    values = dict(recipe.training)
+    """Build the arguments of a resolved recipe; at least two checkpoints are always kept.
+
+    A learning rate that is yet to be found is left at transformers' own.
+    """
+    values = {key: value for key, value in recipe.training.items() if (key, value) != ("learning_rate", AUTO)}
     if values.get("save_total_limit") is not None:
         values["save_total_limit"] = max(2, values["save_total_limit"])
     values = {**machine_arguments(), **values}

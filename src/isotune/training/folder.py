@@ -17,7 +17,7 @@ from typing import Any
 
 from isotune.checkpoint.files import TEMPORARY, sync, write_atomically
 from isotune.errors import CheckpointError, IsotuneError
-from isotune.folders import ADAPTER, BASELINES, HISTORY, METRICS, MODEL, RECIPE
+from isotune.folders import ADAPTER, BASELINES, HISTORY, METRICS, MODEL, RANGE_TEST, RECIPE
 from isotune.training.recipe import Recipe, build_recipe, with_plain_columns
 
 _MARK = "# A resolved isotune recipe: `isotune evaluate` and `isotune train --resume` read it.\n"
@@ -85,6 +85,7 @@ class RunFolder:
             self.metrics_file.unlink(missing_ok=True)
             self.history_file.unlink(missing_ok=True)
             self.baselines_file.unlink(missing_ok=True)
+            (self.path / RANGE_TEST).unlink(missing_ok=True)
             for folder in (self.adapter, self.model, self.path / "runs", *self._checkpoints()):
                 if folder.is_dir():
                     shutil.rmtree(folder)

@@ -18,7 +18,7 @@ from isotune.checkpoint.save import save
 from isotune.folders import MODEL_CONFIG, TASK
 from isotune.model.calibrate import wants_calibration
 from isotune.statistics.second_moment import check_informative
-from isotune.training.arguments import resolve_training, training_arguments
+from isotune.training.arguments import AUTO, resolve_training, training_arguments
 from isotune.training.baselines import constant_scores, keep, kept, measured_baselines
 from isotune.training.classifiers import OWN
 from isotune.training.data import Splits, load_splits
@@ -29,6 +29,7 @@ from isotune.training.model_folder import write_model
 from isotune.training.optimizers import check_optimizer, rate_factor
 from isotune.training.probe import Probe
 from isotune.training.progress import ProgressLine, Screen, is_first_process, lone_process, quiet_libraries
+from isotune.training.range_test import found_rate
 from isotune.training.recipe import Recipe
 from isotune.training.results import history_of, run_metrics, trainable
 from isotune.training.session import Session, TaskSpec
@@ -129,6 +130,9 @@ def train(
             keep(folder, against)
     if checkpoint is None and wants_calibration(run.session.model):
         calibrate_on(run.session, run.examples["train"], recipe, screen)
+    if recipe.training["learning_rate"] == AUTO:
+        found = found_rate(trainer, run.folder.path, _default_rate(recipe), screen)
+        run.recipe = recipe.model_copy(update={"training": {**recipe.training, "learning_rate": found}})
     _fit(run, trainer, checkpoint)
     return _finish(run, trainer)
 

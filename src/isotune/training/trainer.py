@@ -48,6 +48,16 @@ class AdapterTrainer(Trainer):
         self.add_callback(_AdapterSteps())
         self.add_callback(_MissedEvaluation(self))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; an optimizer that meets what is no number says so as a loss does."""
+        try:
+            return super().train(*args, **kwargs)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise DivergedError(
+                f"the optimizer could not decompose a matrix at step {self.state.global_step + 1}: lower "
+                "training.learning_rate"
+            ) from error
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, counting tokens."""
         if "attention_mask" in inputs:
