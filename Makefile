@@ -36,7 +36,7 @@ docs: $(VENV)/.installed-docs
 	@echo "== building the documentation into site/"
 	$(BIN)/python docs/build.py
 
-bench: $(VENV)/.installed-demo,peft
+bench: $(VENV)/.installed-bench
 	@echo "== running the benchmarks"
 	$(BIN)/python -m benchmarks $(BENCH)
 	$(BIN)/python -m benchmarks.render

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import conv, disk, growth, layer, memory, methods, model
+from benchmarks import conv, disk, growth, layer, memory, methods, model, optimizers
 from benchmarks.machine import machine, now, versions
 from benchmarks.options import Options
 
@@ -27,6 +27,7 @@ SECTIONS: dict[str, Any] = {
     "model": model,
     "memory": memory,
     "disk": disk,
+    "optimizers": optimizers,
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -34,7 +34,14 @@ class Goal:
 
 def goals(results: Results) -> list[Goal]:
     """All promises, in the order of the tables below them."""
-    return [*_layer(results), *_models(results), *_lora(results), *_growth(results), *_export(results)]
+    return [
+        *_layer(results),
+        *_models(results),
+        *_lora(results),
+        *_growth(results),
+        *_export(results),
+        *_optimizers(results),
+    ]
 
 
 def _layer(results: Results) -> Iterator[Goal]:
@@ -102,6 +109,17 @@ def _export(results: Results) -> Iterator[Goal]:
     yield Goal(f"{where}: time / reading the weights from the page cache", 2.0, seconds)
     peak = figures["export_cold_peak"] / figures["export_peak_of_one_layer"]
     yield Goal(f"{where}: peak memory / that of one layer alone", 1.1, peak)
+
+
+def _optimizers(results: Results) -> Iterator[Goal]:
+    row = find(results, "optimizers", rank=16)
+    for other, ours in (
+        ("torch-muon", "isotune-muon"),
+        ("pytorch-optimizer-muon", "isotune-muon"),
+        ("pytorch-optimizer-normuon", "isotune-normuon"),
+    ):
+        text = f"a step on a 1B model's LoRA, r = 16: {ours} / {other}"
+        yield Goal(text, 0.5, row and ratio(row, ours, other))
 
 
 def describe(case: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "peft", "transformers", "safetensors", "isotune")
+PACKAGES = ("torch", "peft", "transformers", "safetensors", "pytorch-optimizer", "isotune")
 
 
 def machine(device: str) -> dict[str, Any]:

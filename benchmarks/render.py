@@ -13,6 +13,7 @@ from benchmarks.tables import (
     growth_table,
     left_out,
     method_table,
+    optimizer_table,
     provenance,
     ratio_table,
 )
@@ -57,10 +58,11 @@ def render(results: Results, cuda: Results) -> dict[str, str]:
             *_sections(results),
             *_methods(results),
             *_disk(results),
+            *_optimizers(results),
         ]
     if cuda:
         parts += ["# On a GPU", "bf16; PEFT keeps adapters in fp32 unless told otherwise (`peft-lora-bf16`)."]
-        parts += [*_sections(cuda), *_methods(cuda), *_disk(cuda)]
+        parts += [*_sections(cuda), *_methods(cuda), *_disk(cuda), *_optimizers(cuda)]
     return {"README.md": "\n\n".join(parts) + "\n", **files}
 
 
@@ -101,6 +103,18 @@ def _methods(results: Results) -> list[str]:
 
 def _disk(results: Results) -> list[str]:
     return ["## On disk", provenance(results["disk"]), disk_tables(results)] if "disk" in results else []
+
+
+def _optimizers(results: Results) -> list[str]:
+    if "optimizers" not in results:
+        return []
+    found = rows(results, "optimizers")
+    case = found[0]["case"]
+    text = (
+        f"The step alone, on the factors of a LoRA on all linear layers of {case['model']} ({2 * 7 * case['blocks']} "
+        "matrices); ratios are to `torch.optim.Muon`. Ours iterates in fp32 unless it says bf16, the others in bf16."
+    )
+    return ["## Steps of optimizers", provenance(results["optimizers"]), text, optimizer_table(found)]
 
 
 def plots(results: Results) -> dict[str, str]:

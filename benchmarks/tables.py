@@ -78,6 +78,19 @@ def _absolute(figure: Any, unit: str) -> str:
     return f"{middle} ({low}..{high})"
 
 
+def optimizer_table(result_rows: Sequence[dict[str, Any]]) -> str:
+    """One optimizer a row: its step in milliseconds, and as a ratio to that of `torch.optim.Muon`."""
+    body = []
+    for name in result_rows[0]["contenders"]:
+        cells = []
+        for row in result_rows:
+            value = ratio(row, name, "torch-muon")
+            cells += [_absolute(row["contenders"][name]["total"], "ms"), "-" if value is None else f"{value:.2f}"]
+        body.append([name, *cells])
+    heads = [head for row in result_rows for head in (f"r = {row['case']['rank']}, ms", "ratio")]
+    return table(["optimizer", *heads], body)
+
+
 def left_out(result_rows: Sequence[dict[str, Any]]) -> list[str]:
     """Why contenders are missing, one line for each reason."""
     lines = [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import isotune
-from benchmarks import conv, disk, growth, layer, memory, methods, model, streaming
+from benchmarks import conv, disk, growth, layer, memory, methods, model, optimizers, streaming
 from benchmarks.__main__ import SECTIONS, rounded, run_section
 from benchmarks.contenders import contenders, peft_form, settings_of, too_costly
 from benchmarks.machine import machine
@@ -107,6 +107,18 @@ def test_adapters_are_saved_loaded_and_exported() -> None:
     row = disk.measure(ModelCase("stories260k", 0, 0, "attention", 4), QUICK)
     assert set(row["contenders"]["isotune-hra"]) == {"save", "load", "export"}
     assert set(row["contenders"]["peft-lora"]) == {"save", "load"}
+
+
+def test_steps_of_optimizers_are_timed_and_shown() -> None:
+    case = optimizers.OptimizerCase("small", blocks=2, width=12, key_width=8, inner=20, rank=4)
+    row = optimizers.measure(case, QUICK)
+    assert_timed(row["contenders"])
+    layers = [(12, 12), (12, 8), (12, 8), (12, 12), (12, 20), (12, 20), (20, 12)]
+    assert row["numbers"] == 2 * 4 * sum(n + m for n, m in layers)
+    result = {"rows": [row], "seconds": 1.0, "date": "", "versions": {}, "machine": machine("cpu")}
+    text = render({"optimizers": result | {"settings": {"quick": True}, "section": "optimizers"}}, {})["README.md"]
+    assert "| torch-muon | " in text
+    assert "28 matrices" in text
 
 
 def test_a_large_adapter_is_exported_from_its_folder(tmp_path: Path) -> None:

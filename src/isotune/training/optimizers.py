@@ -27,8 +27,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "scion": {"unconstrained": True},
 }
 """Where recipes depart from the classes: steps as large as AdamW's, and none towards zero for what is pretrained."""
-_RATES = {"adarem": 1000.0, "odelora": 100.0}
-"""Factors on a method's learning rate, for optimizers whose steps are as large as gradients are."""
+_RATES = {"adarem": 300.0, "odelora": 50.0, "scion": 10.0}
+"""Factors on a method's learning rate, for optimizers whose steps are of another size than AdamW's."""
 
 
 def checked_optimizer(value: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
