@@ -55,16 +55,21 @@ def cases(options: Options) -> Iterator[OptimizerCase]:
 
 def contenders() -> dict[str, Any]:
     """What makes the optimizers of parameters, by name. Others' Muon iterates in bf16, as isotune-muon-bf16 does."""
+    common: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
+
+    def theirs(params: Any) -> Any:
+        return [{"params": params, "use_muon": True, **common}]
+
     return {
-        TORCH: lambda params: torch.optim.Muon(params, lr=1e-3),
-        "pytorch-optimizer-muon": lambda params: pytorch_optimizer.Muon([{"params": params, "use_muon": True}]),
-        "pytorch-optimizer-normuon": lambda params: pytorch_optimizer.NorMuon([{"params": params, "use_muon": True}]),
-        "isotune-muon": lambda params: optim.Muon(params, lr=1e-3),
-        "isotune-muon-bf16": lambda params: optim.Muon(params, lr=1e-3, ns_dtype=torch.bfloat16),
-        "isotune-normuon": lambda params: optim.NorMuon(params, lr=1e-3),
-        "isotune-trion": lambda params: optim.Trion(params, lr=1e-3, rank=8),
-        "isotune-conda": lambda params: optim.Conda(params, lr=1e-3),
-        "torch-adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
+        TORCH: lambda params: torch.optim.Muon(params, **common),
+        "pytorch-optimizer-muon": lambda params: pytorch_optimizer.Muon(theirs(params)),
+        "pytorch-optimizer-normuon": lambda params: pytorch_optimizer.NorMuon(theirs(params)),
+        "isotune-muon": lambda params: optim.Muon(params, **common),
+        "isotune-muon-bf16": lambda params: optim.Muon(params, ns_dtype=torch.bfloat16, **common),
+        "isotune-normuon": lambda params: optim.NorMuon(params, **common),
+        "isotune-trion": lambda params: optim.Trion(params, rank=8, **common),
+        "isotune-conda": lambda params: optim.Conda(params, **common),
+        "torch-adamw": lambda params: torch.optim.AdamW(params, **common),
     }
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from isotune.optim.batched import Group, Params, State
-from isotune.optim.matrix import Adjustment, MatrixOptimizer, adjustment, iteration, momentum
+from isotune.optim.matrix import Adjustment, MatrixOptimizer, iteration, momentum
 
 
 class AuON(MatrixOptimizer):
@@ -54,6 +54,9 @@ class AuON(MatrixOptimizer):
         defaults |= {"adjust_lr_fn": adjust_lr_fn} | iteration("newton-schulz", ns_steps, None, None)
         super().__init__(params, defaults)
 
+    def factor(self, shape: torch.Size, group: Group) -> float:
+        return 1.0 if group["adjust_lr_fn"] is None else super().factor(shape, group)
+
     def fresh(self, G: Tensor, group: Group) -> State:
         return {"momentum_buffer": torch.zeros_like(G)}
 
@@ -65,8 +68,7 @@ class AuON(MatrixOptimizer):
         X = B / (norm + 1e-30)
         rho = (group["gamma"] * X).cosh().square().mean(dim=(-2, -1), keepdim=True).sqrt()
         long = B if group["variant"] == "code" or group["ns_steps"] else X
-        how = group["adjust_lr_fn"]
-        return long / rho * (1.0 if how is None else adjustment(G.shape, how))
+        return long / rho
 
 
 class HybridAuON(AuON):

@@ -72,10 +72,14 @@ class BatchedOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def direction(self, G: Tensor, batch: list[Tensor], state: State, group: Group) -> Tensor:
-        """What to subtract, times the learning rate: of gradients and states that are stacked along dim 0.
+        """What to subtract, times the rate and its factor: of gradients and states that are stacked along dim 0.
 
         The state is changed in place, and G may be. Of the parameters in the batch, `stacked` makes the same.
         """
+
+    def factor(self, shape: torch.Size, group: Group) -> float:
+        """A factor on the learning rate for what has this shape, of which the last two sides are a matrix's."""
+        return 1.0
 
     def shrinks(self, group: Group) -> float:
         """The share of themselves that parameters lose in a step."""
@@ -125,11 +129,13 @@ class BatchedOptimizer(Optimizer, ABC):
         G = self.stacked([gradient_of(p) for p in batch], group, own)
         G = G.to(torch.promote_types(G.dtype, torch.float32))
         state = self._stacked_state(batch, G, group, own)
+        rate = float(group["lr"])
         if own:
-            U, shrinks = self.direction(G, batch, state, group), self.shrinks(group)
+            rate, shrinks = rate * self.factor(G.shape, group), self.shrinks(group)
+            U = self.direction(G, batch, state, group)
         else:
+            shrinks = rate * float(group["weight_decay"])
             U = adamw_direction(G, state, group["adamw_betas"], group["adamw_eps"])
-            shrinks = float(group["lr"] * group["weight_decay"])
         if isinstance(batch[0], DTensor):
             for name, stacked in state.items():
                 for p, t in zip(batch, stacked.unbind(), strict=True):
@@ -140,7 +146,7 @@ class BatchedOptimizer(Optimizer, ABC):
             steps = tuple(as_sharded(u, p) for p, u in zip(batch, steps, strict=True))
         if shrinks:
             torch._foreach_mul_(batch, 1 - shrinks)
-        torch._foreach_add_(batch, steps, alpha=-float(group["lr"]))
+        torch._foreach_add_(batch, steps, alpha=-rate)
 
     def stacked(self, tensors: list[Tensor], group: Group, own: bool = True) -> Tensor:
         """Parameters, or gradients, as their part has them, along a new dim 0; of sharded ones the whole."""

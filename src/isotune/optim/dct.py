@@ -10,15 +10,21 @@ Paper: "SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Mode
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from isotune.linalg.dct import dct, idct
+from isotune.linalg.dct import dct, dct_matrix, idct
+
+_SHORT = 512
+"""Up to so many cosines products with them all cost less than Fourier transforms."""
 
 
 def expanded(M: Tensor) -> Tensor:
     """S (..., long, short): M (..., m, n), transposed where it is wide, in cosines along its shorter side."""
-    return dct(M if M.shape[-2] >= M.shape[-1] else M.mT.contiguous())
+    M = M if M.shape[-2] >= M.shape[-1] else M.mT
+    return M @ _cosines(M).mT if M.shape[-1] <= _SHORT else dct(M.contiguous())
 
 
 def chosen(S: Tensor, rank: int, norm: float = 1.0) -> Tensor:
@@ -35,7 +41,19 @@ def taken(S: Tensor, columns: Tensor) -> Tensor:
 def put_back(g: Tensor, columns: Tensor, shape: torch.Size) -> Tensor:
     """`g C_I`, as the matrix (..., m, n) that g (..., long, r) was taken from."""
     m, n = shape[-2:]
-    S = g.new_zeros(*shape[:-2], max(m, n), min(m, n))
-    S.scatter_(-1, columns.unsqueeze(-2).expand(g.shape), g)
-    M = idct(S)
+    if min(m, n) <= _SHORT:
+        M = g @ _cosines(g, min(m, n))[columns]
+    else:
+        S = g.new_zeros(*shape[:-2], max(m, n), min(m, n))
+        M = idct(S.scatter_(-1, columns.unsqueeze(-2).expand(g.shape), g))
     return M if m >= n else M.mT
+
+
+def _cosines(like: Tensor, short: int | None = None) -> Tensor:
+    """C for rows of so many numbers, by default as many as those of `like`."""
+    return _matrix(short or like.shape[-1], like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _matrix(short: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return dct_matrix(short).to(device, dtype)

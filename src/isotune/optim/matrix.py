@@ -50,6 +50,9 @@ class MatrixOptimizer(BatchedOptimizer):
     def takes(self, p: Tensor) -> bool:
         return p.dim() > 1
 
+    def factor(self, shape: torch.Size, group: Group) -> float:
+        return adjustment(shape, group["adjust_lr_fn"]) if "adjust_lr_fn" in group else 1.0
+
     def orthogonal(self, B: Tensor, group: Group) -> Tensor:
         """B (..., m, n) with singular values near 1, each process with a `process_group` doing its share."""
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from isotune.optim.batched import Group, Params, State
-from isotune.optim.matrix import Adjustment, MatrixOptimizer, adjustment, iteration, momentum
+from isotune.optim.matrix import Adjustment, MatrixOptimizer, iteration, momentum
 from isotune.optim.orthogonalize import Method, Polynomial
 
 
@@ -64,4 +64,4 @@ class Muon(MatrixOptimizer):
 
     def direction(self, G: Tensor, batch: list[Tensor], state: State, group: Group) -> Tensor:
         B = momentum(G, state["momentum_buffer"], group["momentum"], group["nesterov"])
-        return adjustment(G.shape, group["adjust_lr_fn"]) * self.orthogonal(B, group)
+        return self.orthogonal(B, group)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from isotune.optim.batched import Group, Params, State
-from isotune.optim.matrix import Adjustment, MatrixOptimizer, adjustment, iteration, momentum
+from isotune.optim.matrix import Adjustment, MatrixOptimizer, iteration, momentum
 from isotune.optim.orthogonalize import Method, Polynomial
 
 
@@ -76,12 +76,12 @@ class NorMuon(MatrixOptimizer):
     def direction(self, G: Tensor, batch: list[Tensor], state: State, group: Group) -> Tensor:
         B = momentum(G, state["momentum_buffer"], group["momentum"], group["nesterov"])
         Q = self.orthogonal(B, group)
-        state["row_squares"].lerp_(Q.square().mean(dim=-1, keepdim=True), 1 - group["beta2"])
+        n, squares = Q.shape[-1], torch.linalg.vector_norm(Q, dim=-1, keepdim=True).square()
+        v = state["row_squares"].lerp_(squares / n, 1 - group["beta2"])
         # The running mean lacks its bias correction: what it is too small by is the same in all rows, and cancels.
-        N = Q / (state["row_squares"].sqrt() + 1e-10)
-        N = N * (_norm(Q) / (_norm(N) + 1e-10))
-        return adjustment(G.shape, group["adjust_lr_fn"]) * N
-
-
-def _norm(X: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+        c = 1 / (v.sqrt() + 1e-10)
+        long, longer = (
+            squares.sum(dim=-2, keepdim=True).sqrt(),
+            (squares * c.square()).sum(dim=-2, keepdim=True).sqrt(),
+        )
+        return Q.mul_(c * (long / (longer + 1e-10)))

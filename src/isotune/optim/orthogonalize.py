@@ -67,16 +67,16 @@ def orthogonalize(
         return _exact(G.to(dtype or exact)).to(G.dtype)
     tall = G.shape[-2] > G.shape[-1]
     X = G.reshape(-1, *G.shape[-2:]).to(exact)
-    X = X.mT if tall else X
     polynomials = list(_polynomials(method, steps, coefficients))
     margin = 1.02 if method == "polar-express" else 1.0
     whole = (dtype or exact) in (torch.float32, torch.float64)
-    if whole and X.shape[-1] >= 2 * X.shape[-2]:
+    if whole and max(X.shape[-2:]) >= 2 * min(X.shape[-2:]):
         X = _by_gram(X.to(dtype or exact), polynomials, margin)
     else:
         norm = margin * torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(_LEAST)
-        X = _by_products((X / norm).to(dtype or exact), polynomials)
-    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+        X = (X / norm).to(dtype or exact)
+        X = _by_products(X.mT, polynomials).mT if tall else _by_products(X, polynomials)
+    return X.reshape(G.shape).to(G.dtype)
 
 
 def _polynomials(method: Method, steps: int, coefficients: Polynomial | None) -> Iterator[Polynomial]:
@@ -98,15 +98,16 @@ def _by_products(X: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
 
 def _by_gram(X: Tensor, polynomials: Sequence[Polynomial], margin: float) -> Tensor:
     """The same, with the product of all steps' polynomials in the Gram matrix, with which they all commute."""
-    S = X @ X.mT
+    tall = X.shape[-2] > X.shape[-1]
+    S = X.mT @ X if tall else X @ X.mT
     scale = S.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(_LEAST**2)[:, None, None].rsqrt() / margin
-    S, product = S * scale**2, None
+    S, product = S * scale**2, torch.eye(S.shape[-1], dtype=X.dtype, device=X.device).expand_as(S)
     for a, b, c in polynomials:
         P = torch.baddbmm(S, S, S, beta=b, alpha=c)
         P.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = P if product is None else P @ product
+        product = P @ product
         S = P @ S @ P
-    return X * scale if product is None else (product * scale) @ X
+    return X @ (product * scale) if tall else (product * scale) @ X
 
 
 def _exact(X: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isotune.optim.batched import Group, Params, State
 from isotune.optim.dct import chosen, expanded, put_back, taken
-from isotune.optim.matrix import Adjustment, MatrixOptimizer, adjustment, iteration
+from isotune.optim.matrix import Adjustment, MatrixOptimizer, iteration
 from isotune.optim.orthogonalize import Method, Polynomial
 
 
@@ -73,5 +73,4 @@ class Trion(MatrixOptimizer):
         columns = chosen(S, group["rank"], group["norm"])
         g = taken(S, columns)
         M.sub_(put_back(g, columns, M.shape), alpha=1 - group["momentum"])
-        U = put_back(self.orthogonal(g, group), columns, M.shape)
-        return adjustment(G.shape, group["adjust_lr_fn"]) * U
+        return put_back(self.orthogonal(g, group), columns, M.shape)
