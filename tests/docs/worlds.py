@@ -184,6 +184,7 @@ WORLDS: dict[str, Callable[[], Names]] = {
     "index.md": encoder,
     "recipes/encoders.md": encoder,
     "recipes/causal.md": talks,
+    "learning-rates.md": chats,
     "tasks.md": tasks,
     "recipes/convolutions.md": images,
     "recipes/diffusion.md": unet,
