@@ -15,7 +15,7 @@ from isotune.adapters.registry import method_names
 from isotune.errors import IsotuneError, OptionError
 from isotune.optim import OPTIMIZERS, optimizer_class
 
-OPTIONS = {"miss": {"rank": 8}, "bat": {"rank": 8}}
+OPTIONS = {"miss": {"rank": 8}, "bat": {"rank": 8}, "hira": {"rank": 8}}
 MATRICES: dict[str, set[str]] = {
     "hra": {"U"},
     "hoft": {"inner.U", "outer.U"},
@@ -29,6 +29,8 @@ MATRICES: dict[str, set[str]] = {
     "hydra": {"A_p", "B_p", "A_s", "B_s"},
     "miss": {"block"},
     "bat": {"block"},
+    "hira": {"A", "B"},
+    "loha": {"A1", "B1", "A2", "B2"},
     **{name: {"A", "B"} for name in ("lora", "loraplus", "pissa", "olora", "corda", "sorsa", "delora")},
 }
 """By method; of the others every number stands for itself."""

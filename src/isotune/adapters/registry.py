@@ -41,6 +41,8 @@ BUILT_IN = {
     "vera": "isotune.adapters.low_rank.vera:VeRA",
     "randlora": "isotune.adapters.low_rank.randlora:RandLoRA",
     "tlora": "isotune.adapters.low_rank.tlora:TLoRA",
+    "hira": "isotune.adapters.low_rank.hira:HiRA",
+    "loha": "isotune.adapters.low_rank.loha:LoHa",
     "ia3": "isotune.adapters.low_rank.ia3:IA3",
 }
 
