@@ -31,6 +31,7 @@ MATRICES: dict[str, set[str]] = {
     "bat": {"block"},
     "hira": {"A", "B"},
     "loha": {"A1", "B1", "A2", "B2"},
+    "lokr": {"W1", "W2"},
     **{name: {"A", "B"} for name in ("lora", "loraplus", "pissa", "olora", "corda", "sorsa", "delora")},
 }
 """By method; of the others every number stands for itself."""

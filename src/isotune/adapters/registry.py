@@ -43,6 +43,7 @@ BUILT_IN = {
     "tlora": "isotune.adapters.low_rank.tlora:TLoRA",
     "hira": "isotune.adapters.low_rank.hira:HiRA",
     "loha": "isotune.adapters.low_rank.loha:LoHa",
+    "lokr": "isotune.adapters.low_rank.lokr:LoKr",
     "ia3": "isotune.adapters.low_rank.ia3:IA3",
 }
 

@@ -1,0 +1,47 @@
+"""LoKr in PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from isotune.adapters.peft.dialect import Dialect, NotInPEFTError, other_kind
+from isotune.adapters.peft.patterns import common_and_rest, value_at
+from isotune.adapters.settings import Settings
+from isotune.errors import OptionError
+from isotune.sites import Site
+
+
+class LoKrDialect(Dialect):
+    """Ranks and scales may differ from layer to layer; the split and what has a low rank may not."""
+
+    peft_type = "LOKR"
+    prefix = "lokr_"
+
+    def config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        if len({(s.factor, s.both) for s in settings.values()}) > 1:
+            raise NotInPEFTError("PEFT's LOKR splits all layers by one rule")
+        first = next(iter(settings.values()))
+        rank, rank_pattern = common_and_rest({path: s.rank for path, s in settings.items()})
+        alpha, alpha_pattern = common_and_rest({path: s.resolved_alpha for path, s in settings.items()})
+        return {
+            "r": rank, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
+            "rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False, "use_effective_conv2d": False,
+            "decompose_both": first.both, "decompose_factor": first.factor or -1, "init_weights": True,
+        }  # fmt: skip
+
+    def refused(self, site: Site) -> str | None:
+        return other_kind(site, "linear", "conv1d", "conv2d")
+
+    def read(self, config: dict[str, Any], path: str) -> Settings:
+        asked = [f"{key}={config[key]!r}" for key in ("rank_dropout", "module_dropout") if config.get(key)]
+        asked += ["use_effective_conv2d=True"] if config.get("use_effective_conv2d") else []
+        if asked:
+            raise OptionError(f"lokr: this PEFT adapter uses {', '.join(asked)}, which lokr does not have")
+        factor = config.get("decompose_factor", -1)
+        return self.settings(
+            rank=value_at(config.get("rank_pattern") or {}, path, config["r"]),
+            alpha=value_at(config.get("alpha_pattern") or {}, path, config["alpha"]),
+            factor=None if factor == -1 else factor,
+            both=config.get("decompose_both", False),
+        )
