@@ -30,7 +30,7 @@ from isotune.optim.batched import Params
 Closure = Callable[[], Tensor]
 
 
-class Rule(NamedTuple):
+class Judgement(NamedTuple):
     """When a step is taken, and how the radius follows: times `shrink` below `low`, times `grow` above `high`."""
 
     low: float
@@ -53,8 +53,8 @@ class APTS(Optimizer):
         process_group: Of processes with workers of their own; by default there is one process.
     """
 
-    LOCAL = Rule(0.3, 0.7, 0.6, 1.5)
-    GLOBAL = Rule(0.25, 0.75, 0.9, 1.2)
+    LOCAL = Judgement(0.3, 0.7, 0.6, 1.5)
+    GLOBAL = Judgement(0.25, 0.75, 0.9, 1.2)
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class APTS(Optimizer):
         return float(self._summed(like.new_tensor(sum(losses), dtype=torch.float64))) / workers
 
 
-def _follow(radius: float, ratio: float, rule: Rule, most: float) -> float:
+def _follow(radius: float, ratio: float, rule: Judgement, most: float) -> float:
     if not ratio >= rule.low:  # nor where it is no number
         return radius * rule.shrink
     return min(radius * rule.grow, most) if ratio > rule.high else radius

@@ -5,8 +5,8 @@
 so that the change W ∘ (B A) has a rank of up to r times that of W, and zeros of W stay. There is no scaling. It is no
 LoRA, which would need that rank.
 
-Paper: "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025. Parameters:
-r (in + out). Cost: 2 r in out flops for the weight, formed once in each pass.
+Paper: "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025,
+https://openreview.net/forum?id=TwJrTz9cRS. Parameters: r (in + out). Cost: 2 r in out flops for the weight, formed once in each pass.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
 The change has a rank of up to r²: it is a LoRA of that rank, `B = s B_1 ⊙ B_2` and `A = A_1 ⊙ A_2`, with all products
 of a column of one and a column of the other (of rows for A).
 
-Paper: "FedPara: Low-rank Hadamard Product for Communication-Efficient Federated Learning", ICLR 2022, arXiv
-2108.06098; LyCORIS made an adapter of it. Parameters: 2 r (in + out). Cost for n rows: 2 n r² (in + out) flops, or
-4 r in out for the weight where that is less.
+Paper: "FedPara: Low-rank Hadamard Product for Communication-Efficient Federated Learning", ICLR 2022,
+arXiv 2108.06098; LyCORIS made an adapter of it. Parameters: 2 r (in + out). Cost for n rows: 2 n r² (in + out) flops,
+or 4 r in out for the weight where that is less.
 """
 
 from __future__ import annotations
