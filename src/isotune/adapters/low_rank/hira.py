@@ -6,7 +6,8 @@ so that the change W ∘ (B A) has a rank of up to r times that of W, and zeros 
 LoRA, which would need that rank.
 
 Paper: "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025,
-https://openreview.net/forum?id=TwJrTz9cRS. Parameters: r (in + out). Cost: 2 r in out flops for the weight, formed once in each pass.
+https://openreview.net/forum?id=TwJrTz9cRS. Parameters: r (in + out). Cost: 2 r in out flops for the weight, which is
+formed once in each pass.
 """
 
 from __future__ import annotations
