@@ -44,6 +44,7 @@ BUILT_IN = {
     "hira": "isotune.adapters.low_rank.hira:HiRA",
     "loha": "isotune.adapters.low_rank.loha:LoHa",
     "lokr": "isotune.adapters.low_rank.lokr:LoKr",
+    "shira": "isotune.adapters.sparse.shira:SHiRA",
     "ia3": "isotune.adapters.low_rank.ia3:IA3",
 }
 
