@@ -33,7 +33,7 @@ class HiRA(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
     learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "rank * (n_in + n_out)"
-    dialect: ClassVar[str] = "isotune.adapters.peft.hadamard:HiRADialect"
+    dialect: ClassVar[str] = "isotune.adapters.peft.hira:HiRADialect"
 
     rank: int = Field(32, gt=0, description="Rank of the factors on the weight.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the inputs of the change while training.")

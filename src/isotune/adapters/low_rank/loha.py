@@ -33,7 +33,7 @@ class LoHa(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "2 * rank * (n_in + n_out)"
-    dialect: ClassVar[str] = "isotune.adapters.peft.hadamard:LoHaDialect"
+    dialect: ClassVar[str] = "isotune.adapters.peft.lycoris:LoHaDialect"
 
     rank: int = Field(8, gt=0, description="Rank of each of the two products; the change has up to its square.")
     alpha: float | None = Field(None, gt=0, description="Scaling numerator; the default is the rank, so that s = 1.")

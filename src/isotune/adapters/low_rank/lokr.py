@@ -36,7 +36,7 @@ class LoKr(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
     learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "p * q + rank * (k + n)"
-    dialect: ClassVar[str] = "isotune.adapters.peft.kronecker:LoKrDialect"
+    dialect: ClassVar[str] = "isotune.adapters.peft.lycoris:LoKrDialect"
     exempt: ClassVar[dict[str, str]] = {
         "parameter_count_is_as_declared": "p, q, k and n are divisors of n_out and n_in, for which the formula has "
         "no arithmetic; tests/adapters/test_lokr.py compares the count with what is trained"
