@@ -51,8 +51,8 @@ class Cell:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The method's options without its name."""
-        return {key: value for key, value in self.method.items() if key != "name"}
+        """The method's options without its name, and without its optimizer, which is in the label."""
+        return {key: value for key, value in self.method.items() if key not in ("name", "optimizer")}
 
 
 def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
