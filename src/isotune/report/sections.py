@@ -115,7 +115,8 @@ def _runs(collected: Collected) -> Iterator[PageSection]:
             "How learning rates were found",
             "Range tests",
             "How much lower the loss of a batch was before the step at each rate than in the untrained model, as a "
-            "running mean. The dotted line is the rate taken, a third of the one at the top.",
+            "running mean. The dotted line is the rate taken: half of the first with four fifths of the largest "
+            "gain.",
             figures=range_test_figures(collected.runs),
         )
 

@@ -2,8 +2,9 @@
 
 The rate rises from far too small to far too large, one step at each, evenly in its logarithm. What counts is the
 gain: how much lower a batch's loss is, before its own step, than it was for the untrained model under the same
-dropout. It is taken batch by batch, for batches differ by more than a short test gains. The gain rises with the rate
-and falls off a cliff; the rate taken is a third of the one at its top.
+dropout. It is taken batch by batch, for batches differ by more than a short test gains. The gain rises with the rate,
+has a top, or a plateau, and falls off a cliff. The rate taken is half of the first with four fifths of the largest
+gain: further on along a plateau nothing more is gained, and more of what the model knew is lost.
 
 What trains is put back afterwards, and the random state is left as it was. Each step costs a third more than one of
 training. After: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv 1506.01186.
@@ -33,8 +34,10 @@ _SMOOTH = 0.8
 """Weight of what went before in the running mean of the gains."""
 _FALL = 0.02
 """Past the cliff the gain is as far below zero as it had risen above, and by this share of the loss lower still."""
-_BACK = 3.0
-"""The rate at the top is so many times the one taken: at the top a step does as much harm as good."""
+_MOST = 0.8
+"""Share of the largest gain that counts as having it."""
+_BACK = 2.0
+"""The first rate with most of the gain is so many times the one taken: a training is longer than a test."""
 
 
 class RangeTest(NamedTuple):
@@ -111,8 +114,9 @@ def chosen(rates: list[float], gains: list[float], scale: float) -> float | None
     """The rate for a curve, rounded to two digits; None where nothing was gained. `scale` is the loss at first."""
     smooth = smoothed(gains)
     end = next((step for step in range(len(smooth)) if _fallen(smooth[: step + 1], scale)), len(smooth))
-    top = max(range(end), key=smooth.__getitem__, default=0)
-    return float(f"{rates[top] / _BACK:.2g}") if smooth and smooth[top] > 0 else None
+    most = _MOST * max(smooth[:end], default=0.0)
+    first = next((rate for rate, gain in zip(rates, smooth, strict=True) if gain >= most > 0), None)
+    return None if first is None else float(f"{first / _BACK:.2g}")
 
 
 def _fallen(smooth: list[float], scale: float) -> bool:
