@@ -9,8 +9,8 @@ from torch import nn
 
 from isotune.adapters.contract import Adapter, Part, Treatment
 from isotune.errors import IsotuneError
-from isotune.model.adapted import Adapters, current
-from isotune.model.names import adapted_layers, trained_modules, unwrapped
+from isotune.model.adapted import current
+from isotune.model.names import adapted_layers, base_modules, trained_modules, unwrapped
 from isotune.model.rates import treatments
 from isotune.optim.batched import ADAMW
 from isotune.optim.names import optimizer_class
@@ -98,17 +98,9 @@ def _adapters(model: nn.Module) -> Iterator[Adapter]:
 def _hidden(model: nn.Module) -> Iterator[nn.Parameter]:
     """Weights of linear layers and convolutions that train, but for heads, and what is tied to an embedding."""
     outside = set(_heads_and_embeddings(model))
-    for module in _base_modules(model):
+    for _, module in base_modules(model):
         if isinstance(module, _MATRICES) or type(module).__name__ == "Conv1D":
             yield from (p for p in module.parameters(False) if p.requires_grad and p.dim() > 1 and p not in outside)
-
-
-def _base_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All but adapters."""
-    for child in model.children():
-        if not isinstance(child, Adapters):
-            yield child
-            yield from _base_modules(child)
 
 
 def _heads_and_embeddings(model: nn.Module) -> Iterator[nn.Parameter]:

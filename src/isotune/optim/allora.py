@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from isotune.optim.adamw import adamw_direction, adamw_state
+from isotune.optim.adamw import adamw_direction
 from isotune.optim.batched import BatchedOptimizer, Group, Params, State
 
 
@@ -60,9 +60,6 @@ class ALLoRA(BatchedOptimizer):
 
     def takes(self, p: Tensor) -> bool:
         return p.dim() > 1
-
-    def fresh(self, G: Tensor, group: Group) -> State:
-        return adamw_state(G)
 
     def direction(self, G: Tensor, batch: list[Tensor], state: State, group: Group) -> Tensor:
         c = row_rates(self.stacked(batch, group), group["eta"]).to(G.dtype)

@@ -57,9 +57,6 @@ class AuON(MatrixOptimizer):
     def factor(self, shape: torch.Size, group: Group) -> float:
         return 1.0 if group["adjust_lr_fn"] is None else super().factor(shape, group)
 
-    def fresh(self, G: Tensor, group: Group) -> State:
-        return {"momentum_buffer": torch.zeros_like(G)}
-
     def direction(self, G: Tensor, batch: list[Tensor], state: State, group: Group) -> Tensor:
         B = momentum(G, state["momentum_buffer"], group["momentum"], nesterov=True)
         if group["ns_steps"]:

@@ -6,7 +6,6 @@ parameters, weight decay, closures and the state's file are done here.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ MOST = 2**25
 ADAMW = "adamw"
 
 
-class BatchedOptimizer(Optimizer, ABC):
+class BatchedOptimizer(Optimizer):
     """Steps parameters of one shape together. A group's `algorithm` sends it to AdamW, or keeps it from there.
 
     By default (None) what `takes` does not take goes to AdamW, with the group's `lr`, `weight_decay`, `adamw_betas`
@@ -66,16 +65,17 @@ class BatchedOptimizer(Optimizer, ABC):
         """Whether the algorithm is for parameters like this one."""
         return True
 
-    @abstractmethod
     def fresh(self, G: Tensor, group: Group) -> State:
-        """The state before the first step, of one gradient as its part has it."""
+        """The state before the first step, of one gradient as its part has it; by default AdamW's."""
+        return adamw_state(G)
 
-    @abstractmethod
     def direction(self, G: Tensor, batch: list[Tensor], state: State, group: Group) -> Tensor:
         """What to subtract, times the rate and its factor: of gradients and states that are stacked along dim 0.
 
-        The state is changed in place, and G may be. Of the parameters in the batch, `stacked` makes the same.
+        The state is changed in place, and G may be. Of the parameters in the batch, `stacked` makes the same. By
+        default it is AdamW's way.
         """
+        return adamw_direction(G, state, group["adamw_betas"], group["adamw_eps"])
 
     def factor(self, shape: torch.Size, group: Group) -> float:
         """A factor on the learning rate for what has this shape, of which the last two sides are a matrix's."""
@@ -129,13 +129,10 @@ class BatchedOptimizer(Optimizer, ABC):
         G = self.stacked([gradient_of(p) for p in batch], group, own)
         G = G.to(torch.promote_types(G.dtype, torch.float32))
         state = self._stacked_state(batch, G, group, own)
-        rate = float(group["lr"])
-        if own:
-            rate, shrinks = rate * self.factor(G.shape, group), self.shrinks(group)
-            U = self.direction(G, batch, state, group)
-        else:
-            shrinks = rate * float(group["weight_decay"])
-            U = adamw_direction(G, state, group["adamw_betas"], group["adamw_eps"])
+        how = type(self) if own else BatchedOptimizer  # which by itself is AdamW
+        rate = float(group["lr"]) * how.factor(self, G.shape, group)
+        shrinks = how.shrinks(self, group)
+        U = how.direction(self, G, batch, state, group)
         if isinstance(batch[0], DTensor):
             for name, stacked in state.items():
                 for p, t in zip(batch, stacked.unbind(), strict=True):
@@ -157,7 +154,7 @@ class BatchedOptimizer(Optimizer, ABC):
         """The states of parameters along a new dim 0, of which each parameter's own are views from then on."""
         for p, g in zip(batch, G.unbind(), strict=True):
             if not self.state[p]:
-                fresh = self.fresh(g, group) if own else adamw_state(g)
+                fresh = (type(self) if own else BatchedOptimizer).fresh(self, g, group)
                 self.state[p].update({name: as_sharded(t, p) for name, t in fresh.items()})
         states = [self.state[p] for p in batch]
         kept, views = self._stacks.get(id(batch[0]), ({}, []))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from isotune.optim.batched import BatchedOptimizer, Group, Params
+from isotune.optim.batched import BatchedOptimizer, Group, Params, State
 from isotune.optim.orthogonalize import Method, Polynomial, orthogonalize
 
 Adjustment = Literal["original", "match_rms_adamw", "spectral", "rms"]
@@ -49,6 +49,9 @@ class MatrixOptimizer(BatchedOptimizer):
 
     def takes(self, p: Tensor) -> bool:
         return p.dim() > 1
+
+    def fresh(self, G: Tensor, group: Group) -> State:
+        return {"momentum_buffer": torch.zeros_like(G)}
 
     def factor(self, shape: torch.Size, group: Group) -> float:
         return adjustment(shape, group["adjust_lr_fn"]) if "adjust_lr_fn" in group else 1.0

@@ -59,9 +59,6 @@ class Muon(MatrixOptimizer):
         defaults |= {"adjust_lr_fn": adjust_lr_fn} | iteration(method, ns_steps, ns_dtype, ns_coefficients)
         super().__init__(params, defaults, process_group)
 
-    def fresh(self, G: Tensor, group: Group) -> State:
-        return {"momentum_buffer": torch.zeros_like(G)}
-
     def direction(self, G: Tensor, batch: list[Tensor], state: State, group: Group) -> Tensor:
         B = momentum(G, state["momentum_buffer"], group["momentum"], group["nesterov"])
         return self.orthogonal(B, group)

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from isotune.optim.batched import ADAMW, BatchedOptimizer, Group, Params, State, as_sharded, gradient_of, whole
+from isotune.optim.batched import ADAMW, BatchedOptimizer, Group, Params, as_sharded, gradient_of, whole
 
 Integrator = Literal["euler", "heun", "rk4"]
 _STAGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -78,12 +78,6 @@ class ODELoRA(BatchedOptimizer):
             pairs = list(zip(shapes[::2], shapes[1::2], strict=False))
             if len(shapes) % 2 or not all(len(a) == len(b) == 2 and a[0] == b[1] for a, b in pairs):
                 raise ValueError(f"odelora steps pairs A (r, in), B (out, r), one after the other; found {shapes}")
-
-    def fresh(self, G: Tensor, group: Group) -> State:
-        return {}
-
-    def direction(self, G: Tensor, batch: list[Tensor], state: State, group: Group) -> Tensor:
-        raise NotImplementedError("pairs have velocities")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -76,9 +76,6 @@ class Scion(MatrixOptimizer):
     def shrinks(self, group: Group) -> float:
         return 0.0 if group["unconstrained"] else float(group["lr"])
 
-    def fresh(self, G: Tensor, group: Group) -> State:
-        return {"momentum_buffer": torch.zeros_like(G)}
-
     def direction(self, G: Tensor, batch: list[Tensor], state: State, group: Group) -> Tensor:
         d = state["momentum_buffer"].lerp_(G, group["momentum"])
         return self.normalised(d, batch[0], group)

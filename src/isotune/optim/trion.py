@@ -64,9 +64,6 @@ class Trion(MatrixOptimizer):
         defaults |= {"adjust_lr_fn": adjust_lr_fn} | iteration(method, ns_steps, ns_dtype, ns_coefficients)
         super().__init__(params, defaults, process_group)
 
-    def fresh(self, G: Tensor, group: Group) -> State:
-        return {"momentum_buffer": torch.zeros_like(G)}
-
     def direction(self, G: Tensor, batch: list[Tensor], state: State, group: Group) -> Tensor:
         M = state["momentum_buffer"].add_(G)
         S = expanded(M)
