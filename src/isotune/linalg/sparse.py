@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from isotune.linalg.autograd import Node
@@ -20,6 +22,12 @@ def sparse_product(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, m: int
     Saved for backward: x and the entries, and not the b k products.
     """
     return _SparseProduct.run(x, values, rows, cols, m)
+
+
+@lru_cache(maxsize=64)
+def drawn_cells(n: int, cells: int, seed: int) -> Tensor:
+    """The first n of a random permutation of `cells` cells, shape (n), as PEFT draws them."""
+    return torch.randperm(cells, generator=torch.Generator().manual_seed(seed))[:n].clone()
 
 
 class _SparseProduct(Node):

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import check_tensors
 from isotune.adapters.settings import Settings
-from isotune.adapters.spectral.fourierft import drawn_cells
 from isotune.adapters.spectral.sparse_spectrum import SparseSpectrum
 from isotune.errors import OptionError
-from isotune.linalg.sparse import scattered, sparse_product
+from isotune.linalg.sparse import drawn_cells, scattered, sparse_product
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 
@@ -83,6 +82,9 @@ class SHiRAAdapter(SparseSpectrum):
     def change_of(self, x: Tensor, n_out: int) -> Tensor:
         rows, cols, values = self.entries()
         return sparse_product(x, values, rows, cols, n_out)
+
+    def transform_price(self, n: int) -> float:
+        return 0.0  # the entries are the weight's own
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         return {"shira_weight": self.values.detach(), "shira_indices": torch.stack([self.rows, self.cols]).int()}

@@ -12,7 +12,6 @@ FFT of the weight, whichever is cheaper.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from isotune.adapters.settings import Settings
 from isotune.adapters.spectral.sparse_spectrum import SparseSpectrum, entry_count
 from isotune.linalg.fourier import real_fourier, real_fourier_transpose
-from isotune.linalg.sparse import scattered, sparse_product
+from isotune.linalg.sparse import drawn_cells, scattered, sparse_product
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 
@@ -96,9 +95,3 @@ class FourierFTAdapter(SparseSpectrum):
         rows, cols = torch.cat([2 * p, 2 * p + 1]), torch.cat([2 * q, 2 * q + 1])
         z = sparse_product(real_fourier(x), values, rows, cols, 2 * (n_out // 2 + 1))
         return real_fourier_transpose(z, n_out)
-
-
-@lru_cache(maxsize=64)
-def drawn_cells(n: int, cells: int, seed: int) -> Tensor:
-    """The first n of a random permutation of `cells` cells, shape (n), as PEFT draws them."""
-    return torch.randperm(cells, generator=torch.Generator().manual_seed(seed))[:n].clone()

@@ -71,11 +71,12 @@ class SparseSpectrum(WeightAdapter):
         n_in, n_out = site.in_features, site.out_features
         training = torch.is_grad_enabled()
         passes = 3 if training else 1
-        each = _transform(n_in) + _transform(n_out) + 10 * FLOPS_PER_NUMBER * k
-        once = n_out * _transform(n_in) + n_in * _transform(n_out) + FLOPS_PER_NUMBER * n_in * n_out
+        each = self.transform_price(n_in) + self.transform_price(n_out) + 10 * FLOPS_PER_NUMBER * k
+        once = (
+            n_out * self.transform_price(n_in) + n_in * self.transform_price(n_out) + FLOPS_PER_NUMBER * n_in * n_out
+        )
         return passes * n * each <= passes * once + (2 * n * n_in * n_out if training else 0)
 
-
-def _transform(n: int) -> float:
-    """Price of transforming one row of length n."""
-    return n * (40 * math.log2(n) + FLOPS_PER_NUMBER)
+    def transform_price(self, n: int) -> float:
+        """Of one row of length n."""
+        return n * (40 * math.log2(n) + FLOPS_PER_NUMBER)
