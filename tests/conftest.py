@@ -12,6 +12,10 @@ from hypothesis import HealthCheck, Phase, settings
 
 from laws.exemptions import EXEMPT
 
+# Triton reads it when a kernel is defined. Where there is no GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 pytest.register_assert_rewrite("laws.statements", "laws.lifecycle", "laws.placement", "support")
 
 settings.register_profile(

@@ -15,7 +15,7 @@ import isotune
 ROOT = Path(isotune.__file__).parent
 ROOMS = (
     "cli", "report", "comparison", "training", "integrations", "merging", "statistics", "diagnostics", "checkpoint",
-    "model", "adapters", "sites", "optim", "linalg",
+    "model", "adapters", "sites", "optim", "kernels", "linalg",
 )  # fmt: skip
 GROUND = len(ROOMS)
 BETWEEN = {"adapted_site": ROOMS.index("sites")}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from isotune.checkpoint.save import save as save
     from isotune.errors import IsotuneError as IsotuneError
     from isotune.integrations.peft_view import as_peft as as_peft
+    from isotune.kernels.choice import set_kernels as set_kernels
     from isotune.merging.adapters.merge import merge as merge
     from isotune.model.attach import adapt as adapt
     from isotune.model.attach import remove as remove
@@ -56,6 +57,7 @@ _HOMES = {
     "save": "checkpoint.save",
     "IsotuneError": "errors",
     "as_peft": "integrations.peft_view",
+    "set_kernels": "kernels.choice",
     "merge": "merging.adapters.merge",
     "adapt": "model.attach",
     "remove": "model.attach",

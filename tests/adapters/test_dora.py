@@ -77,24 +77,6 @@ def test_detached_norm_gives_the_derivative_at_constant_row_lengths() -> None:
     assert not torch.allclose(got[0], B.grad)
 
 
-def test_scaling_is_kept_between_calls_of_inference_until_something_changes() -> None:
-    layer, x = nn.Linear(7, 5), torch.randn(4, 7)
-    adapter, site = build(layer, rank=2), require_site(layer, "")
-    with torch.no_grad():
-        first = adapter(x, site)
-        made = adapter._scaling._value
-        assert torch.equal(adapter(x, site), first)
-        assert adapter._scaling._value is made
-        for change in (adapter.product.B, adapter.magnitude, layer.weight):
-            change.add_(0.5)
-            assert adapter(x, site) is not None
-            assert adapter._scaling._value is not made
-            made = adapter._scaling._value
-            torch.testing.assert_close(
-                adapter(x, site), site.forward_with(x, adapter.weight(site.weight), layer.bias)
-            )
-
-
 def test_what_inference_mode_kept_does_not_get_in_the_way_of_training() -> None:
     layer, x = nn.Linear(7, 5), torch.randn(4, 7)
     adapter, site = build(layer, rank=2, detach_norm=False), require_site(layer, "")

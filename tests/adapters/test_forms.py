@@ -1,16 +1,18 @@
-"""A rotation gives the same layer in every form, and inference keeps constants only as long as they hold."""
+"""A changed layer is the same in every form."""
 
 from __future__ import annotations
 
-import copy
-import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import isotune
 from isotune.adapters import thin_rotation
+from isotune.linalg.forms import FLOPS_PER_NUMBER, inside_pays, price_on
+from isotune.linalg.thin import thin_linear
 
 
 def adapted(layer: nn.Module, **options: object) -> nn.Module:
@@ -26,7 +28,7 @@ def outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(
     ("layer", "x", "forms"),
     [
-        (nn.Linear(6, 5), torch.randn(7, 6), ("input", "output")),
+        (nn.Linear(6, 5), torch.randn(7, 6), ("input", "output", "inside")),
         (nn.Conv2d(3, 5, (3, 2), stride=2, padding=1), torch.randn(2, 3, 9, 8), ("output", "weight")),
         (nn.Conv2d(4, 6, 3, groups=2, padding="same", padding_mode="circular"), torch.randn(2, 4, 6, 6),
          ("output", "weight")),
@@ -43,56 +45,39 @@ def test_the_forms_are_equal_in_values_and_gradients(
         found[form] = outputs(model, x)
         with torch.no_grad():
             torch.testing.assert_close(model(x), found[form][0])
-    first, second = found.values()
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(a, b)
+    first, *others = found.values()
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            torch.testing.assert_close(a, b)
 
 
-@pytest.fixture
-def at_inference() -> tuple[nn.Module, Tensor]:
-    """A layer that keeps constants, after one call."""
-    model, x = adapted(nn.Linear(16, 4)).eval(), torch.randn(3, 16, dtype=torch.float64)
-    with torch.no_grad():
-        model(x)
-    assert model[0].isotune["default"]._kept.value.WU is not None
-    return model, x
+@pytest.mark.parametrize("where", ["beside", "inside"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_low_rank_change_is_the_same_beside_its_layer_and_inside(where: str, bias: bool) -> None:
+    x, L, R, W = (torch.randn(n, m, dtype=torch.float64, requires_grad=True) for n, m in
+                  ((7, 6), (6, 2), (2, 5), (5, 6)))  # fmt: skip
+    W, b = W.detach(), torch.randn(5, dtype=torch.float64) if bias else None
+
+    def changed(x: Tensor, L: Tensor, R: Tensor) -> Tensor:
+        return thin_linear(where, x, W, b, L, R, 0.7)
+
+    torch.testing.assert_close(changed(x, L, R), F.linear(x, W + 0.7 * (L @ R).mT, b))
+    assert torch.autograd.gradcheck(changed, (x, L, R))
+    assert torch.autograd.gradgradcheck(changed, (x, L, R))
+    assert torch.func.vmap(lambda rows: changed(rows, L, R))(torch.stack([x, 2 * x])).shape == (2, 7, 5)
 
 
-def check(model: nn.Module, x: Tensor) -> None:
-    with torch.no_grad():
-        kept = model(x)
-    torch.testing.assert_close(kept, model(x).detach())
+def test_many_rows_put_the_change_inside_the_weight_in_fp32_and_never_in_low_precision() -> None:
+    many = torch.randn(1, 64).expand(2**14, 64)
+    assert inside_pays(many, 64, 8)
+    assert not inside_pays(many[:64], 64, 8)
+    assert not inside_pays(many.bfloat16(), 64, 8)
 
 
-def test_constants_are_made_anew_when_the_adapter_changes(at_inference: tuple[nn.Module, Tensor]) -> None:
-    model, x = at_inference
-    with torch.no_grad():
-        model[0].isotune["default"].U.add_(torch.randn(16, 4))
-    check(model, x)
-
-
-def test_constants_are_made_anew_when_the_layer_changes(at_inference: tuple[nn.Module, Tensor]) -> None:
-    model, x = at_inference
-    model[0].weight = nn.Parameter(torch.randn(4, 16, dtype=torch.float64), requires_grad=False)
-    check(model, x)
-
-
-def test_constants_follow_the_dtype(at_inference: tuple[nn.Module, Tensor]) -> None:
-    model, x = at_inference
-    model.float()
-    with torch.no_grad():
-        assert model(x.float()).dtype == torch.float32
-    torch.testing.assert_close(model(x.float()).double(), model.double()(x), rtol=1e-4, atol=1e-4)
-
-
-def test_constants_are_dropped_when_training_starts(at_inference: tuple[nn.Module, Tensor]) -> None:
-    model, _ = at_inference
-    model.train()
-    assert model[0].isotune["default"]._kept.value is None
-
-
-def test_constants_stay_out_of_copies_and_pickles(at_inference: tuple[nn.Module, Tensor]) -> None:
-    model, x = at_inference
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other[0].isotune["default"]._kept.value is None
-        check(other, x)
+def test_a_card_is_priced_by_its_properties() -> None:
+    h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, clock_rate=1_980_000,
+                           memory_clock_rate=3_201_000, memory_bus_width=6144)  # fmt: skip
+    # 1 Pflop/s in bf16 and 67 Tflop/s in fp32, at 4.9 TB/s.
+    assert 700 < price_on(h200, torch.bfloat16) < 1000
+    assert 90 < price_on(h200, torch.float32) < 130
+    assert price_on(SimpleNamespace(major=9, minor=0, multi_processor_count=132), torch.bfloat16) == FLOPS_PER_NUMBER

@@ -8,11 +8,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from isotune.adapters.cache import Kept
 from isotune.adapters.contract import Rotation, Side
+from isotune.adapters.once import Once
 from isotune.adapters.settings import Settings
 from isotune.errors import OptionError
+from isotune.linalg.autograd import transformed
 from isotune.linalg.butterfly import drop_blocks
-from isotune.linalg.precision import autocast
+from isotune.linalg.precision import autocast, compute_dtype
 from isotune.sites import Site
 
 
@@ -52,6 +55,8 @@ class BlockRotation(Rotation):
     def __init__(self, side: Side, s: Tensor | None, dropout: float) -> None:
         super().__init__()
         self.side, self.dropout = side, dropout
+        self._once = Once()
+        self._kept: Kept[Tensor] = Kept()
         self.s = None if s is None else nn.Parameter(s)
 
     @abstractmethod
@@ -67,7 +72,7 @@ class BlockRotation(Rotation):
         return self.turn(v, self.blocks(), transpose != (self.side == "in"))
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
-        R = self.blocks()
+        R = self._blocks(compute_dtype(x))
         if self.training and self.dropout:
             R = drop_blocks(R.flatten(0, -3), self.dropout).view(R.shape)
         if self.side == "in" and site.rotates_input:
@@ -76,6 +81,13 @@ class BlockRotation(Rotation):
         if self.side == "out" and site.rotates_output:
             return site.over_outputs(site(x), lambda y: self._scaled(self.turn(y, R, False), None))
         return site.forward_with(x, self._changed(site.weight, R), self.bias(site.bias))
+
+    def _blocks(self, dtype: torch.dtype) -> Tensor:
+        """The blocks: once a step in training, once for many calls at inference, where they are rounded once."""
+        if self.training or torch.is_grad_enabled() or transformed():
+            return self._once.get(self, lambda: (self.blocks(),))[0]
+        dtype = dtype if dtype.is_floating_point else torch.float32  # indices into an embedding
+        return self._kept.get((*self.parameters(), *self.buffers()), lambda: self.blocks().to(dtype), dtype)
 
     def weight(self, W: Tensor) -> Tensor:
         return self._changed(W, self.blocks())

@@ -14,11 +14,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from isotune.adapters.once import Once
 from isotune.adapters.shared import Shared
+from isotune.adapters.thin_layer import beside
 from isotune.errors import IsotuneError, NoWeightError
 from isotune.linalg.low_rank import at_most_full_rank
-from isotune.linalg.precision import autocast
-from isotune.linalg.thin import thin_add, thin_linear
+from isotune.linalg.precision import at_least_fp32, autocast
 from isotune.sites import Site
 from isotune.sites.block import replaced_first
 
@@ -32,6 +33,15 @@ class Thin(NamedTuple):
     """before: `site(x + (x L) R)`; behind: `y + (y L) R` for y without the bias; beside: `site(x) + (x L) R`."""
     L: Tensor
     R: Tensor
+
+
+class Constants(NamedTuple):
+    """A forward pass where nothing learns: a thin change; then outputs y, without the bias, become y (1 + excess)."""
+
+    where: Literal["before", "behind", "beside"]
+    L: Tensor
+    R: Tensor
+    excess: Tensor | None = None
 
 
 class Treatment(NamedTuple):
@@ -90,6 +100,15 @@ class Adapter(nn.Module, ABC):
     def thin_factors(self, site: Site) -> Thin | None:
         """The forward pass on `site` as one thin change, by which batches mix adapters; None where it is none."""
         return None
+
+    def constants(self, x: Tensor, site: Site) -> Constants | None:
+        """The forward pass on rows like x (..., in), for many calls, before the site or beside it; or None."""
+        thin = self.thin_factors(site)
+        if thin is None or (thin.where == "behind" and site.packed):
+            return None
+        if thin.where == "behind":
+            return Constants("beside", at_least_fp32(site.weight).mT @ thin.L, thin.R)
+        return Constants(*thin)
 
     def share(self, shared: Shared) -> None:
         """Take over what `Settings.shared` gave, or a file held, on the adapter's device, as `self.shared`.
@@ -231,10 +250,15 @@ class LowRank(WeightAdapter):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
+        self._once = Once()
 
     @abstractmethod
     def change(self) -> tuple[Tensor, Tensor]:
         """B (out, r) and A (r, in), any scaling included."""
+
+    def scaled_change(self) -> tuple[Tensor, Tensor, float]:
+        """B (out, r), A (r, in) and a factor on their product, as the forward pass takes them."""
+        return *self._once.get(self, self.change), 1.0  # type: ignore[return-value]
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         B, A = self.change()
@@ -248,8 +272,8 @@ class LowRank(WeightAdapter):
 
     def add(self, site: Site, x: Tensor, y: Tensor | None = None) -> Tensor:
         """`y + x Aᵀ Bᵀ` for x (..., in), y (..., out), as the site reads x; y is `site(x)` where it is not given."""
-        B, A = self.change()
-        return beside(site, x, A.mT, B.mT, y=y)
+        B, A, scale = self.scaled_change()
+        return beside(site, x, A.mT, B.mT, scale, y)
 
     def weight(self, W: Tensor) -> Tensor:
         B, A = self.factors(W)
@@ -265,31 +289,6 @@ class LowRank(WeightAdapter):
             )
         B, A = self.change()
         return Thin("beside", A.mT, B.mT)
-
-
-_FEW = 2**18
-
-
-def before(site: Site, x: Tensor, L: Tensor, R: Tensor, scale: float = 1.0) -> Tensor:
-    """`site(x + scale (x L) R)` for x (..., in), L (in, r), R (r, in), on a site that takes rows."""
-    x = autocast(x)
-    L, R = L.to(x.dtype), R.to(x.dtype)
-    plain = site.plain(x)
-    if plain is None:
-        return site(thin_add(x, L, R, scale=scale))
-    return thin_linear("before", x, *plain, L, R, scale)
-
-
-def beside(site: Site, x: Tensor, L: Tensor, R: Tensor, scale: float = 1.0, y: Tensor | None = None) -> Tensor:
-    """`site(x) + scale (x L) R`, L (in, r), R (r, out), as the site reads x; y stands for `site(x)`."""
-    # On few numbers autograd's own nodes cost less than the memory that one of ours saves.
-    if y is None and x.numel() > _FEW and (plain := site.plain(x := autocast(x))) is not None:
-        return thin_linear("beside", x, *plain, L.to(x.dtype), R.to(x.dtype), scale)
-    if y is None:
-        y = site(x)
-    if site.rotates_input:
-        return thin_add(x.to(y.dtype), L.to(y.dtype), R.to(y.dtype), y, scale)
-    return torch.add(y, site.expand(site.project(x, L.mT), R.mT).to(y.dtype), alpha=scale)
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

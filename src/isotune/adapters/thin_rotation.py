@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from isotune.adapted_site import AdaptedSite
-from isotune.adapters.cache import Kept
-from isotune.adapters.contract import Parts, Rotation, Thin, before, beside
-from isotune.linalg.forms import Form, cheapest
+from isotune.adapters.contract import Constants, Parts, Rotation, Thin
+from isotune.adapters.once import Once
+from isotune.adapters.thin_layer import before, beside
+from isotune.linalg.forms import Form, cheapest, exact_inside, price_of
 from isotune.linalg.householder import rotate
-from isotune.linalg.precision import at_least_fp32, autocast
+from isotune.linalg.precision import at_least_fp32, autocast, compute_dtype
+from isotune.linalg.thin import thin_linear
 from isotune.sites import Site
-
-
-class _Constants(NamedTuple):
-    """U and M, and where it is needed (W U)ᵀ, of a frozen adapter on a frozen layer."""
-
-    U: Tensor
-    M: Tensor
-    WU: Tensor | None
 
 
 class ThinRotation(Rotation):
@@ -33,17 +25,21 @@ class ThinRotation(Rotation):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: Kept[_Constants] = Kept()
+        self._once = Once()
 
     @abstractmethod
-    def thin(self) -> tuple[Tensor, Tensor]:
-        """U (d, r) and M (r, d), in fp32 or better."""
+    def thin(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """U (d, r) and M (r, d), made in fp32 or better, and rounded to `dtype` where one is given."""
+
+    def _thin(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        U, M = self._once.get(self, lambda: self.thin(dtype), dtype)
+        return U, M
 
     def rotate(self, v: Tensor, transpose: bool = False) -> Tensor:
-        return rotate(v, *self.thin(), transpose)
+        return rotate(v, *self._thin(v.dtype), transpose)
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        U, M = (t.to(W.dtype) for t in self.thin())
+        U, M = self.thin(W.dtype)
         return (-(W @ U), M) if self.side == "in" else (-M.mT, U.mT @ W)
 
     def thin_factors(self, site: Site) -> Thin | None:
@@ -57,24 +53,27 @@ class ThinRotation(Rotation):
         B, A = self.factors(at_least_fp32(site.weight))
         return Thin("beside", A.mT, B.mT)
 
+    def constants(self, x: Tensor, site: Site) -> Constants | None:
+        if self.side == "out" or self._form(x, site, self.thin()[1].shape[0], training=False) != "output":
+            return super().constants(x, site)
+        U, M = self.thin()
+        return Constants("beside", -M.mT, self._columns_through(site, U, x.dtype))
+
     def forward(self, x: Tensor, site: Site) -> Tensor:
         if self.side == "out":
             return super().forward(x, site)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(site, AdaptedSite):
-            return self._forward(x, site, *self.thin(), None, training=torch.is_grad_enabled())
-        kept = self._constants(site, x)
-        return self._forward(x, site, kept.U, kept.M, kept.WU, training=False)
-
-    def _forward(self, x: Tensor, site: Site, U: Tensor, M: Tensor, WU: Tensor | None, training: bool) -> Tensor:
-        form = self._form(x, site, M.shape[0], training)
+        dtype = compute_dtype(x)
+        U, M = self._thin(dtype if site.rotates_input else None)
+        form = self._form(x, site, M.shape[0], training=torch.is_grad_enabled() or self.training)
         if form == "input":
             # y = x (W R)ᵀ = (x Rᵀ) Wᵀ: note the transpose.
             return before(site, x, M.mT, U.mT, scale=-1.0)
         if form == "weight":
             W = site.weight
             return site.forward_with(x, rotate(W, U, M), site.bias)
-        if WU is None:
-            WU = self._columns_through(site, U, autocast(x).dtype)
+        WU = self._columns_through(site, U, dtype)
+        if form == "inside" and (plain := site.plain(autocast(x))) is not None:
+            return thin_linear("inside", autocast(x), *plain, M.mT, WU, -1.0)
         return beside(site, x, M.mT, WU, scale=-1.0)
 
     def _form(self, x: Tensor, site: Site, r: int, training: bool) -> Form:
@@ -82,8 +81,10 @@ class ThinRotation(Rotation):
             # Its forward may round or quantise what passes through: the rows of x only, not U's columns too.
             return "input"
         forms: tuple[Form, ...] = ("input", "output") if site.rotates_input else ("output", "weight")
+        if training and site.rotates_input and exact_inside(compute_dtype(x)):
+            forms = (*forms, "inside")
         sizes = site.rows(x), site.in_features, site.out_features
-        return cheapest(forms, *sizes, r, training, x.requires_grad)
+        return cheapest(forms, *sizes, r, training, x.requires_grad, price_of(x))
 
     def _columns_through(self, site: Site, U: Tensor, dtype: torch.dtype) -> Tensor:
         """(W U)ᵀ, shape (r, out): U's columns run through the layer as rows, which needs no dense W."""
@@ -91,21 +92,3 @@ class ThinRotation(Rotation):
             return site.linear(U.mT.to(dtype))
         W = site.weight
         return (W @ U.to(W.dtype)).mT
-
-    def _constants(self, site: Site, x: Tensor) -> _Constants:
-        """What inference keeps between calls."""
-        dtype = autocast(x).dtype
-
-        def made() -> _Constants:
-            U, M = self.thin()
-            needed = self._form(x, site, M.shape[0], training=False) == "output"
-            return _Constants(U, M, self._columns_through(site, U, dtype) if needed else None)
-
-        frozen = () if site.packed else (site.parameter,)
-        return self._kept.get((*self.parameters(), *self.buffers(), *frozen), made, dtype)
-
-    def train(self, mode: bool = True) -> ThinRotation:
-        """Set the mode; the constants that inference kept are dropped when training starts."""
-        if mode:
-            self._kept = Kept()
-        return super().train(mode)

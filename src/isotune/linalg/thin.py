@@ -3,10 +3,13 @@
     y + a (x L) R                   added to given outputs
     (x + a (x L) R) Wᵀ + b          before a frozen linear layer
     x Wᵀ + b + a (x L) R            beside it
+    x (W + a (L R)ᵀ)ᵀ + b           inside its weight, which is formed in forward and again in backward
 
-Cost for n rows: 2 n r (in + out) flops forward, twice that backward. Saved for backward: x, L, R, x L (n x r), and W,
-which is the layer's own; nothing of the size of y, and no copy of x. Where W is given, the gradient of x is made in
-one array, and so is the output beside W: on a CPU, fresh memory costs as much as the thin products themselves.
+Cost for n rows: 2 n r (in + out) flops forward, twice that backward; inside: 2 in out r flops each time, and for the
+gradients 4 n r (in + out), since they are thin products too: no gradient of the weight is formed. Saved for backward:
+x, L, R, x L (n x r), and W, which is the layer's own; nothing of the size of y, and no copy of x. Where W is given,
+the gradient of x is made in one array, and so is the output beside W: on a CPU, fresh memory costs as much as the
+thin products themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from isotune.linalg.autograd import Node, transformed
 
-Where = Literal["before", "beside"]
+Where = Literal["before", "beside", "inside"]
 
 
 def thin_add(x: Tensor, L: Tensor, R: Tensor, y: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -39,13 +42,16 @@ def thin_add(x: Tensor, L: Tensor, R: Tensor, y: Tensor | None = None, scale: fl
 def thin_linear(
     where: Where, x: Tensor, W: Tensor | None, b: Tensor | None, L: Tensor, R: Tensor, scale: float = 1.0
 ) -> Tensor:
-    """`(x + scale (x L) R) Wᵀ + b` (before) or `x Wᵀ + b + scale (x L) R` (beside) for rows x (..., in).
+    """`(x + scale (x L) R) Wᵀ + b` (before), or `x Wᵀ + b + scale (x L) R` (beside, inside), for rows x (..., in).
 
     W (out, in) and b (out) are constants; without them the layer is the identity. Dtypes and derivatives are those
     of `thin_add`.
     """
     with without_autocast(x):
-        out, _ = _ThinLinear.run(_rows(x), W, b, L, R, scale, where)
+        if where == "inside":
+            out = _InsideLinear.run(_rows(x), W, b, L, R, scale)
+        else:
+            out, _ = _ThinLinear.run(_rows(x), W, b, L, R, scale, where)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -95,6 +101,28 @@ class _ThinLinear(Node):
         if need_x:
             g_x = torch.addmm(g, g_Z, L.mT) if W is None else _add_product(through, g_Z, L.mT)
         return g_x, None, None, g_L, g_R, None, None
+
+
+class _InsideLinear(Node):
+    """`x (W + scale (L R)ᵀ)ᵀ + b`: cheapest for many rows."""
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Tensor | None, L: Tensor, R: Tensor, scale: float) -> Tensor:
+        return F.linear(x, torch.addmm(W, R.mT, L.mT, alpha=scale), b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, W, _, L, R, ctx.scale = inputs
+        ctx.save_for_backward(x, W if ctx.needs_input_grad[0] else None, L, R)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, L, R = ctx.saved_tensors
+        _, _, _, need_L, need_R, _ = ctx.needs_input_grad
+        g_L = ctx.scale * ((g @ R.mT).mT @ x).mT if need_L else None
+        g_R = ctx.scale * ((x @ L).mT @ g) if need_R else None
+        g_x = None if W is None else g @ torch.addmm(W, R.mT, L.mT, alpha=ctx.scale)
+        return g_x, None, None, g_L, g_R, None
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from isotune.adapted_site import AdaptedSite
+from isotune.adapters.inference import Inference, inference
 from isotune.adapters.mixed import Routing, mixed_forward
 from isotune.adapters.settings import Settings
 from isotune.bare import HOME, bare, bare_forward, own_forward
 from isotune.errors import IsotuneError
+from isotune.linalg.autograd import transformed
 from isotune.sites import Site, require_site, site_of
 
 
@@ -40,6 +42,25 @@ class Adapters(nn.ModuleDict):
         self.kept: list[tuple[Any, str, Any]] = []
         # A forward that was put on the layer itself, as accelerate does; it is the layer's own then.
         self.own_forward = own_forward
+        self.inference: Inference | None = None
+
+    def at_inference(self, layer: nn.Module, x: Any) -> Any:
+        """The layer's output for x by what is kept for inference, made if need be; None where that is no way."""
+        if transformed() or not self.active or not self.enabled or self.folded:
+            return None
+        kept = self.inference
+        if kept is None or kept.active is not self.active or kept.routing is not self.routing or not kept.serves(x):
+            kept = inference(x, require_site(layer, ""), self.running(), self.routing)
+            self.inference = kept
+            if kept is not None:
+                kept.active, kept.routing = self.active, self.routing
+        return None if kept is None else kept(x)
+
+    def train(self, mode: bool = True) -> Adapters:
+        """Set the mode; what is kept for inference is dropped when training starts."""
+        if mode:
+            self.inference = None
+        return super().train(mode)
 
     def running(self) -> list[Any]:
         """What takes part in the forward pass, in order."""
@@ -64,6 +85,10 @@ class Adapted(InPlace):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output with its running adapters."""
         adapters = self.isotune
+        if len(args) == 1 and not (kwargs or self.training or torch.is_grad_enabled()):
+            y = adapters.at_inference(self, args[0])
+            if y is not None:
+                return y
         if not args:
             args = (kwargs.pop(adapters.first),)
         if adapters.routing is not None and adapters.enabled:

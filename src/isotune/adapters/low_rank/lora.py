@@ -77,6 +77,9 @@ class LoRAAdapter(LowRank):
     def change(self) -> tuple[Tensor, Tensor]:
         return (self.B if self.scale == 1 else self.scale * self.B), self.A
 
+    def scaled_change(self) -> tuple[Tensor, Tensor, float]:
+        return self.B, self.A, self.scale
+
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         return lora_tensors(self.B.detach(), self.A.detach(), site)
 

@@ -3,7 +3,7 @@
     W' = diag(c) (W + s B A),   c_i a function of |w_i + s b_i A|
 
 The row lengths come from `linalg.low_rank.row_squares_of_sum`, without B A; |w_i|² is kept as long as W stays as it
-is, and c as a whole at inference.
+is.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from isotune.adapted_site import AdaptedSite
 from isotune.adapters.cache import Kept
-from isotune.adapters.contract import WeightAdapter
+from isotune.adapters.contract import Constants, WeightAdapter
 from isotune.adapters.low_rank.lora import LoRAAdapter
+from isotune.adapters.once import Once
 from isotune.linalg.autograd import transformed
 from isotune.linalg.low_rank import row_squares, row_squares_of_sum, safe_norms
 from isotune.linalg.precision import at_least_fp32
@@ -33,7 +34,7 @@ class RowScaledAdapter(WeightAdapter):
         self.magnitude = nn.Parameter(magnitude)
         self.detach_norm = detach_norm
         self._squares: Kept[Tensor] = Kept()
-        self._scaling: Kept[Tensor] = Kept()
+        self._once = Once()
 
     @abstractmethod
     def scaling(self, norms: Tensor) -> Tensor:
@@ -41,7 +42,8 @@ class RowScaledAdapter(WeightAdapter):
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         # In low precision c rounds to 1 where c - 1 does not round to 0.
-        excess, y = self._scaling_at(site) - 1, self.product(x, site)
+        c, y = self._once.get(self, lambda: (self._scaling_at(site),))[0], self.product(x, site)
+        excess = c - 1
         with without_autocast(y):
             return site.over_outputs(y, lambda y: torch.addcmul(y, y, excess.to(y.dtype)))
 
@@ -51,13 +53,11 @@ class RowScaledAdapter(WeightAdapter):
         norms = safe_norms(row_squares(rows), row_squares(at_least_fp32(W)))
         return self.scaling(norms)[:, None].to(V.dtype) * V
 
-    def _scaling_at(self, site: Site) -> Tensor:
-        if torch.is_grad_enabled() or isinstance(site, AdaptedSite) or transformed():
-            return self._fresh_scaling(site)
-        frozen = () if site.packed else (site.parameter,)
-        return self._scaling.get((*self.parameters(), *frozen), lambda: self._fresh_scaling(site))
+    def constants(self, x: Tensor, site: Site) -> Constants | None:
+        made = self.product.constants(x, site)
+        return made and made._replace(excess=self._scaling_at(site) - 1)
 
-    def _fresh_scaling(self, site: Site) -> Tensor:
+    def _scaling_at(self, site: Site) -> Tensor:
         W = at_least_fp32(site.weight)
         if site.packed or isinstance(site, AdaptedSite) or transformed():
             squares = row_squares(W)

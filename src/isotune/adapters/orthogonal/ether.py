@@ -25,7 +25,7 @@ from isotune.adapters.settings import Settings
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.errors import OptionError
 from isotune.linalg.householder import block_columns, mean_length, unit_columns
-from isotune.linalg.precision import at_least_fp32
+from isotune.linalg.precision import at_least_fp32, rounded
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 
@@ -86,6 +86,6 @@ class ETHERAdapter(ThinRotation):
     def lengthless(self) -> frozenset[str]:
         return frozenset({"u"})
 
-    def thin(self) -> tuple[Tensor, Tensor]:
+    def thin(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         U = unit_columns(block_columns(at_least_fp32(self.u)))
-        return U, 2 * U.mT
+        return rounded((U, 2 * U.mT), dtype)

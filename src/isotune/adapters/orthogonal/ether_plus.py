@@ -24,7 +24,7 @@ from isotune.adapters.orthogonal.two_sided import TwoSided
 from isotune.adapters.settings import Settings
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.linalg.householder import block_columns, mean_length, unit_columns
-from isotune.linalg.precision import at_least_fp32
+from isotune.linalg.precision import at_least_fp32, rounded
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 
@@ -65,9 +65,9 @@ class Exchange(ThinRotation):
     def lengthless(self) -> frozenset[str]:
         return frozenset({"v", "u"})
 
-    def thin(self) -> tuple[Tensor, Tensor]:
+    def thin(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         U, V = (unit_columns(block_columns(at_least_fp32(t))) for t in (self.u, self.v))
-        return torch.cat([U, V], dim=1), torch.cat([U, -V], dim=1).mT
+        return rounded((torch.cat([U, V], dim=1), torch.cat([U, -V], dim=1).mT), dtype)
 
 
 class ETHERPlusAdapter(TwoSided):

@@ -26,7 +26,9 @@ from isotune.adapters.contract import Side
 from isotune.adapters.orthogonal.two_sided import TwoSided
 from isotune.adapters.settings import Settings, check_rank
 from isotune.adapters.thin_rotation import ThinRotation
-from isotune.linalg.householder import compact_wy, mean_length, neumann_wy
+from isotune.kernels.householder import compact_wy
+from isotune.linalg.householder import mean_length, neumann_wy
+from isotune.linalg.precision import rounded
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 Inverse = Literal["exact", "neumann2"]
@@ -86,8 +88,8 @@ class Reflections(ThinRotation):
     def lengthless(self) -> frozenset[str]:
         return frozenset({"U"})
 
-    def thin(self) -> tuple[Tensor, Tensor]:
-        U, M = compact_wy(self.U) if self.inverse == "exact" else neumann_wy(self.U)
+    def thin(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        U, M = compact_wy(self.U, dtype) if self.inverse == "exact" else rounded(neumann_wy(self.U), dtype)
         # On the output side a rotation R gives Rᵀ W, and here Q W is wanted.
         return (U, M) if self.side == "in" else (M.mT, U.mT)
 

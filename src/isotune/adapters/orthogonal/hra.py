@@ -22,8 +22,8 @@ from isotune.adapters.contract import Side, check_tensors
 from isotune.adapters.settings import Settings, check_rank
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.errors import OptionError
+from isotune.kernels.householder import compact_wy
 from isotune.linalg.householder import (
-    compact_wy,
     mean_length,
     orthogonality_penalty,
     orthonormal_basis,
@@ -142,8 +142,8 @@ class HRAAdapter(ThinRotation):
         # H(U_0)ᵀ is the product of the same reflections in reverse.
         return U if self.anchor is None else torch.cat([U, self.anchor.flip(1)], dim=1)
 
-    def thin(self) -> tuple[Tensor, Tensor]:
-        return compact_wy(self.columns())
+    def thin(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        return compact_wy(self.columns(), dtype)
 
     def penalty(self) -> Tensor:
         if not self.weight_of_penalty:

@@ -20,8 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import WeightAdapter, beside
+from isotune.adapters.contract import WeightAdapter
 from isotune.adapters.settings import Settings, check_rank
+from isotune.adapters.thin_layer import beside
 from isotune.errors import OptionError
 from isotune.linalg.cayley import above_diagonal, rotation
 from isotune.linalg.kronecker import balanced_factors, rotate_kronecker
