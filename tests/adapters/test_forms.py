@@ -28,7 +28,7 @@ def outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(
     ("layer", "x", "forms"),
     [
-        (nn.Linear(6, 5), torch.randn(7, 6), ("input", "output", "inside")),
+        (nn.Linear(6, 5), torch.randn(7, 6), ("input", "through", "output", "inside")),
         (nn.Conv2d(3, 5, (3, 2), stride=2, padding=1), torch.randn(2, 3, 9, 8), ("output", "weight")),
         (nn.Conv2d(4, 6, 3, groups=2, padding="same", padding_mode="circular"), torch.randn(2, 4, 6, 6),
          ("output", "weight")),
@@ -51,19 +51,24 @@ def test_the_forms_are_equal_in_values_and_gradients(
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("where", ["beside", "inside"])
+@pytest.mark.parametrize("where", ["before", "through", "beside", "inside"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_low_rank_change_is_the_same_beside_its_layer_and_inside(where: str, bias: bool) -> None:
+def test_a_thin_change_is_the_same_before_its_layer_and_through_it_beside_it_and_inside(
+    where: str, bias: bool
+) -> None:
+    width = 6 if where in ("before", "through") else 5
     x, L, R, W = (torch.randn(n, m, dtype=torch.float64, requires_grad=True) for n, m in
-                  ((7, 6), (6, 2), (2, 5), (5, 6)))  # fmt: skip
+                  ((7, 6), (6, 2), (2, width), (5, 6)))  # fmt: skip
     W, b = W.detach(), torch.randn(5, dtype=torch.float64) if bias else None
 
     def changed(x: Tensor, L: Tensor, R: Tensor) -> Tensor:
         return thin_linear(where, x, W, b, L, R, 0.7)
 
-    torch.testing.assert_close(changed(x, L, R), F.linear(x, W + 0.7 * (L @ R).mT, b))
+    change = (L @ R).mT if width == 5 else W @ (L @ R).mT
+    torch.testing.assert_close(changed(x, L, R), F.linear(x, W + 0.7 * change, b))
     assert torch.autograd.gradcheck(changed, (x, L, R))
     assert torch.autograd.gradgradcheck(changed, (x, L, R))
+    assert torch.autograd.gradcheck(lambda L, R: changed(x.detach(), L, R), (L, R))
     assert torch.func.vmap(lambda rows: changed(rows, L, R))(torch.stack([x, 2 * x])).shape == (2, 7, 5)
 
 

@@ -91,7 +91,7 @@ def assert_gradients_close(got: Tensor, expected: Tensor, U: Tensor, tolerance: 
     assert (got - expected).norm() <= tolerance * max(expected.norm(), U.shape[0] ** 0.5)
 
 
-@pytest.mark.parametrize(("d", "r"), [(200, 33), (300, 64), (129, 128), (260, 250), (1100, 100)])
+@pytest.mark.parametrize(("d", "r"), [(200, 33), (129, 64), (70, 128), (64, 250), (1100, 40)])
 def test_many_columns_go_through_the_tiled_kernels(d: int, r: int) -> None:
     U = columns(d, r, scales=3.0, twice=True)
     (unit, unit64), (M, M64), (grad, grad64) = both(U)

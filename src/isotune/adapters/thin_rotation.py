@@ -54,7 +54,7 @@ class ThinRotation(Rotation):
         return Thin("beside", A.mT, B.mT)
 
     def constants(self, x: Tensor, site: Site) -> Constants | None:
-        if self.side == "out" or self._form(x, site, self.thin()[1].shape[0], training=False) != "output":
+        if self.side == "out" or self._form(x, site, self.thin()[1].shape[0], training=False) in ("input", "weight"):
             return super().constants(x, site)
         U, M = self.thin()
         return Constants("beside", -M.mT, self._columns_through(site, U, x.dtype))
@@ -71,16 +71,20 @@ class ThinRotation(Rotation):
         if form == "weight":
             W = site.weight
             return site.forward_with(x, rotate(W, U, M), site.bias)
+        x = autocast(x)
+        plain = site.plain(x)
+        if form == "through" and plain is not None:
+            return thin_linear("through", x, *plain, M.mT, U.mT, -1.0)
         WU = self._columns_through(site, U, dtype)
-        if form == "inside" and (plain := site.plain(autocast(x))) is not None:
-            return thin_linear("inside", autocast(x), *plain, M.mT, WU, -1.0)
+        if form == "inside" and plain is not None:
+            return thin_linear("inside", x, *plain, M.mT, WU, -1.0)
         return beside(site, x, M.mT, WU, scale=-1.0)
 
     def _form(self, x: Tensor, site: Site, r: int, training: bool) -> Form:
         if site.packed:
             # Its forward may round or quantise what passes through: the rows of x only, not U's columns too.
             return "input"
-        forms: tuple[Form, ...] = ("input", "output") if site.rotates_input else ("output", "weight")
+        forms: tuple[Form, ...] = ("input", "through") if site.rotates_input else ("output", "weight")
         if training and site.rotates_input and exact_inside(compute_dtype(x)):
             forms = (*forms, "inside")
         sizes = site.rows(x), site.in_features, site.out_features

@@ -15,7 +15,7 @@ LARGEST = 256
 SMALL = 32
 """Up to so many, one block of rows inverts S on the side."""
 ROWS = 64
-TILE = 64
+TILE = 32
 PARTS = 16
 """The most parts that the tiled kernels make sums over d in."""
 

@@ -1,7 +1,7 @@
 """Compact WY of 33 to 256 columns, in tiles: what `wy` does, where r x r numbers are too many for one block.
 
 The inverse has launches of its own, since it would take longer than all else if every block of rows made it. Tiles of
-64 x 64; R = r padded to 64, 128 or 256, so that there are 1, 2 or 4 tiles a side. Other letters are those of `wy`;
+32 x 32; R = r padded to 64, 128 or 256, so that there are 2, 4 or 8 tiles a side. Other letters are those of `wy`;
 STEPS blocks of rows are summed by one program, so that n parts are few.
 """
 

@@ -1,24 +1,26 @@
 """Which of several equal forms of a changed linear map is the cheapest.
 
-A rotation R = I - U M of rank r changes `y = x Wᵀ` in one of four ways (n rows, W is out x in):
+A rotation R = I - U M of rank r changes `y = x Wᵀ` in one of five ways (n rows, W is out x in):
 
     input    y = (x Rᵀ) Wᵀ                  rotate the rows, then run the layer
-    output   y = x Wᵀ - (x Mᵀ) (W U)ᵀ       run the layer, then add
+    through  y = x Wᵀ - (x Mᵀ) (W U)ᵀ       run the layer, then add; gradients of U come from those of the rows
+    output   the same                       where the layer is no plain `x Wᵀ`, and W U has a gradient of its own
     inside   y = x (W - (W U) M)ᵀ           form the weight, in forward and again in backward; gradients stay thin
     weight   y = x (W R)ᵀ                   rotate the weight; its gradient is as large as the weight
 
 Flops of a training step beyond the frozen layer's own (a product of m x k and k x l counts 2 m k l):
 
     input    12 n in r,  and 2 n in out if x itself needs no gradient: rotated rows always need one
+    through  8 n in r + 4 n out r + 2 in out r  (4 n in r + 6 n out r + 4 in out r if x needs no gradient)
     output   6 n r (in + out) + 4 in out r  (4 n r in + ... if x needs no gradient)
     inside   4 n r (in + out) + 8 in out r  (6 in out r)
     weight   12 in out r + 2 n in out
 
-At inference U and W are constants: W U is computed once and kept, so that `output` costs 2 n r (in + out),
-`input` 4 n in r, and `weight` 4 in out r.
+At inference U and W are constants: W U is computed once and kept, so that `through` and `output` cost
+2 n r (in + out), `input` 4 n in r, and `weight` 4 in out r.
 
 Thin products are bound by memory, so numbers count as well: `input` writes the rotated rows to fresh memory
-(n in numbers), `weight` and `inside` the changed weight, and `output` adds in place. `inside` rounds the changed
+(n in numbers), `weight` and `inside` the changed weight, and those two add in place. `inside` rounds the changed
 weight to its dtype, where the others round products: it is for fp32 and better.
 """
 
@@ -30,7 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Form = Literal["input", "output", "inside", "weight"]
+Form = Literal["input", "through", "output", "inside", "weight"]
 
 FLOPS_PER_NUMBER = 100
 """A number written to fresh memory and read again, in flops: two CPU cores do 300 Gflop/s and move 12 GB/s."""
@@ -41,8 +43,9 @@ def flops(form: Form, n: int, n_in: int, n_out: int, r: int, training: bool, inp
     if form == "input":
         step = 12 * n * n_in * r if input_grad else 10 * n * n_in * r + 2 * n * n_in * n_out
         return step if training else 4 * n * n_in * r
-    if form == "output":
-        step = (6 if input_grad else 4) * n * r * n_in + 6 * n * r * n_out + 4 * n_in * n_out * r
+    if form in ("through", "output"):
+        a, b, c = (4, 6, 4) if not input_grad else (8, 4, 2) if form == "through" else (6, 6, 4)
+        step = a * n * r * n_in + b * n * r * n_out + c * n_in * n_out * r
         return step if training else 2 * n * r * (n_in + n_out)
     if form == "inside":
         return 4 * n * r * (n_in + n_out) + (8 if input_grad else 6) * n_in * n_out * r

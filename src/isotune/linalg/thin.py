@@ -2,6 +2,7 @@
 
     y + a (x L) R                   added to given outputs
     (x + a (x L) R) Wᵀ + b          before a frozen linear layer
+    x Wᵀ + b + a (x L) (R Wᵀ)       the same through the layer, so that no changed rows are written
     x Wᵀ + b + a (x L) R            beside it
     x (W + a (L R)ᵀ)ᵀ + b           inside its weight, which is formed in forward and again in backward
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from isotune.linalg.autograd import Node, transformed
 
-Where = Literal["before", "beside", "inside"]
+Where = Literal["before", "through", "beside", "inside"]
 
 
 def thin_add(x: Tensor, L: Tensor, R: Tensor, y: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -42,7 +43,7 @@ def thin_add(x: Tensor, L: Tensor, R: Tensor, y: Tensor | None = None, scale: fl
 def thin_linear(
     where: Where, x: Tensor, W: Tensor | None, b: Tensor | None, L: Tensor, R: Tensor, scale: float = 1.0
 ) -> Tensor:
-    """`(x + scale (x L) R) Wᵀ + b` (before), or `x Wᵀ + b + scale (x L) R` (beside, inside), for rows x (..., in).
+    """`(x + scale (x L) R) Wᵀ + b` (before, through) or `x Wᵀ + b + scale (x L) R` (beside, inside), x (..., in).
 
     W (out, in) and b (out) are constants; without them the layer is the identity. Dtypes and derivatives are those
     of `thin_add`.
@@ -50,6 +51,8 @@ def thin_linear(
     with without_autocast(x):
         if where == "inside":
             out = _InsideLinear.run(_rows(x), W, b, L, R, scale)
+        elif where == "through":
+            out, _, _ = _ThroughLinear.run(_rows(x), W, b, L, R, scale)
         else:
             out, _ = _ThinLinear.run(_rows(x), W, b, L, R, scale, where)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
@@ -103,6 +106,41 @@ class _ThinLinear(Node):
         return g_x, None, None, g_L, g_R, None, None
 
 
+class _ThroughLinear(Node):
+    """The output, and Z = x L and R Wᵀ, which are outputs for the same reason."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, W: Tensor, b: Tensor | None, L: Tensor, R: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        Z, RW = x @ L, F.linear(R, W)
+        return _add_product(F.linear(x, W, b), Z, RW, scale), Z, RW
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, W, _, L, _, ctx.scale = inputs
+        ctx.save_for_backward(x, W, L, output[1], output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, g_Z: Tensor | None, g_RW: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, W, L, Z, RW = ctx.saved_tensors
+        need_x, need_L, need_R = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        g = x.new_zeros(len(x), len(W)) if g is None else g
+        from_y = ctx.scale * (g @ RW.mT)
+        g_Z = from_y if g_Z is None else from_y + g_Z
+        through = g @ W if need_x else None
+        g_R = g_L = None
+        if need_R:
+            # g W is there where x wants its gradient; where it does not, Zᵀ g is the smaller way to it.
+            g_R = ctx.scale * ((Z.mT @ g) @ W if through is None else Z.mT @ through)
+            g_R = g_R if g_RW is None else g_R + g_RW @ W
+        if need_L:
+            g_L = (g_Z.mT @ x).mT
+        g_x = None if through is None else _add_product(through, g_Z, L.mT)
+        return g_x, None, None, g_L, g_R, None
+
+
 class _InsideLinear(Node):
     """`x (W + scale (L R)ᵀ)ᵀ + b`: cheapest for many rows."""
 
@@ -127,6 +165,7 @@ class _InsideLinear(Node):
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """`y + scale a b`, in y itself, which is the caller's own, where nothing has to remember y."""
-    if torch.is_grad_enabled() or transformed():
+    # A mode that sees every operation may: a selective checkpoint keeps results and checks that they stay.
+    if torch.is_grad_enabled() or transformed() or torch._C._len_torch_dispatch_stack():
         return torch.addmm(y, a, b, alpha=scale)
     return y.addmm_(a, b, alpha=scale)
