@@ -107,7 +107,8 @@ def test_input_and_output_forms_cross_where_their_costs_do(training: bool) -> No
     crossing = choices.index("input")
     assert crossing > 0
     assert choices == ["through"] * crossing + ["input"] * (len(choices) - crossing)
-    # In training 12 n in r + 100 n in = 8 n in r + 4 n out r + 2 in out r, else 4 n in r + 100 n in = 2 n r (in + out).
+    # 12 n in r + 100 n in = 8 n in r + 4 n out r + 2 in out r in training, else
+    # 4 n in r + 100 n in = 2 n r (in + out).
     wide = (4 * n * d * r + 100 * n * d) / (4 * n * r + 2 * d * r) if training else (2 * d * r + 100 * d) / (2 * r)
     assert crossing == math.ceil(wide / 64) - 1
 

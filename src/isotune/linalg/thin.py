@@ -89,16 +89,19 @@ class _ThinLinear(Node):
         ctx.before = where == "before"
         need_W = ctx.before or ctx.needs_input_grad[0]
         ctx.save_for_backward(x, W if need_W else None, L, R, output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, g_Z: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, g_Z: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W, L, R, Z = ctx.saved_tensors
         need_x, need_L, need_R = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        if g is None:
+            g = x.new_zeros(len(x), R.shape[1] if W is None or not ctx.before else len(W))
         through = g if W is None else g @ W
         if ctx.before:
             g = through
-        g_Z = torch.addmm(g_Z, g, R.mT, alpha=ctx.scale)
-        g_R = ctx.scale * (Z.mT @ g) if need_R else None
+        g_Z = _scaled(g, R.mT, ctx.scale, Z) if g_Z is None else torch.addmm(g_Z, g, R.mT, alpha=ctx.scale)
+        g_R = _scaled(Z.mT, g, ctx.scale, R) if need_R else None
         g_L = (g_Z.mT @ x).mT if need_L else None
         g_x = None
         if need_x:
@@ -127,13 +130,14 @@ class _ThroughLinear(Node):
         x, W, L, Z, RW = ctx.saved_tensors
         need_x, need_L, need_R = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         g = x.new_zeros(len(x), len(W)) if g is None else g
-        from_y = ctx.scale * (g @ RW.mT)
-        g_Z = from_y if g_Z is None else from_y + g_Z
+        g_Z = _scaled(g, RW.mT, ctx.scale, Z) if g_Z is None else torch.addmm(g_Z, g, RW.mT, alpha=ctx.scale)
         through = g @ W if need_x else None
         g_R = g_L = None
         if need_R:
             # g W is there where x wants its gradient; where it does not, Zᵀ g is the smaller way to it.
-            g_R = ctx.scale * ((Z.mT @ g) @ W if through is None else Z.mT @ through)
+            g_R = (
+                _scaled(Z.mT @ g, W, ctx.scale, L.mT) if through is None else _scaled(Z.mT, through, ctx.scale, L.mT)
+            )
             g_R = g_R if g_RW is None else g_R + g_RW @ W
         if need_L:
             g_L = (g_Z.mT @ x).mT
@@ -157,10 +161,15 @@ class _InsideLinear(Node):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, L, R = ctx.saved_tensors
         _, _, _, need_L, need_R, _ = ctx.needs_input_grad
-        g_L = ctx.scale * ((g @ R.mT).mT @ x).mT if need_L else None
-        g_R = ctx.scale * ((x @ L).mT @ g) if need_R else None
+        g_L = _scaled((g @ R.mT).mT, x, ctx.scale, L.mT).mT if need_L else None
+        g_R = _scaled((x @ L).mT, g, ctx.scale, R) if need_R else None
         g_x = None if W is None else g @ torch.addmm(W, R.mT, L.mT, alpha=ctx.scale)
         return g_x, None, None, g_L, g_R, None
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float, like: Tensor) -> Tensor:
+    """`scale a b`, a matrix of the shape of `like`, in one product."""
+    return a @ b if scale == 1 else torch.addmm(like, a, b, beta=0, alpha=scale)
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
