@@ -10,7 +10,7 @@ import yaml
 
 from isotune.errors import IsotuneError
 from isotune.recipes import parse_yaml
-from isotune.training.arguments import resolve_training, training_arguments
+from isotune.training.arguments import precision_on, resolve_training, training_arguments
 from isotune.training.folder import RunFolder
 from isotune.training.recipe import DataSettings, Recipe, build_recipe
 
@@ -70,3 +70,14 @@ def test_a_run_of_an_older_version_which_named_the_plain_columns_is_the_same_run
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"text": "sentence"})})
     with pytest.raises(IsotuneError, match=r"data\.text: None then, 'sentence' now"):
         folder.check_same(other)
+
+
+def test_a_gpu_trains_in_bf16_unless_the_recipe_says_something_else() -> None:
+    assert precision_on(True, True, {"learning_rate": 1e-3}) == {"bf16": True}
+    for gpu, bf16, asked in (
+        (False, False, {}),
+        (True, False, {}),
+        (True, True, {"fp16": True}),
+        (True, True, {"bf16": False}),
+    ):
+        assert precision_on(gpu, bf16, asked) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ def training_arguments(recipe: Recipe, output: str) -> TrainingArguments:
     values = {key: value for key, value in recipe.training.items() if (key, value) != ("learning_rate", AUTO)}
     if values.get("save_total_limit") is not None:
         values["save_total_limit"] = max(2, values["save_total_limit"])
-    values = {**machine_arguments(), **values}
+    gpu = torch.cuda.is_available()
+    values = {**machine_arguments(), **precision_on(gpu, gpu and torch.cuda.is_bf16_supported(), values), **values}
     values.setdefault("ddp_find_unused_parameters", False)
     values.setdefault("logging_nan_inf_filter", False)
     try:
@@ -90,6 +92,14 @@ def training_arguments(recipe: Recipe, output: str) -> TrainingArguments:
 def machine_arguments() -> dict[str, Any]:
     """Fields that depend on the machine: without `use_cpu`, processes on a CPU would not find each other."""
     return {"use_cpu": not torch.accelerator.is_available(), "dataloader_pin_memory": torch.cuda.is_available()}
+
+
+def precision_on(gpu: bool, bf16: bool, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The precision of training where a recipe asks for none: autocast to bf16 on a GPU that computes in it.
+
+    Adapters, their optimizer and the r x r algebra stay in fp32.
+    """
+    return {"bf16": True} if gpu and bf16 and not asked.keys() & {"bf16", "fp16"} else {}
 
 
 def _check(name: str, value: Any, expected: Any) -> None:

@@ -120,6 +120,7 @@ class Session:
             callbacks=callbacks,
             base_model=self.spec.model,
             chosen_optimizer=optimizer,
+            around_training=self.task.around_training,
             task_loss=lambda model, inputs: self.task.loss(model, inputs, self.spec),
         )
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,12 @@ class AdapterTrainer(Trainer):
         *args: Any,
         base_model: str,
         task_loss: Callable[[Any, Any], tuple[Any, Any] | None],
+        around_training: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
         chosen_optimizer: Mapping[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        self.task_loss = task_loss
+        self.task_loss, self.around_training = task_loss, around_training
         self.chosen_optimizer = chosen_optimizer
         self.timer = StepTimer()
         with _as_one_with_adapters(kwargs["model"]):
@@ -51,7 +52,8 @@ class AdapterTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; an optimizer that meets what is no number says so as a loss does."""
         try:
-            return super().train(*args, **kwargs)
+            with self.around_training(self.model):
+                return super().train(*args, **kwargs)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise DivergedError(
                 f"the optimizer could not decompose a matrix at step {self.state.global_step + 1}: lower "

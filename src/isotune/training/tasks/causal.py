@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from isotune.errors import DataError
 from isotune.training.models import load_causal
+from isotune.training.tasks.chunked_loss import chunked_loss
 from isotune.training.tasks.collator import IGNORED, Example
 from isotune.training.tasks.contract import Task, named_or_guessed
 
@@ -112,6 +114,10 @@ class CausalLM(Task):
         else:
             found = completions(rows, tokenizer, spec.max_length, spec.separator)
         return _packed(found, spec.max_length) if spec.packing else found
+
+    def around_training(self, model: Any) -> AbstractContextManager[Any]:
+        """The loss of a batch with many logits comes in chunks."""
+        return chunked_loss(model)
 
     def prompts(self, rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[list[int]]:
         """What the model is asked with, as `prompt_tokens`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -83,6 +84,10 @@ class Task(ABC):
     def loss(self, model: Any, inputs: Mapping[str, Any], spec: TaskSpec) -> tuple[Any, dict[str, Any]] | None:
         """The loss of a batch and the model's outputs; None: the model's own."""
         return None
+
+    def around_training(self, model: Any) -> AbstractContextManager[Any]:
+        """A context for the steps of a training; by default one that does nothing."""
+        return nullcontext()
 
     reduced: ClassVar[Callable[..., Any] | None] = None
     """What the trainer keeps of each batch's logits, as a function of logits and labels; None: the logits."""
