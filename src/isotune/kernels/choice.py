@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ def runs(x: Tensor) -> bool:
     if mode == "on":
         _check_runnable(x)
     return _INSTALLED and (torch.compiler.is_compiling() or type(x) in _TENSORS)
+
+
+def operator(function: Any, name: str) -> Any:
+    """The function itself, or, where `torch.compile` traces, the operator that stands for it in a graph."""
+    return getattr(torch.ops.isotune, name) if torch.compiler.is_compiling() else function
 
 
 def _check_runnable(x: Tensor) -> None:

@@ -33,7 +33,7 @@ class _CompactWY(Node):
 
     @staticmethod
     def forward(U: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return _op(_forward, "compact_wy")(U.contiguous(), dtype)
+        return choice.operator(_forward, "compact_wy")(U.contiguous(), dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -46,7 +46,7 @@ class _CompactWY(Node):
         U, T, gram, scale = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable(U, g_unit, g_MT), None
-        return _op(_backward, "compact_wy_backward")(U.contiguous(), T, gram, scale, g_unit, g_MT), None
+        return choice.operator(_backward, "compact_wy_backward")(U.contiguous(), T, gram, scale, g_unit, g_MT), None
 
 
 def _differentiable(U: Tensor, g_unit: Tensor, g_MT: Tensor) -> Tensor:
@@ -54,11 +54,6 @@ def _differentiable(U: Tensor, g_unit: Tensor, g_MT: Tensor) -> Tensor:
     unit, M = householder.compact_wy(U)
     grads = g_unit.to(unit.dtype), g_MT.mT.to(M.dtype)
     return torch.autograd.grad((unit, M), U, grads, create_graph=True)[0]
-
-
-def _op(function: Any, name: str) -> Any:
-    """The function itself, or, where `torch.compile` traces, the operator that stands for it in a graph."""
-    return getattr(torch.ops.isotune, name) if torch.compiler.is_compiling() else function
 
 
 def _forward(U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

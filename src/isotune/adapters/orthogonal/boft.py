@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from isotune.adapters.block_rotation import BlockRotation, BlockSettings
 from isotune.adapters.contract import Parts, Side, check_tensors
 from isotune.errors import OptionError
+from isotune.kernels.rotation import rotation
 from isotune.linalg.butterfly import rotate_butterfly
-from isotune.linalg.cayley import above_diagonal, rotation, skew, upper_of
+from isotune.linalg.cayley import above_diagonal, skew, upper_of
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 BLOCK, FACTORS = 8, 2

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from isotune.adapters.block_rotation import BlockRotation, BlockSettings
 from isotune.adapters.contract import Parts, Side, check_tensors
 from isotune.errors import OptionError
+from isotune.kernels.rotation import rotation
 from isotune.linalg.butterfly import nearest_divisor, rotate_blocks
-from isotune.linalg.cayley import above_diagonal, rotation
+from isotune.linalg.cayley import above_diagonal
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 BLOCK = 16

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from isotune.adapters.contract import LowRank, check_tensors
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
-from isotune.linalg.cayley import above_diagonal, cayley, cayley_neumann, skew, upper_of
+from isotune.kernels.rotation import rotation
+from isotune.linalg.cayley import above_diagonal, cayley_neumann, skew, upper_of
 from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.triplets import principal_directions, row_signs
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
@@ -121,9 +122,9 @@ class PSOFTAdapter(LowRank):
         s = self.settings
         if not s.orthogonal:
             return at_least_fp32(self.R)
-        Q = skew(self.R, s.rank)
         if s.terms is None:
-            return cayley(Q)
+            return rotation(self.R, s.rank)
+        Q = skew(self.R, s.rank)
         if s.largest is not None:
             norm = torch.linalg.matrix_norm(Q).clamp_min(s.largest)
             Q = Q * (s.largest / norm)

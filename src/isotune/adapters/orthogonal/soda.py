@@ -24,7 +24,8 @@ from isotune.adapters.contract import WeightAdapter
 from isotune.adapters.settings import Settings, check_rank
 from isotune.adapters.thin_layer import beside
 from isotune.errors import OptionError
-from isotune.linalg.cayley import above_diagonal, rotation
+from isotune.kernels.rotation import rotation
+from isotune.linalg.cayley import above_diagonal
 from isotune.linalg.kronecker import balanced_factors, rotate_kronecker
 from isotune.linalg.precision import autocast
 from isotune.linalg.triplets import principal_directions
