@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import conv, disk, growth, layer, memory, methods, model, optimizers
+from benchmarks import conv, decoding, disk, growth, launches, layer, memory, methods, model, optimizers
 from benchmarks.machine import machine, now, versions
 from benchmarks.options import Options
 
@@ -25,6 +25,8 @@ SECTIONS: dict[str, Any] = {
     "methods": methods,
     "growth": growth,
     "model": model,
+    "launches": launches,
+    "decoding": decoding,
     "memory": memory,
     "disk": disk,
     "optimizers": optimizers,

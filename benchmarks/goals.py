@@ -41,7 +41,43 @@ def goals(results: Results) -> list[Goal]:
         *_growth(results),
         *_export(results),
         *_optimizers(results),
+        *_few_rows(results),
     ]
+
+
+def gpu_goals(results: Results) -> list[Goal]:
+    """What is promised of a GPU, in bf16."""
+    square, wide = (
+        find(results, "layer", d=4096, rank=r, rows=8192, d_out=out) for r, out in ((32, None), (16, 14336))
+    )
+    few = find(results, "launches", rows=16)
+    whole, again, compiled = (
+        find(results, "model", model="llama-8b", how=how) for how in ("", "checkpointing", "compiled")
+    )
+    token = find(results, "decoding", model="llama-1b")
+    step, low = "6 layers of Llama-3-8B, 4 x 1024 tokens, r = 16, training step: HRA", "peft-lora-bf16"
+    saved = "Linear 4096 x 4096, 8192 rows, r = 32, bytes saved for backward: HRA"
+    return [
+        Goal("Linear 4096 x 4096, 8192 rows, r = 32: HRA / frozen", 1.35, square and ratio(square, HRA, "frozen")),
+        Goal("Linear 4096 to 14336, 8192 rows, r = 16: HRA / frozen", 1.15, wide and ratio(wide, HRA, "frozen")),
+        Goal("Linear 4096 x 4096, 16 rows, r = 32: HRA / our LoRA", 1.1, few and ratio(few, HRA, LORA)),
+        Goal(f"{step} / PEFT's LoRA", 0.7, whole and ratio(whole, HRA, REFERENCE)),
+        Goal(f"{step} / PEFT's LoRA in bf16", 0.98, whole and ratio(whole, HRA, low)),
+        Goal(f"{step} / our LoRA, with activation checkpointing", 1.03, again and ratio(again, HRA, LORA)),
+        Goal(f"{step} / PEFT's LoRA in bf16, both compiled", 1.0, compiled and ratio(compiled, HRA, low)),
+        Goal("Llama-3.2-1B, a token: with HRA / without", 1.3, token and ratio(token, HRA, "frozen")),
+        Goal(f"{saved} / PEFT's LoRA", 0.78, square and ratio(square, HRA, REFERENCE, "saved")),
+    ]
+
+
+def _few_rows(results: Results) -> Iterator[Goal]:
+    for d, d_out, rank, n in ((3072, 1024, 48, 512), (1536, None, 32, 768)):
+        row = find(results, "layer", d=d, d_out=d_out, rank=rank, rows=n)
+        text = f"Linear {d} to {d_out or d}, {n} rows, r = {rank}: HRA / PEFT's LoRA"
+        yield Goal(text, 1.0, row and ratio(row, HRA, REFERENCE))
+    row = find(results, "decoding", batch=1)
+    text = "stories260K, a token: with HRA / without"
+    yield Goal(text, 1.3, row and ratio(row, HRA, "frozen"))
 
 
 def _layer(results: Results) -> Iterator[Goal]:
@@ -127,9 +163,11 @@ def describe(case: dict[str, Any]) -> str:
     if "method" in case:
         return f"d = {case['d']}, n = {case['rows']}, r = {case['rank']}"
     if "model" in case:
-        return f"{case['model']} {case['batch']} x {case['tokens']}, {case['targets']}, r = {case['rank']}"
+        how = f", {case['how']}" if case.get("how") else ""
+        return f"{case['model']} {case['batch']} x {case['tokens']}, {case['targets']}, r = {case['rank']}{how}"
     if "channels" in case:
         pixels = case["pixels"]
         return f"{case['channels']} channels, {case['batch']} x {pixels} x {pixels}, r = {case['rank']}"
     plain = "" if case["grad_input"] else ", plain input"
-    return f"d = {case['d']}, n = {case['rows']}, r = {case['rank']}{plain}"
+    out = f" to {case['d_out']}" if case.get("d_out") else ""
+    return f"d = {case['d']}{out}, n = {case['rows']}, r = {case['rank']}{plain}"

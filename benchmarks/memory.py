@@ -33,7 +33,7 @@ def cases(options: Options) -> Iterator[ModelCase]:
     chosen = list(models.cases(options))
     yield chosen[0]
     if options.cuda:
-        yield from (case for case in chosen if case.model.startswith("llama"))
+        yield from (case for case in chosen if case.model == "llama-1b")
 
 
 def measure(case: ModelCase, options: Options) -> dict[str, Any]:

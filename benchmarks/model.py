@@ -26,9 +26,18 @@ def target_paths(case: ModelCase, model: nn.Module) -> list[str]:
     return [row.site for row in isotune.describe(probe)]
 
 
+def taking_part(case: ModelCase, low_precision: bool) -> list[str]:
+    """Without PEFT's slow ones on a large model, and without its other methods where it is asked how to run."""
+    names = contenders(low_precision)
+    few = case.model.startswith("llama-") or case.how
+    return [name for name in names if not few or name not in ("peft-hra", "peft-oft", "peft-boft")]
+
+
 def optimizer_step(case: ModelCase, model: nn.Module, inputs: dict[str, Tensor], device: str) -> Step:
     """One training step; a model with nothing to train only runs forward, without a graph."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    if case.how == "compiled":
+        model.compile()
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
     loss, now = loss_of(case), clock(device)
 
@@ -60,7 +69,7 @@ def measure(case: ModelCase, options: Options) -> dict[str, Any]:
     inputs = batch(case, base, options.device, options.generator())
     figures: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
-    for name in contenders(low_precision):
+    for name in taking_part(case, low_precision):
         # The frozen weights are shared: the eight models take one model's memory.
         shared = {id(p): p for p in base.parameters()}
         try:

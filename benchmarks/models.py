@@ -23,6 +23,12 @@ LLAMA_1B = {
 }  # fmt: skip
 """The shape of Llama-3.2-1B."""
 
+LLAMA_8B = LLAMA_1B | {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 6, "head_dim": 128,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+"""Six of the 32 layers of Llama-3-8B."""
+
 LLAMA_TINY = LLAMA_1B | {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512,
@@ -39,11 +45,13 @@ class ModelCase:
     tokens: int
     targets: str
     rank: int = 8
+    how: str = ""
+    """"checkpointing": each layer is computed again in backward; "compiled": by torch.compile; or neither."""
 
     @property
     def title(self) -> str:
         """For the progress line."""
-        return f"{self.model}, {self.batch} x {self.tokens} tokens, {self.targets}, r={self.rank}"
+        return f"{self.model}, {self.batch} x {self.tokens} tokens, {self.targets}, r={self.rank} {self.how}".strip()
 
 
 def cases(options: Options) -> Iterator[ModelCase]:
@@ -52,14 +60,17 @@ def cases(options: Options) -> Iterator[ModelCase]:
         yield ModelCase("minilm", 4, 24, "attention")
         yield ModelCase("stories260k", 2, 64, "all-linear")
         yield ModelCase("llama-tiny", 2, 32, "attention")
+        yield ModelCase("llama-tiny", 2, 32, "all-linear", how="checkpointing")
         return
     yield ModelCase("minilm", 32, 64, "attention")
     yield ModelCase("minilm", 32, 24, "attention")
     yield ModelCase("stories260k", 16, 256, "all-linear")
+    yield ModelCase("stories260k", 16, 256, "all-linear", how="checkpointing")
     if options.cuda:
-        yield ModelCase("llama-1b", 4, 1024, "attention")
-        yield ModelCase("llama-1b", 4, 1024, "all-linear")
-        yield ModelCase("llama-1b", 4, 1024, "attention", rank=32)
+        yield ModelCase("llama-8b", 4, 1024, "all-linear", rank=16)
+        yield ModelCase("llama-8b", 4, 1024, "all-linear", rank=16, how="checkpointing")
+        yield ModelCase("llama-1b", 4, 1024, "all-linear", rank=16)
+        yield ModelCase("llama-8b", 4, 1024, "all-linear", rank=16, how="compiled")
 
 
 def build(case: ModelCase, device: str = "cpu", seed: int = 0) -> nn.Module:
@@ -73,7 +84,7 @@ def build(case: ModelCase, device: str = "cpu", seed: int = 0) -> nn.Module:
     elif case.model == "stories260k":
         model = transformers.LlamaForCausalLM.from_pretrained(STORIES)
     else:
-        shape = LLAMA_1B if case.model == "llama-1b" else LLAMA_TINY
+        shape = {"llama-1b": LLAMA_1B, "llama-8b": LLAMA_8B, "llama-tiny": LLAMA_TINY}[case.model]
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         with torch.device(device):
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(dtype)
@@ -81,6 +92,8 @@ def build(case: ModelCase, device: str = "cpu", seed: int = 0) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if case.how == "checkpointing":
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.to(device).train()
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.goals import describe
+from benchmarks.goals import describe, goals, gpu_goals
 from benchmarks.plots import log_log
 from benchmarks.store import Results, full, read_results, rows
 from benchmarks.tables import (
+    decoding_table,
     disk_tables,
     goal_table,
     growth_table,
+    launch_table,
     left_out,
     method_table,
     optimizer_table,
@@ -53,16 +55,18 @@ def render(results: Results, cuda: Results) -> dict[str, str]:
         parts += [
             "## Promises",
             PROMISES,
-            goal_table(full(results)),
+            goal_table(goals(full(results))),
             *_growth(results, files),
             *_sections(results),
             *_methods(results),
             *_disk(results),
             *_optimizers(results),
+            *_few(results),
         ]
     if cuda:
         parts += ["# On a GPU", "bf16; PEFT keeps adapters in fp32 unless told otherwise (`peft-lora-bf16`)."]
-        parts += [*_sections(cuda), *_methods(cuda), *_disk(cuda), *_optimizers(cuda)]
+        parts += [goal_table(gpu_goals(full(cuda))), *_sections(cuda), *_methods(cuda), *_disk(cuda)]
+        parts += [*_optimizers(cuda), *_few(cuda)]
     return {"README.md": "\n\n".join(parts) + "\n", **files}
 
 
@@ -117,6 +121,26 @@ def _optimizers(results: Results) -> list[str]:
     return ["## Steps of optimizers", provenance(results["optimizers"]), text, optimizer_table(found)]
 
 
+def _few(results: Results) -> list[str]:
+    parts = []
+    if "launches" in results:
+        case = rows(results, "launches")[0]["case"]
+        text = (
+            f"A Linear of {case['d']} x {case['d']} in bf16 with {case['rows']} rows, r = {case['rank']} where there "
+            "is one: operations that compute something (on a GPU: kernels), which is what counts if rows are few."
+        )
+        found = rows(results, "launches")
+        parts += ["## Launches", provenance(results["launches"]), text, launch_table(found)]
+    if "decoding" in results:
+        text = (
+            "One more token for each row of a batch, as ratios to the model without an adapter. "
+            "`isotune-lora-by-row`: several adapters in one batch, each row with its own."
+        )
+        found = rows(results, "decoding")
+        parts += ["## A token", provenance(results["decoding"]), text, decoding_table(found)]
+    return parts
+
+
 def plots(results: Results) -> dict[str, str]:
     """One plot for each axis of growth."""
     files = {}
@@ -136,7 +160,9 @@ def main() -> None:
     results, cuda = read_results(folder), read_results(folder, "cuda")
     for path, text in render(results, cuda).items():
         (HERE / path).write_text(text)
-    print(goal_table(results))
+    print(goal_table(goals(results)))
+    if cuda:
+        print(goal_table(gpu_goals(cuda)))
     if "growth" in results:
         print(growth_table(results))
 

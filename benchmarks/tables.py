@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS, PEFTS, REFERENCE
-from benchmarks.goals import describe, goals
+from benchmarks.goals import Goal, describe
 from benchmarks.store import Result, Results, median, ratio, rows
 
 OTHERS = tuple(name for name in CONTENDERS if name != REFERENCE)
@@ -18,10 +18,10 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def goal_table(results: Results) -> str:
+def goal_table(promised: Sequence[Goal]) -> str:
     """Target and measured, one promise a row."""
     body = []
-    for goal in goals(results):
+    for goal in promised:
         sign = ">=" if goal.at_least else "<="
         got = "" if goal.measured is None else f"{goal.measured:.2f}{goal.unit}"
         note = f" ({goal.note})" if goal.note else ""
@@ -89,6 +89,26 @@ def optimizer_table(result_rows: Sequence[dict[str, Any]]) -> str:
         body.append([name, *cells])
     heads = [head for row in result_rows for head in (f"r = {row['case']['rank']}, ms", "ratio")]
     return table(["optimizer", *heads], body)
+
+
+def launch_table(result_rows: Sequence[dict[str, Any]]) -> str:
+    """One contender a row: how many operations each phase launches, and the time of a step and of an inference."""
+    body = []
+    for row in result_rows:
+        for name, figure in row["contenders"].items():
+            counts = [str(figure["launches"][phase]) for phase in ("forward", "backward", "inference")]
+            body.append([name, *counts, _absolute(figure["total"], "ms"), _absolute(figure["inference"], "ms")])
+    return table(["", "forward", "backward", "at inference", "forward + backward, ms", "inference, ms"], body)
+
+
+def decoding_table(result_rows: Sequence[dict[str, Any]]) -> str:
+    """The bare model's time for a token, and everyone else's as a ratio to it, one case a row."""
+    names = [name for name in result_rows[0]["contenders"] if name != "frozen"]
+    body = []
+    for row in result_rows:
+        ratios = [_cell(ratio(row, name, "frozen"), row, name, "total") for name in names]
+        body.append([describe(row["case"]), _absolute(row["contenders"]["frozen"]["total"], "ms"), *ratios])
+    return table(["case", "no adapter, ms", *names], body)
 
 
 def left_out(result_rows: Sequence[dict[str, Any]]) -> list[str]:

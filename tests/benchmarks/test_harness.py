@@ -9,11 +9,24 @@ from typing import Any
 import pytest
 
 import isotune
-from benchmarks import conv, disk, growth, layer, memory, methods, model, optimizers, streaming
+from benchmarks import (
+    conv,
+    decoding,
+    disk,
+    gpu,
+    growth,
+    launches,
+    layer,
+    memory,
+    methods,
+    model,
+    optimizers,
+    streaming,
+)
 from benchmarks.__main__ import SECTIONS, rounded, run_section
 from benchmarks.contenders import contenders, peft_form, settings_of, too_costly
 from benchmarks.machine import machine
-from benchmarks.models import LLAMA_1B, LLAMA_TINY, ModelCase
+from benchmarks.models import LLAMA_1B, LLAMA_8B, LLAMA_TINY, ModelCase, batch, build
 from benchmarks.options import Options
 from benchmarks.render import render
 from benchmarks.tables import method_table
@@ -94,7 +107,7 @@ def test_a_model_takes_training_steps(name: str) -> None:
 
 
 def test_the_large_llama_differs_from_the_tiny_one_in_size_only() -> None:
-    assert LLAMA_1B.keys() == LLAMA_TINY.keys()
+    assert LLAMA_1B.keys() == LLAMA_TINY.keys() == LLAMA_8B.keys()
 
 
 def test_memory_is_measured_around_the_steps() -> None:
@@ -147,3 +160,66 @@ def test_a_section_says_what_it_was_measured_on(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("options", [Options(), QUICK, Options(device="cuda"), Options(device="cuda", quick=True)])
 def test_every_section_has_cases_with_titles(options: Options) -> None:
     assert all(case.title for section in SECTIONS.values() for case in section.cases(options))
+
+
+def test_launches_are_counted_for_every_phase_and_shown() -> None:
+    row = launches.measure(launches.LaunchCase(d=64, rank=4, rows=2), QUICK)
+    counted = {name: figure["launches"] for name, figure in row["contenders"].items()}
+    assert counted["frozen"]["forward"] == counted["frozen"]["inference"] == 1
+    # The layer's own product, two casts, two thin products; where nothing learns the casts are made once.
+    assert counted["isotune-lora"]["forward"] == 5
+    for name in ("lora", "hra", "miss", "pissa"):
+        assert counted[f"isotune-{name}"]["inference"] == 3
+    assert counted["peft-lora"]["inference"] > 3
+    assert_timed(row["contenders"])
+    assert_timed(row["contenders"], "inference")
+    assert "| isotune-hra | " in text_of("launches", row)
+
+
+def test_a_token_is_timed_with_and_without_adapters_and_shown() -> None:
+    row = decoding.measure(decoding.DecodingCase("llama-tiny", 2, 4, "all-linear", 2), QUICK)
+    assert_timed(row["contenders"])
+    assert decoding.ROWS in row["contenders"]
+    assert "## A token" in text_of("decoding", row)
+
+
+def test_a_decoding_step_leaves_the_cache_as_it_was() -> None:
+    case = decoding.DecodingCase("stories260k", 2, 4, "all-linear", 2)
+    built = build(case).eval()
+    ids = batch(case, built, "cpu", QUICK.generator())["input_ids"]
+    seen: list[int] = []
+    built.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
+    )
+    step = decoding.decoding_step(built, ids, "cpu")
+    step()
+    step()
+    assert seen == [0, 4, 4]
+
+
+def test_a_model_is_timed_with_checkpointing() -> None:
+    row = model.measure(ModelCase("llama-tiny", 2, 8, "attention", 4, how="checkpointing"), QUICK)
+    assert set(row["contenders"]) == {"frozen", "peft-lora", "isotune-lora", "isotune-hra"}
+    assert_timed(row["contenders"])
+
+
+def test_everything_for_a_gpu_runs_in_one_go_and_within_its_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu, "TESTS", ("--version",))
+    monkeypatch.setattr(gpu, "SECTIONS", ("launches",))
+    arguments = ["--device", "cpu", "--quick", "--output", str(tmp_path)]
+    assert gpu.main(arguments) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"gpu.json", "cpu-quick-launches.json"}
+    assert gpu.main([*arguments, "--seconds", "0"]) == 1
+    assert "no time was left" in (tmp_path / "gpu.json").read_text()
+    assert gpu.run(["-c", "import time; print('here', flush=True); time.sleep(60)"], 3)["ended"] == "stopped"
+    failed = gpu.run(["-c", "raise SystemExit('why')"], 60)
+    assert failed["ended"] == "failed"
+    assert "why" in failed["said"]
+
+
+def text_of(section: str, row: dict[str, Any]) -> str:
+    """The page with a section of this row."""
+    result = {"rows": [row], "seconds": 1.0, "date": "", "versions": {}, "machine": machine("cpu")}
+    return render({section: result | {"settings": {"quick": True}, "section": section}}, {})["README.md"]

@@ -49,7 +49,9 @@ class Inference:
         if x.dtype != self.L.dtype or x.device != self.L.device or torch.is_autocast_enabled(x.device.type):
             return False
         for holder, name, tensor, version, place in self.made_of:
-            if holder.get(name) is not tensor or (version, place) != _stamp(tensor):
+            if holder.get(name) is not tensor or tensor._version != version:
+                return False
+            if place and tensor.data_ptr() != place:
                 return False
         return True
 
@@ -58,7 +60,8 @@ class Inference:
         if self.plain is None:
             return self._through_site(x)
         W, b = self.plain
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        shape = x.shape
+        rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         z = self._project(rows)
         if self.where == "before":
             y = F.linear(torch.addmm(rows, z, self.R), W, b)
@@ -68,7 +71,7 @@ class Inference:
             y = F.linear(rows, W).addmm_(z, self.R)
             y = torch.addcmul(y, y, self.excess)
             y = y if b is None else y + b
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return y if len(shape) == 2 else y.view(*shape[:-1], len(W))
 
     def _project(self, rows: Tensor) -> Tensor:
         return rows @ self.L

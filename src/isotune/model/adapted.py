@@ -84,7 +84,7 @@ class Adapted(InPlace):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output with its running adapters."""
-        adapters = self.isotune
+        adapters: Any = self._modules[HOME]  # as self.isotune, at a tenth of its price
         if len(args) == 1 and not (kwargs or self.training or torch.is_grad_enabled()):
             y = adapters.at_inference(self, args[0])
             if y is not None:
