@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import conv, decoding, disk, growth, launches, layer, memory, methods, model, optimizers
+from benchmarks import conv, decoding, disk, growth, launches, layer, loss, memory, methods, model, optimizers
 from benchmarks.machine import machine, now, versions
 from benchmarks.options import Options
 
@@ -27,6 +27,7 @@ SECTIONS: dict[str, Any] = {
     "model": model,
     "launches": launches,
     "decoding": decoding,
+    "loss": loss,
     "memory": memory,
     "disk": disk,
     "optimizers": optimizers,

@@ -162,6 +162,8 @@ def describe(case: dict[str, Any]) -> str:
     """A case in a few words."""
     if "method" in case:
         return f"d = {case['d']}, n = {case['rows']}, r = {case['rank']}"
+    if "vocabulary" in case:
+        return f"vocabulary {case['vocabulary']}, {case['layers']} layers, {case['batch']} x {case['tokens']} tokens"
     if "model" in case:
         how = f", {case['how']}" if case.get("how") else ""
         return f"{case['model']} {case['batch']} x {case['tokens']}, {case['targets']}, r = {case['rank']}{how}"

@@ -20,7 +20,7 @@ from benchmarks.__main__ import RESULTS
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/kernels", "tests/adapters/test_once.py", "tests/adapters/test_inference.py")
-SECTIONS = ("launches", "layer", "decoding", "model", "memory", "methods")
+SECTIONS = ("launches", "layer", "decoding", "model", "loss", "memory", "methods")
 
 
 def main(arguments: list[str] | None = None) -> int:

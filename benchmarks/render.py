@@ -14,6 +14,7 @@ from benchmarks.tables import (
     growth_table,
     launch_table,
     left_out,
+    loss_table,
     method_table,
     optimizer_table,
     provenance,
@@ -138,6 +139,10 @@ def _few(results: Results) -> list[str]:
         )
         found = rows(results, "decoding")
         parts += ["## A token", provenance(results["decoding"]), text, decoding_table(found)]
+    if "loss" in results:
+        text = "A training step with HRA, and the peak of memory beyond that of the model itself; three runs of each."
+        parts += ["## A language model's loss in chunks of rows", provenance(results["loss"]), text]
+        parts.append(loss_table(rows(results, "loss")))
     return parts
 
 

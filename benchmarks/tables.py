@@ -111,6 +111,16 @@ def decoding_table(result_rows: Sequence[dict[str, Any]]) -> str:
     return table(["case", "no adapter, ms", *names], body)
 
 
+def loss_table(result_rows: Sequence[dict[str, Any]]) -> str:
+    """A training step with the loss whole and in chunks, one case a row."""
+    body = []
+    for row in result_rows:
+        found = [row["contenders"][how] for how in ("whole", "chunked")]
+        times, peaks = [_absolute(f["total"], "ms") for f in found], [_absolute(f["peak"], "MiB") for f in found]
+        body.append([describe(row["case"]), *times, *peaks])
+    return table(["case", "whole, ms", "in chunks, ms", "whole, MiB", "in chunks, MiB"], body)
+
+
 def left_out(result_rows: Sequence[dict[str, Any]]) -> list[str]:
     """Why contenders are missing, one line for each reason."""
     lines = [

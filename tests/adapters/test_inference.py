@@ -216,6 +216,16 @@ def test_rows_with_adapters_of_their_own_share_one_pass(name: str) -> None:
         torch.testing.assert_close(model(long), model.requires_grad_(True)(long).detach())
 
 
+def test_large_constants_are_not_kept() -> None:
+    model = nn.Sequential(nn.Linear(128, 96))
+    isotune.adapt(model, isotune.method("vera", rank=80), ["0"], seed=0)
+    x = torch.randn(3, 128, dtype=torch.float64)
+    check(disturbed(model), x)
+    assert kept(model) is None
+    assert model[0].isotune.refused
+    check(model.train().eval(), x)
+
+
 def test_weights_of_a_route_may_change_in_place() -> None:
     model = adapted("lora", adapter="a")
     isotune.adapt(model, isotune.method("lora", **METHODS["lora"]), ["0"], seed=5, name="b")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from benchmarks import (
     growth,
     launches,
     layer,
+    loss,
     memory,
     methods,
     model,
@@ -223,3 +224,11 @@ def text_of(section: str, row: dict[str, Any]) -> str:
     """The page with a section of this row."""
     result = {"rows": [row], "seconds": 1.0, "date": "", "versions": {}, "machine": machine("cpu")}
     return render({section: result | {"settings": {"quick": True}, "section": section}}, {})["README.md"]
+
+
+def test_a_loss_in_chunks_is_compared_with_the_whole_one_and_shown() -> None:
+    case = loss.LossCase(20_000, 64, 1, 2, 512)
+    found = {how: loss.steps(how, case, "cpu") for how in loss.HOWS}
+    assert all(figures["total"] > 0 for figures in found.values())
+    row = {"case": asdict(case), "contenders": found}
+    assert "| vocabulary 20000, 1 layers, 2 x 512 tokens | " in text_of("loss", row)

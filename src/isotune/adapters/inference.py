@@ -26,6 +26,8 @@ from isotune.sites import Site
 
 _TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may change without a trace
 _WITHOUT_END = 2**62
+_SMALL = 64
+_SHARE = 1 / 16
 
 
 class Inference:
@@ -46,7 +48,7 @@ class Inference:
 
     def serves(self, x: Tensor) -> bool:
         """Whether it was made of what is there now, for rows like x (..., in)."""
-        if x.dtype != self.L.dtype or x.device != self.L.device or torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.L.dtype or x.device != self.L.device:
             return False
         for holder, name, tensor, version, place in self.made_of:
             if holder.get(name) is not tensor or tensor._version != version:
@@ -116,24 +118,29 @@ class InferenceByRow(Inference):
 def inference(x: Tensor, site: Site, adapters: Sequence[Adapter], routing: Routing | None) -> Inference | None:
     """What serves rows like x (..., in) with one adapter, or with those of a routing; None where nothing can.
 
-    That is where the layer's forward is not its own, tensors are sharded, or a method has no such constants.
+    That is where the layer's forward is not its own, tensors are sharded, or a method has no such constants, or has
+    a rank above 64 for which they would be more than a sixteenth of the weight.
     """
     tensors = [t for a in adapters for t in (*a.parameters(), *a.buffers())]
     if not site.packed:
         tensors += site.layer._parameters.values()
     strange = any(t is not None and (type(t) not in _TENSORS or t.is_inference()) for t in tensors)
-    if strange or not (x.is_floating_point() and site.readable) or torch.is_autocast_enabled(x.device.type):
-        return None
-    if _sharded() or (routing is None and len(adapters) > 1):
+    if strange or not site.readable or _sharded() or (routing is None and len(adapters) > 1):
         return None
     made = [found for adapter in adapters if (found := adapter.constants(x, site)) is not None]
-    if not made or len(made) < len(adapters):
+    if not made or len(made) < len(adapters) or any(_large(one, site) for one in made):
         return None
     if routing is None:
         return Inference(site, adapters, made[0], x.dtype)
     if site.plain(x) is None or len({one.where for one in made}) > 1 or any(one.excess is not None for one in made):
         return None
     return InferenceByRow(site, adapters, made, x.dtype, routing)
+
+
+def _large(made: Constants, site: Site) -> bool:
+    return (
+        made.L.shape[1] > _SMALL and made.L.numel() + made.R.numel() > _SHARE * site.in_features * site.out_features
+    )
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:

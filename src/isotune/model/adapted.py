@@ -29,6 +29,11 @@ from isotune.sites import Site, require_site, site_of
 class Adapters(nn.ModuleDict):
     """The adapters of one layer by name, or the copies of one module: what stands in the model as `layer.isotune`."""
 
+    inference: Inference | None = None
+    """What is kept where nothing learns."""
+    refused: tuple[str, ...] = ()
+    """The running adapters for which nothing can be kept: none, until it was tried."""
+
     def __init__(self, own_forward: Any = None, first: str = "input") -> None:
         super().__init__()
         self.first = first  # the name of the forward's first argument
@@ -42,24 +47,27 @@ class Adapters(nn.ModuleDict):
         self.kept: list[tuple[Any, str, Any]] = []
         # A forward that was put on the layer itself, as accelerate does; it is the layer's own then.
         self.own_forward = own_forward
-        self.inference: Inference | None = None
 
-    def at_inference(self, layer: nn.Module, x: Any) -> Any:
+    def at_inference(self, layer: nn.Module, x: Tensor) -> Any:
         """The layer's output for x by what is kept for inference, made if need be; None where that is no way."""
-        if transformed() or not self.active or not self.enabled or self.folded:
+        if transformed() or not self.active or not self.enabled or self.folded or self.refused is self.active:
+            return None
+        if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
             return None
         kept = self.inference
         if kept is None or kept.active is not self.active or kept.routing is not self.routing or not kept.serves(x):
             kept = inference(x, require_site(layer, ""), self.running(), self.routing)
             self.inference = kept
-            if kept is not None:
+            if kept is None:
+                self.refused = self.active  # until others run, or training starts
+            else:
                 kept.active, kept.routing = self.active, self.routing
         return None if kept is None else kept(x)
 
     def train(self, mode: bool = True) -> Adapters:
         """Set the mode; what is kept for inference is dropped when training starts."""
         if mode:
-            self.inference = None
+            self.inference, self.refused = None, ()
         return super().train(mode)
 
     def running(self) -> list[Any]:
@@ -86,7 +94,7 @@ class Adapted(InPlace):
         """The layer's output with its running adapters."""
         adapters: Any = self._modules[HOME]  # as self.isotune, at a tenth of its price
         if len(args) == 1 and not (kwargs or self.training or torch.is_grad_enabled()):
-            y = adapters.at_inference(self, args[0])
+            y = adapters.at_inference(self, args[0]) if isinstance(args[0], Tensor) else None
             if y is not None:
                 return y
         if not args:

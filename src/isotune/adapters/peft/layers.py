@@ -18,10 +18,11 @@ from peft.tuners.boft.layer import Linear as BOFTLinear
 from peft.tuners.hra.layer import HRAConv2d, HRALinear
 from torch import Tensor, nn
 
+from isotune.kernels.householder import compact_wy
 from isotune.linalg.butterfly import rotate_butterfly
 from isotune.linalg.cayley import cayley
 from isotune.linalg.forms import cheapest
-from isotune.linalg.householder import compact_wy, rotate
+from isotune.linalg.householder import rotate
 from isotune.linalg.precision import at_least_fp32, autocast
 
 Thin = tuple[Tensor, Tensor]
