@@ -16,7 +16,7 @@ from isotune.kernels import choice
 from isotune.kernels.householder import compact_wy
 from isotune.linalg import householder
 
-pytest.importorskip("triton")
+launch = pytest.importorskip("isotune.kernels.launch")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
 
@@ -199,3 +199,25 @@ def test_on_says_what_it_takes_where_nothing_can_run(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(choice, "_INSTALLED", False)
     with pytest.raises(OptionError, match="pip install triton"):
         choice.runs(torch.randn(4, 2))
+
+
+def test_where_a_first_launch_fails_the_portable_form_runs_and_one_warning_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[torch.device] = []
+
+    def failing(U: Tensor, dtype: torch.dtype) -> None:
+        calls.append(U.device)
+        raise RuntimeError("a long story\nFailed to find C compiler")
+
+    monkeypatch.setattr(launch, "forward", failing)
+    monkeypatch.setattr(choice, "_working", {})
+    device = torch.device("cpu")
+    with pytest.warns(UserWarning, match=r"do not run on cpu \(Failed to find C compiler\); the portable form"):
+        assert not choice._works(device)
+    assert not choice._works(device)
+    assert calls == [device]
+    monkeypatch.undo()
+    choice.set_kernels("on")
+    monkeypatch.setattr(choice, "_working", {})
+    assert choice._works(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TENSORS = (Tensor, torch.nn.Parameter)  # not a subclass, which may hold its numbers elsewhere
 _INSTALLED = sys.platform == "linux" and importlib.util.find_spec("triton") is not None
 _mode: Mode | None = None
+_working: dict[torch.device, bool] = {}
 
 
 def set_kernels(mode: Mode | None) -> None:
@@ -56,12 +58,33 @@ def runs(x: Tensor) -> bool:
         return False
     if mode == "on":
         _check_runnable(x)
-    return _INSTALLED and (torch.compiler.is_compiling() or type(x) in _TENSORS)
+        return True
+    return _INSTALLED and (torch.compiler.is_compiling() or type(x) in _TENSORS) and _works(x.device)
 
 
 def operator(function: Any, name: str) -> Any:
     """The function itself, or, where `torch.compile` traces, the operator that stands for it in a graph."""
     return getattr(torch.ops.isotune, name) if torch.compiler.is_compiling() else function
+
+
+def _works(device: torch.device) -> bool:
+    """Whether a first launch succeeds there, which takes a C compiler and a card that Triton knows; else it warns."""
+    if device not in _working and not torch.compiler.is_compiling():
+        from isotune.kernels import launch
+
+        try:
+            launch.forward(torch.ones(16, 2, device=device), torch.float32)
+        except Exception as error:  # whatever Triton, its compiler or the driver find
+            said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            warnings.warn(
+                f"Triton's kernels do not run on {device} ({said}); the portable form does instead. "
+                f"{VARIABLE}=off says so without this warning.",
+                stacklevel=2,
+            )
+            _working[device] = False
+        else:
+            _working[device] = True
+    return _working.get(device, True)
 
 
 def _check_runnable(x: Tensor) -> None:
