@@ -206,7 +206,7 @@ def test_where_a_first_launch_fails_the_portable_form_runs_and_one_warning_says_
 ) -> None:
     calls: list[torch.device] = []
 
-    def failing(U: Tensor, dtype: torch.dtype) -> None:
+    def failing(U: Tensor, *_: object) -> None:
         calls.append(U.device)
         raise RuntimeError("a long story\nFailed to find C compiler")
 
