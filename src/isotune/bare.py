@@ -21,8 +21,9 @@ def bare_class(layer: nn.Module) -> type[nn.Module]:
 
 def bare(layer: nn.Module, name: str) -> Any:
     """A tensor of the layer as it is without adapters, or None."""
-    if (found := layer._parameters.get(name)) is not None:
-        return found
+    parameters = layer._parameters
+    if name in parameters and (parameters[name] is not None or name not in layer.__dict__):
+        return parameters[name]
     if not getattr(type(layer), "answers", False):
         try:
             return getattr(layer, name)

@@ -53,10 +53,12 @@ class LinearSite(Site):
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         W, b = self.parameter, self.bias
-        frozen = type(W) in _TENSORS and not W.requires_grad and (b is None or not b.requires_grad)
+        if type(W) not in _TENSORS or W.requires_grad or not self.readable or (b is not None and b.requires_grad):
+            return None
+        if W.dtype == x.dtype and (b is None or b.dtype == x.dtype):
+            return self.weight, b
         # Under autocast the layer casts its weight just so; without it, other dtypes are the layer's to refuse.
-        same = W.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-        if not (frozen and same and self.readable):
+        if W.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             return None
         return self.weight.to(x.dtype), None if b is None else b.to(x.dtype)
 
