@@ -78,7 +78,11 @@ def training_arguments(recipe: Recipe, output: str) -> TrainingArguments:
     if values.get("save_total_limit") is not None:
         values["save_total_limit"] = max(2, values["save_total_limit"])
     gpu = torch.cuda.is_available()
-    values = {**machine_arguments(), **precision_on(gpu, gpu and torch.cuda.is_bf16_supported(), values), **values}
+    values = {
+        **machine_arguments(),
+        **precision_on(gpu, gpu and torch.cuda.is_bf16_supported(including_emulation=False), values),
+        **values,
+    }
     values.setdefault("ddp_find_unused_parameters", False)
     values.setdefault("logging_nan_inf_filter", False)
     try:
