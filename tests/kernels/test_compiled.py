@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from isotune.kernels import cayley, wy, wy_tiled
 
 capability, found = int(sys.argv[1]), {}
-small = {"R": 16, "BD": 64, "n": 8, "LEVELS": 4}
+small = {"R": 32, "BD": 64, "n": 64, "LEVELS": 5, "STEPS": 2}
 tiled = {"R": 128, "T": 32, "BD": 64, "n": 4, "LEVELS": 5, "STEPS": 2, "HALF": 2}
 kernels = [(kernel, small) for kernel in (wy.gram, wy.forward, wy.sums, wy.backward)]
 kernels += [(kernel, {"B": 32}) for kernel in (cayley.forward, cayley.backward)]
@@ -34,7 +34,8 @@ for kernel, sizes in kernels:
     kinds = {n: "*bf16" if n in half else "i32" if n in ("d", "r", "K", "b") else "*fp32" for n in names}
     kinds |= {n: "constexpr" for n in names if n in sizes}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    warps = 8 if kernel in (wy.forward, wy.backward) else 4  # as they are launched
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     file = sys.argv[2] + "/in.ptx"
     with open(file, "w") as out:
         out.write(made.asm["ptx"])
@@ -55,5 +56,5 @@ def test_every_kernel_compiles_and_spills_little(tmp_path: Path) -> None:
     found = json.loads(run.stdout.splitlines()[-1])
     assert len(found) == 14
     for name, used in found.items():
-        assert used["spilled"] <= 256, (name, used)
+        assert used["spilled"] <= 128, (name, used)
         assert used["shared"] <= 100 * 1024, (name, used)

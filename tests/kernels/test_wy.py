@@ -91,8 +91,8 @@ def assert_gradients_close(got: Tensor, expected: Tensor, U: Tensor, tolerance: 
     assert (got - expected).norm() <= tolerance * max(expected.norm(), U.shape[0] ** 0.5)
 
 
-@pytest.mark.parametrize(("d", "r"), [(200, 33), (129, 64), (70, 128), (64, 250), (1100, 40)])
-def test_many_columns_go_through_the_tiled_kernels(d: int, r: int) -> None:
+@pytest.mark.parametrize(("d", "r"), [(200, 33), (129, 64), (70, 128), (64, 250), (1100, 40), (4200, 4)])
+def test_many_columns_go_through_tiles_and_many_rows_through_several_steps(d: int, r: int) -> None:
     U = columns(d, r, scales=3.0, twice=True)
     (unit, unit64), (M, M64), (grad, grad64) = both(U)
     tolerance = 8 * EPS * (d + r) ** 0.5 * (1 + r)

@@ -16,8 +16,8 @@ SMALL = 32
 """Up to so many, one block of rows inverts S on the side."""
 ROWS = 64
 TILE = 32
-PARTS = 16
-"""The most parts that the tiled kernels make sums over d in."""
+PARTS, TILED_PARTS = 64, 16
+"""The most parts that sums over d are made in: every block of rows reads all of them."""
 
 
 class WY(NamedTuple):
@@ -46,13 +46,13 @@ def forward(U: Tensor, dtype: torch.dtype) -> WY:
     R, n, steps = _sizes(d, r)
     made = WY(*(U.new_empty(d, r, dtype=dtype) for _ in range(2)), *(_fp32(U, *size) for size in kept_sizes(R)))
     parts, tops = _fp32(U, n, R, R), _fp32(U, n, R)
+    tiles, blocks = R // TILE, triton.cdiv(d, ROWS)
     with torch.cuda.device_of(U):
         if R <= SMALL:
-            wy.gram[(n,)](U, parts, tops, d, r, R=R, BD=ROWS)
-            wy.forward[(n,)](U, parts, tops, *made, d, r, n=n, R=R, LEVELS=_log2(R), BD=ROWS)
+            wy.gram[(n,)](U, parts, tops, d, r, STEPS=steps, R=R, BD=ROWS)
+            wy.forward[(blocks,)](U, parts, tops, *made, d, r, n=n, R=R, LEVELS=_log2(R), BD=ROWS, num_warps=R // 4)
             return made
         sizes = {"R": R, "T": TILE}
-        tiles, blocks = R // TILE, triton.cdiv(d, ROWS)
         wy_tiled.gram_tiles[(n, tiles, tiles)](U, parts, tops, d, r, STEPS=steps, BD=ROWS, **sizes)
         into = (made.gram, made.scale, made.T)
         wy_tiled.sum_and_invert[(tiles, tiles)](parts, tops, *into, n=n, LEVELS=_log2(TILE), **sizes)
@@ -69,13 +69,15 @@ def backward(U: Tensor, T: Tensor, gram: Tensor, scale: Tensor, g_unit: Tensor, 
     R, n, steps = _sizes(d, r)
     grads = g_unit.contiguous(), g_MT.contiguous()
     parts, diagonals, out = _fp32(U, n, R, R), _fp32(U, n, R), torch.empty_like(U)
+    tiles, blocks = R // TILE, triton.cdiv(d, ROWS)
     with torch.cuda.device_of(U):
         if R <= SMALL:
-            wy.sums[(n,)](U, scale, *grads, parts, diagonals, d, r, R=R, BD=ROWS)
-            wy.backward[(n,)](U, T, gram, scale, *grads, parts, diagonals, out, d, r, n=n, R=R, BD=ROWS)
+            wy.sums[(n,)](U, scale, *grads, parts, diagonals, d, r, STEPS=steps, R=R, BD=ROWS)
+            wy.backward[(blocks,)](
+                U, T, gram, scale, *grads, parts, diagonals, out, d, r, n=n, R=R, BD=ROWS, num_warps=R // 4
+            )
             return out
         sizes = {"R": R, "T": TILE}
-        tiles, blocks = R // TILE, triton.cdiv(d, ROWS)
         A, S = _fp32(U, R, R), _fp32(U, R, R)
         wy_tiled.sums_tiles[(n, tiles, tiles)](
             U, scale, *grads, parts, diagonals, d, r, STEPS=steps, BD=ROWS, **sizes
@@ -96,7 +98,7 @@ def kept_sizes(R: int) -> tuple[tuple[int, int], ...]:
 def _sizes(d: int, r: int) -> tuple[int, int, int]:
     """R, the number n of parts that sums over d are made in, and the blocks of rows in a part."""
     R, blocks = padded(r), triton.cdiv(d, ROWS)
-    steps = 1 if R <= SMALL else triton.cdiv(blocks, PARTS)
+    steps = triton.cdiv(blocks, PARTS if R <= SMALL else TILED_PARTS)
     return R, triton.cdiv(blocks, steps), steps
 
 

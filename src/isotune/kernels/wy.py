@@ -7,7 +7,8 @@ forward     every block of rows makes its part of UᵀU; then each sums the part
 backward    all sums over d that are needed are  P = g_M Û (r x r)  and  D = diag(Ûᵀ g_Û) (r), since M = T Ûᵀ
 
 A column is divided by its largest entry before it is squared, in each block by that of the block, so that columns
-of any length are exact. Letters: d rows, r columns, R = r padded to a power of two, BD rows in a block, n blocks.
+of any length are exact. Letters: d rows, r columns, R = r padded to a power of two, BD rows in a block, of
+which one program sums STEPS, so that there are n parts.
 """
 
 from __future__ import annotations
@@ -39,16 +40,40 @@ def inverse(gram, R: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def gram(U, G, TOP, d, r, R: tl.constexpr, BD: tl.constexpr):
+def load(X, i, j, d, r):
+    """Rows i, columns j of X (d, r) in fp32, zero outside."""
+    own = (i < d)[:, None] & (j < r)[None, :]
+    return tl.load(X + i[:, None] * r + j[None, :], mask=own, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(X, i, j, x, d, r):
+    """Write rows i, columns j of X (d, r) in its dtype, and nothing outside."""
+    own = (i < d)[:, None] & (j < r)[None, :]
+    tl.store(X + i[:, None] * r + j[None, :], x.to(X.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def unit(U, SCALE, i, j, d, r, R: tl.constexpr):
+    """Rows i, columns j of Û."""
+    return scaled(load(U, i, j, d, r), tl.load(SCALE + j)) * tl.load(SCALE + R + j)[None, :]
+
+
+@triton.jit
+def gram(U, G, TOP, d, r, STEPS: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
     p = tl.program_id(0)
-    i = (p * BD + tl.arange(0, BD))[:, None]
     j = tl.arange(0, R)
-    u = tl.load(U + i * r + j[None, :], mask=(i < d) & (j < r)[None, :], other=0.0).to(tl.float32)
-    top = tl.max(tl.abs(u), axis=0)
-    u = scaled(u, top)
+    top = tl.zeros((R,), tl.float32)
+    for step in range(STEPS):
+        i = (p * STEPS + step) * BD + tl.arange(0, BD)
+        top = tl.maximum(top, tl.max(tl.abs(load(U, i, j, d, r)), axis=0))
+    g = tl.zeros((R, R), tl.float32)
+    for step in range(STEPS):
+        i = (p * STEPS + step) * BD + tl.arange(0, BD)
+        u = scaled(load(U, i, j, d, r), top)
+        g += tl.dot(tl.trans(u), u, input_precision="ieee")
     tl.store(TOP + p * R + j, top)
-    square = j[:, None] * R + j[None, :]
-    tl.store(G + p * R * R + square, tl.dot(tl.trans(u), u, input_precision="ieee"))
+    tl.store(G + p * R * R + j[:, None] * R + j[None, :], g)
 
 
 @triton.jit
@@ -69,7 +94,7 @@ def forward(
     BD: tl.constexpr,
 ):
     p = tl.program_id(0)
-    i = (p * BD + tl.arange(0, BD))[:, None]
+    i = p * BD + tl.arange(0, BD)
     j = tl.arange(0, R)
     square = j[:, None] * R + j[None, :]
     top = tl.zeros((R,), tl.float32)
@@ -85,12 +110,9 @@ def forward(
     gram = gram * inv[:, None] * inv[None, :]
     t = 2.0 * inverse(gram, R, LEVELS)
 
-    own = (i < d) & (j < r)[None, :]
-    u = tl.load(U + i * r + j[None, :], mask=own, other=0.0).to(tl.float32)
-    u = scaled(u, top) * inv[None, :]
-    m = tl.dot(u, tl.trans(t), input_precision="ieee")
-    tl.store(UNIT + i * r + j[None, :], u.to(UNIT.dtype.element_ty), mask=own)
-    tl.store(MT + i * r + j[None, :], m.to(MT.dtype.element_ty), mask=own)
+    u = scaled(load(U, i, j, d, r), top) * inv[None, :]
+    store(UNIT, i, j, u, d, r)
+    store(MT, i, j, tl.dot(u, tl.trans(t), input_precision="ieee"), d, r)
     if p == 0:
         tl.store(T + square, t)
         tl.store(GRAM + square, gram)
@@ -99,24 +121,24 @@ def forward(
 
 
 @triton.jit
-def sums(U, SCALE, GU, GM, P, D, d, r, R: tl.constexpr, BD: tl.constexpr):
+def sums(U, SCALE, GU, GM, P, D, d, r, STEPS: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
     p = tl.program_id(0)
-    i = (p * BD + tl.arange(0, BD))[:, None]
     j = tl.arange(0, R)
-    own = (i < d) & (j < r)[None, :]
-    u = tl.load(U + i * r + j[None, :], mask=own, other=0.0).to(tl.float32)
-    u = scaled(u, tl.load(SCALE + j)) * tl.load(SCALE + R + j)[None, :]
-    gu = tl.load(GU + i * r + j[None, :], mask=own, other=0.0).to(tl.float32)
-    gm = tl.load(GM + i * r + j[None, :], mask=own, other=0.0).to(tl.float32)
-    square = j[:, None] * R + j[None, :]
-    tl.store(P + p * R * R + square, tl.dot(tl.trans(gm), u, input_precision="ieee"))
-    tl.store(D + p * R + j, tl.sum(u * gu, axis=0))
+    s = tl.zeros((R, R), tl.float32)
+    w = tl.zeros((R,), tl.float32)
+    for step in range(STEPS):
+        i = (p * STEPS + step) * BD + tl.arange(0, BD)
+        u = unit(U, SCALE, i, j, d, r, R)
+        s += tl.dot(tl.trans(load(GM, i, j, d, r)), u, input_precision="ieee")
+        w += tl.sum(u * load(GU, i, j, d, r), axis=0)
+    tl.store(P + p * R * R + j[:, None] * R + j[None, :], s)
+    tl.store(D + p * R + j, w)
 
 
 @triton.jit
 def backward(U, T, GRAM, SCALE, GU, GM, P, D, GRAD, d, r, n: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
     p = tl.program_id(0)
-    i = (p * BD + tl.arange(0, BD))[:, None]
+    i = p * BD + tl.arange(0, BD)
     j = tl.arange(0, R)
     square = j[:, None] * R + j[None, :]
     a = tl.zeros((R, R), tl.float32)
@@ -132,12 +154,7 @@ def backward(U, T, GRAM, SCALE, GU, GM, P, D, GRAD, d, r, n: tl.constexpr, R: tl
     # diag(Ûᵀ g) of the whole gradient g of Û, which is what is not tangential.
     w += tl.sum(tl.where(j[:, None] == j[None, :], a, 0.0), axis=0) - tl.sum(tl.load(GRAM + square) * s, axis=0)
 
-    own = (i < d) & (j < r)[None, :]
-    top = tl.load(SCALE + j)
-    inv = tl.load(SCALE + R + j)
-    u = tl.load(U + i * r + j[None, :], mask=own, other=0.0).to(tl.float32)
-    u = scaled(u, top) * inv[None, :]
-    gu = tl.load(GU + i * r + j[None, :], mask=own, other=0.0).to(tl.float32)
-    gm = tl.load(GM + i * r + j[None, :], mask=own, other=0.0).to(tl.float32)
-    g = gu + tl.dot(gm, t, input_precision="ieee") - tl.dot(u, s, input_precision="ieee") - u * w[None, :]
-    tl.store(GRAD + i * r + j[None, :], (scaled(g, top) * inv[None, :]).to(GRAD.dtype.element_ty), mask=own)
+    u = unit(U, SCALE, i, j, d, r, R)
+    g = load(GU, i, j, d, r) + tl.dot(load(GM, i, j, d, r), t, input_precision="ieee")
+    g = g - tl.dot(u, s, input_precision="ieee") - u * w[None, :]
+    store(GRAD, i, j, scaled(g, tl.load(SCALE + j)) * tl.load(SCALE + R + j)[None, :], d, r)

@@ -10,26 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from isotune.kernels.wy import inverse, scaled
-
-
-@triton.jit
-def _load(X, i, j, d, r):
-    """Rows i, columns j of X (d, r) in fp32, zero outside."""
-    own = (i < d)[:, None] & (j < r)[None, :]
-    return tl.load(X + i[:, None] * r + j[None, :], mask=own, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _unit(U, SCALE, i, j, d, r, R: tl.constexpr):
-    """Rows i, columns j of Û."""
-    return scaled(_load(U, i, j, d, r), tl.load(SCALE + j)) * tl.load(SCALE + R + j)[None, :]
-
-
-@triton.jit
-def _store(X, i, j, x, d, r):
-    own = (i < d)[:, None] & (j < r)[None, :]
-    tl.store(X + i[:, None] * r + j[None, :], x.to(X.dtype.element_ty), mask=own)
+from isotune.kernels.wy import inverse, load, scaled, store, unit
 
 
 @triton.jit
@@ -41,13 +22,13 @@ def gram_tiles(U, G, TOP, d, r, STEPS: tl.constexpr, R: tl.constexpr, T: tl.cons
     tops_b = tl.zeros((T,), tl.float32)
     for step in range(STEPS):
         i = (p * STEPS + step) * BD + tl.arange(0, BD)
-        tops_a = tl.maximum(tops_a, tl.max(tl.abs(_load(U, i, a, d, r)), axis=0))
-        tops_b = tl.maximum(tops_b, tl.max(tl.abs(_load(U, i, b, d, r)), axis=0))
+        tops_a = tl.maximum(tops_a, tl.max(tl.abs(load(U, i, a, d, r)), axis=0))
+        tops_b = tl.maximum(tops_b, tl.max(tl.abs(load(U, i, b, d, r)), axis=0))
     g = tl.zeros((T, T), tl.float32)
     for step in range(STEPS):
         i = (p * STEPS + step) * BD + tl.arange(0, BD)
-        left = scaled(_load(U, i, a, d, r), tops_a)
-        right = scaled(_load(U, i, b, d, r), tops_b)
+        left = scaled(load(U, i, a, d, r), tops_a)
+        right = scaled(load(U, i, b, d, r), tops_b)
         g += tl.dot(tl.trans(left), right, input_precision="ieee")
     tl.store(G + p * R * R + a[:, None] * R + b[None, :], g)
     if tl.program_id(1) == tl.program_id(2):
@@ -119,9 +100,9 @@ def forward_tiles(U, X, SCALE, UNIT, MT, d, r, R: tl.constexpr, T: tl.constexpr,
     for tile in range(R // T):
         k = tile * T + t
         x = tl.load(X + j[:, None] * R + k[None, :])
-        m += tl.dot(_unit(U, SCALE, i, k, d, r, R), tl.trans(x), input_precision="ieee")
-    _store(UNIT, i, j, _unit(U, SCALE, i, j, d, r, R), d, r)
-    _store(MT, i, j, m, d, r)
+        m += tl.dot(unit(U, SCALE, i, k, d, r, R), tl.trans(x), input_precision="ieee")
+    store(UNIT, i, j, unit(U, SCALE, i, j, d, r, R), d, r)
+    store(MT, i, j, m, d, r)
 
 
 @triton.jit
@@ -133,9 +114,9 @@ def sums_tiles(U, SCALE, GU, GM, P, D, d, r, STEPS: tl.constexpr, R: tl.constexp
     w = tl.zeros((T,), tl.float32)
     for step in range(STEPS):
         i = (p * STEPS + step) * BD + tl.arange(0, BD)
-        u = _unit(U, SCALE, i, b, d, r, R)
-        s += tl.dot(tl.trans(_load(GM, i, a, d, r)), u, input_precision="ieee")
-        w += tl.sum(u * _load(GU, i, b, d, r), axis=0)
+        u = unit(U, SCALE, i, b, d, r, R)
+        s += tl.dot(tl.trans(load(GM, i, a, d, r)), u, input_precision="ieee")
+        w += tl.sum(u * load(GU, i, b, d, r), axis=0)
     tl.store(P + p * R * R + a[:, None] * R + b[None, :], s)
     if tl.program_id(1) == tl.program_id(2):
         tl.store(D + p * R + b, w)
@@ -201,13 +182,13 @@ def backward_tiles(
     w = tl.load(A + j * R + j)
     for part in range(n):
         w += tl.load(D + part * R + j)
-    g = _load(GU, i, j, d, r)
+    g = load(GU, i, j, d, r)
     for tile in range(R // T):
         k = tile * T + t
         s = tl.load(S + k[:, None] * R + j[None, :])
         w -= tl.sum(tl.load(GRAM + k[:, None] * R + j[None, :]) * s, axis=0)
         x = tl.load(X + k[:, None] * R + j[None, :])
-        g += tl.dot(_load(GM, i, k, d, r), x, input_precision="ieee")
-        g -= tl.dot(_unit(U, SCALE, i, k, d, r, R), s, input_precision="ieee")
-    g -= _unit(U, SCALE, i, j, d, r, R) * w[None, :]
-    _store(GRAD, i, j, scaled(g, tl.load(SCALE + j)) * tl.load(SCALE + R + j)[None, :], d, r)
+        g += tl.dot(load(GM, i, k, d, r), x, input_precision="ieee")
+        g -= tl.dot(unit(U, SCALE, i, k, d, r, R), s, input_precision="ieee")
+    g -= unit(U, SCALE, i, j, d, r, R) * w[None, :]
+    store(GRAD, i, j, scaled(g, tl.load(SCALE + j)) * tl.load(SCALE + R + j)[None, :], d, r)
