@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from isotune.linalg import low_rank
 from isotune.linalg.low_rank import (
     SVD,
     Factored,
@@ -244,3 +245,13 @@ def test_from_dense_is_near_the_best_approximation_and_measures_its_error(m: int
     assert error == pytest.approx(float((W - found.dense()).norm() / W.norm()), rel=1e-9)
     assert error == pytest.approx(tail(S, rank), rel=1e-3)
     close(W.mT, from_dense(W.mT, 50)[0].dense(), 1e-2)
+
+
+def test_a_product_with_a_weight_in_low_precision_is_wide_and_makes_no_whole_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    W, X = torch.randn(37, 16).bfloat16(), torch.randn(16, 3)
+    monkeypatch.setattr(low_rank, "_AT_ONCE", 5 * 16)
+    assert torch.equal(low_rank.wide_product(W, X), torch.cat([rows.float() @ X for rows in W.split(5)]))
+    torch.testing.assert_close(low_rank.wide_product(W, X), W.float() @ X)
+    assert low_rank.row_squares(W).dtype == torch.float32

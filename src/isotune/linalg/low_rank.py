@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_AT_ONCE = 2**22
+
 
 def at_most_full_rank(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of B A with at most min(m, n) columns: B and A, or where r is larger, B A itself and an identity."""
@@ -27,8 +29,16 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
 
 
 def row_squares(W: Tensor) -> Tensor:
-    """The squared length of every row of W (m x n)."""
-    return torch.linalg.vector_norm(W, dim=1).square()
+    """The squared length of every row of W (m x n), in fp32 or better."""
+    return torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float32)).square()
+
+
+def wide_product(W: Tensor, X: Tensor) -> Tensor:
+    """`W X` in the dtype of X (n x r), for W (m x n) perhaps in a lower one, of which no whole copy is made."""
+    rows = max(1, _AT_ONCE // W.shape[1])
+    if W.dtype == X.dtype or len(W) <= rows:
+        return W.to(X.dtype) @ X
+    return torch.cat([block.to(X.dtype) @ X for block in W.split(rows)])
 
 
 def row_squares_of_sum(W: Tensor, B: Tensor, A: Tensor, squares: Tensor) -> Tensor:
@@ -36,9 +46,10 @@ def row_squares_of_sum(W: Tensor, B: Tensor, A: Tensor, squares: Tensor) -> Tens
 
         |w_i + b_i A|² = |w_i|² + b_i · (2 W Aᵀ + B A Aᵀ)_i
 
-    Cost: 2 m n r flops. Rounding may leave a row that cancels a little below zero; see `safe_norms`.
+    It is computed in the dtype of B and A, which W's may be below. Cost: 2 m n r flops. Rounding
+    may leave a row that cancels a little below zero; see `safe_norms`.
     """
-    return squares + (B * (2 * (W @ A.mT) + B @ (A @ A.mT))).sum(dim=1)
+    return squares + (B * (2 * wide_product(W, A.mT) + B @ (A @ A.mT))).sum(dim=1)
 
 
 def safe_norms(squares: Tensor, scale: Tensor) -> Tensor:

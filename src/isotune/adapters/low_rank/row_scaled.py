@@ -58,12 +58,12 @@ class RowScaledAdapter(WeightAdapter):
         return made and made._replace(excess=self._scaling_at(site) - 1)
 
     def _scaling_at(self, site: Site) -> Tensor:
-        W = at_least_fp32(site.weight)
+        W = site.weight
         if site.packed or isinstance(site, AdaptedSite) or transformed():
             squares = row_squares(W)
         else:
             squares = self._squares.get((site.parameter,), lambda: row_squares(W))
-        B, A = (t.to(W.dtype) for t in self.product.change())
+        B, A = (t.to(squares.dtype) for t in self.product.change())
         with without_autocast(W):
             if self.detach_norm:
                 W, B, A, squares = W.detach(), B.detach(), A.detach(), squares.detach()
