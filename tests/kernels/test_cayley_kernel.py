@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
@@ -18,13 +16,6 @@ from isotune.linalg import cayley
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(autouse=True)
-def kernels_on() -> Iterator[None]:
-    choice.set_kernels("on")
-    yield
-    choice.set_kernels(None)
 
 
 def upper(D: int, b: int, size: float = 1.0, seed: int = 0) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,13 +17,6 @@ from isotune.linalg import householder
 launch = pytest.importorskip("isotune.kernels.launch")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(autouse=True)
-def kernels_on() -> Iterator[None]:
-    choice.set_kernels("on")
-    yield
-    choice.set_kernels(None)
 
 
 def columns(d: int, r: int, seed: int = 0, scales: float = 0.0, zero: bool = False, twice: bool = False) -> Tensor:

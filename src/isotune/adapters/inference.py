@@ -27,7 +27,9 @@ from isotune.sites import Site
 _TENSORS = (Tensor, nn.Parameter)  # not a subclass, which may change without a trace
 _WITHOUT_END = 2**62
 _SMALL = 64
+"""Constants up to this rank are kept whatever the layer's size,"""
 _SHARE = 1 / 16
+"""and larger ones up to this share of the numbers of its weight."""
 
 
 class Inference:

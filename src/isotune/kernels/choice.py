@@ -62,6 +62,11 @@ def runs(x: Tensor) -> bool:
     return _INSTALLED and (torch.compiler.is_compiling() or type(x) in _TENSORS) and _works(x.device)
 
 
+def padded(n: int) -> int:
+    """The side of the square that a kernel computes n columns in: a power of two, at least 16."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
 def operator(function: Any, name: str) -> Any:
     """The function itself, or, where `torch.compile` traces, the operator that stands for it in a graph."""
     return getattr(torch.ops.isotune, name) if torch.compiler.is_compiling() else function

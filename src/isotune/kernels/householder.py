@@ -70,7 +70,7 @@ def _backward(U: Tensor, T: Tensor, gram: Tensor, scale: Tensor, g_unit: Tensor,
 
 def _forward_shapes(U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d, r = U.shape
-    R = max(16, 1 << (r - 1).bit_length())
+    R = choice.padded(r)
     unit, MT = (U.new_empty(d, r, dtype=dtype) for _ in range(2))
     T, gram = (U.new_empty(R, R, dtype=torch.float32) for _ in range(2))
     return unit, MT, T, gram, U.new_empty(2, R, dtype=torch.float32)

@@ -9,9 +9,8 @@ import triton
 from torch import Tensor
 
 from isotune.kernels import wy, wy_tiled
+from isotune.kernels.choice import padded
 
-LARGEST = 256
-"""The most columns there are kernels for."""
 SMALL = 32
 """Up to so many, one block of rows inverts S on the side."""
 ROWS = 64
@@ -35,16 +34,12 @@ class WY(NamedTuple):
     """(2, R): the largest entry of each column, and that over its length."""
 
 
-def padded(r: int) -> int:
-    """R: the columns that the kernels compute with."""
-    return max(16, triton.next_power_of_2(r))
-
-
 def forward(U: Tensor, dtype: torch.dtype) -> WY:
     """Û and Mᵀ in this dtype, and what backward needs."""
     d, r = U.shape
     R, n, steps = _sizes(d, r)
-    made = WY(*(U.new_empty(d, r, dtype=dtype) for _ in range(2)), *(_fp32(U, *size) for size in kept_sizes(R)))
+    unit, MT = (U.new_empty(d, r, dtype=dtype) for _ in range(2))
+    made = WY(unit, MT, _fp32(U, R, R), _fp32(U, R, R), _fp32(U, 2, R))
     parts, tops = _fp32(U, n, R, R), _fp32(U, n, R)
     tiles, blocks = R // TILE, triton.cdiv(d, ROWS)
     with torch.cuda.device_of(U):
@@ -88,11 +83,6 @@ def backward(U: Tensor, T: Tensor, gram: Tensor, scale: Tensor, g_unit: Tensor, 
             U, T, gram, scale, *grads, A, S, diagonals, out, d, r, n=n, BD=ROWS, **sizes
         )
     return out
-
-
-def kept_sizes(R: int) -> tuple[tuple[int, int], ...]:
-    """The shapes of T, gram and scale."""
-    return (R, R), (R, R), (2, R)
 
 
 def _sizes(d: int, r: int) -> tuple[int, int, int]:

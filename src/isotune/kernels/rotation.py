@@ -51,7 +51,7 @@ def _forward(upper: Tensor, b: int) -> Tensor:
 
     R = upper.new_empty(len(upper), b, b, dtype=torch.float32)
     with torch.cuda.device_of(upper):
-        kernel.forward[(len(upper),)](upper, R, upper.shape[1], b, B=_padded(b))
+        kernel.forward[(len(upper),)](upper, R, upper.shape[1], b, B=choice.padded(b))
     return R
 
 
@@ -60,12 +60,8 @@ def _backward(upper: Tensor, R: Tensor, g: Tensor) -> Tensor:
 
     out, b = torch.empty_like(upper, memory_format=torch.contiguous_format), R.shape[1]
     with torch.cuda.device_of(upper):
-        kernel.backward[(len(R),)](R, g, out, upper.shape[1], b, B=_padded(b))
+        kernel.backward[(len(R),)](R, g, out, upper.shape[1], b, B=choice.padded(b))
     return out
-
-
-def _padded(b: int) -> int:
-    return max(16, 1 << (b - 1).bit_length())
 
 
 torch.library.custom_op("isotune::cayley", _forward, mutates_args=()).register_fake(

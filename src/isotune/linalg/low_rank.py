@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _AT_ONCE = 2**22
+"""Numbers of a weight that are copied to a wider dtype at a time."""
 
 
 def at_most_full_rank(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
