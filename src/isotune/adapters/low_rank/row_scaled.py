@@ -42,8 +42,11 @@ class RowScaledAdapter(WeightAdapter):
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         # In low precision c rounds to 1 where c - 1 does not round to 0.
-        c, y = self._once.get(self, lambda: (self._scaling_at(site),))[0], self.product(x, site)
-        excess = c - 1
+        if isinstance(site, AdaptedSite):  # whose weight has parameters of its own
+            c = self._scaling_at(site)
+        else:
+            c = self._once.get(self, lambda: (self._scaling_at(site),))[0]
+        excess, y = c - 1, self.product(x, site)
         with without_autocast(y):
             return site.over_outputs(y, lambda y: torch.addcmul(y, y, excess.to(y.dtype)))
 
