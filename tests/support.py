@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import isotune
+from isotune.adapters.contract import Adapter
+from isotune.sites import require_site
 
 DATA = Path(__file__).parent / "data"
 STORIES = DATA / "stories260k"
@@ -54,6 +56,11 @@ def output(model: nn.Module, **inputs: Tensor) -> Tensor:
     """What the model computes on `tokens`: logits, or the last hidden state."""
     with torch.no_grad():
         return model(**(inputs or tokens(model)))[0]
+
+
+def penalty_of(adapter: Adapter, layer: nn.Module | None = None) -> Tensor:
+    """The adapter's own penalty, on a layer where it looks at one."""
+    return adapter.penalty(require_site(layer or nn.Linear(1, 1), "layer"))
 
 
 def assert_same_output(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from isotune.model.attach import remove as remove
     from isotune.model.calibrate import calibrate as calibrate
     from isotune.model.catalogue import methods as methods
+    from isotune.model.compact import compact as compact
     from isotune.model.fold import fold as fold
     from isotune.model.fold import unfold as unfold
     from isotune.model.groups import parameter_groups as parameter_groups
@@ -62,6 +63,7 @@ _HOMES = {
     "adapt": "model.attach",
     "remove": "model.attach",
     "calibrate": "model.calibrate",
+    "compact": "model.compact",
     "methods": "model.catalogue",
     "fold": "model.fold",
     "unfold": "model.fold",
@@ -90,6 +92,7 @@ __all__ = [
     "after_step",
     "as_peft",
     "calibrate",
+    "compact",
     "describe",
     "disabled",
     "export_lora",

@@ -16,6 +16,7 @@ from isotune.linalg.tensor_ring import ring_matrix
 from isotune.model.catalogue import linear_site
 from isotune.sites import require_site
 from laws.layers import drawn_layer
+from support import penalty_of
 
 
 def tlora(**options: Any) -> Settings:
@@ -145,11 +146,11 @@ def test_penalty_is_zero_at_the_start_with_a_finite_gradient_and_grows(
     regularizer: str, options: dict[str, Any]
 ) -> None:
     adapter = build(tlora(penalty=1.0, regularizer=regularizer, **options), linear())
-    penalty = adapter.penalty()
+    penalty = penalty_of(adapter)
     assert penalty.item() == pytest.approx(0, abs=1e-5)
     penalty.backward()
     assert all(core.grad.isfinite().all() for core in adapter.A)
-    assert moved(adapter).penalty() > 0.1
+    assert penalty_of(moved(adapter)) > 0.1
 
 
 def test_penalties_are_the_papers_sums_of_norms_for_equal_entries() -> None:
@@ -170,9 +171,9 @@ def test_penalties_are_the_papers_sums_of_norms_for_equal_entries() -> None:
             for j in range(n):
                 core = sum(torch.kron(A[i, k], A[j, k]) for k in range(n))
                 expected["orthogonal"] += float((core - eye[i, j] / R**2).norm())
-    assert identity.penalty().item() == pytest.approx(0.5 * expected["identity"])
-    assert orthogonal.penalty().item() == pytest.approx(0.5 * expected["orthogonal"])
-    assert build(tlora(), linear()).penalty() == 0
+    assert penalty_of(identity).item() == pytest.approx(0.5 * expected["identity"])
+    assert penalty_of(orthogonal).item() == pytest.approx(0.5 * expected["orthogonal"])
+    assert penalty_of(build(tlora(), linear())) == 0
 
 
 def test_orthogonal_penalty_vanishes_for_an_orthogonal_transform_that_is_not_the_identity() -> None:
@@ -184,8 +185,8 @@ def test_orthogonal_penalty_vanishes_for_an_orthogonal_transform_that_is_not_the
             core.data.copy_(rotation[:, :, None, None])
     T = transform(orthogonal)
     torch.testing.assert_close(T @ T.mT, torch.eye(12, dtype=T.dtype))
-    assert orthogonal.penalty() < 1e-6
-    assert identity.penalty() > 0.1
+    assert penalty_of(orthogonal) < 1e-6
+    assert penalty_of(identity) > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -169,7 +169,7 @@ def parameter_count_is_as_declared(case: Case) -> None:
 def penalty_is_a_finite_scalar(case: Case) -> None:
     """The penalty can be added to a loss and differentiated wherever the adapter is."""
     for model in (case.fresh(), case.moved()):
-        penalty = adapter_of(model).penalty()
+        penalty = adapter_of(model).penalty(site_of_base(model))
         assert penalty.shape == ()
         (penalty + model(case.input()).square().sum()).backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -95,8 +95,8 @@ class BrokenAdapter(LowRank):
     def weight(self, W: Tensor) -> Tensor:
         return W + self.B.to(W.dtype) @ self.A.to(W.dtype)
 
-    def penalty(self) -> Tensor:
-        return self.B.norm().log() if self.breaks == "penalty_is_a_finite_scalar" else super().penalty()
+    def penalty(self, site: Site) -> Tensor:
+        return self.B.norm().log() if self.breaks == "penalty_is_a_finite_scalar" else super().penalty(site)
 
     def train(self, mode: bool = True) -> BrokenAdapter:
         return super().train(mode or self.breaks == "new_adapters_take_over_the_mode_of_their_layer")

@@ -32,6 +32,9 @@ MATRICES: dict[str, set[str]] = {
     "hira": {"A", "B"},
     "loha": {"A1", "B1", "A2", "B2"},
     "lokr": {"W1", "W2"},
+    "sora": {"A", "B"},
+    "adalora": {"A", "B"},
+    "pego": {"A", "B"},
     **{name: {"A", "B"} for name in ("lora", "loraplus", "pissa", "olora", "corda", "sorsa", "delora")},
 }
 """By method; of the others every number stands for itself."""

@@ -7,9 +7,9 @@ so that the same adapter serves a bare layer and a layer that has adapters alrea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,8 @@ class Adapter(nn.Module, ABC):
     """Which of its own parameters, by name, are matrices to an optimizer that steps them as a whole, such as Muon."""
     product_scale: float | None = None
     """s, where the change is `s B A`, or differs from it by a constant, with its own parameters A and B."""
+    memory: frozenset[str] = frozenset()
+    """Buffers that its training alone needs: they are in a trainer's checkpoints, and not in the adapter's file."""
     shared: Shared
     """What it has in common with the adapters on other layers, once `share` was called."""
 
@@ -143,7 +145,7 @@ class Adapter(nn.Module, ABC):
         """How an optimizer should treat its parameters, by name; those not named in the usual way."""
         return {}
 
-    def penalty(self) -> Tensor:
+    def penalty(self, site: Site) -> Tensor:
         """A scalar to add to the loss."""
         parameter = next(self.parameters())
         return torch.zeros((), dtype=parameter.dtype, device=parameter.device)
@@ -154,9 +156,15 @@ class Adapter(nn.Module, ABC):
         `progress` is the share of training that is done, above 0 and at most 1.
         """
 
+    @classmethod
+    def after_steps(cls, adapters: Sequence[Self], progress: float) -> None:
+        """`after_step` of a model's adapters of this class, in order; for a method that ranks across layers."""
+        for adapter in adapters:
+            adapter.after_step(progress)
+
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         """The adapter's tensors under the names and in the shapes of PEFT's files, as views where they can be."""
-        return {f"{self.method}_{name}": tensor for name, tensor in self.state_dict().items()}
+        return {f"{self.method}_{name}": t for name, t in self.state_dict().items() if name not in self.memory}
 
     def load_peft_state(self, tensors: dict[str, Tensor], site: Site) -> None:
         """Take over tensors from `peft_state`, bit for bit. Raises KeyError or ValueError where they do not fit.
@@ -289,8 +297,3 @@ class LowRank(WeightAdapter):
             )
         B, A = self.change()
         return Thin("beside", A.mT, B.mT)
-
-
-def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
-    """Entries drawn from U(-bound, bound)."""
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

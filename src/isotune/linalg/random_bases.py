@@ -1,4 +1,4 @@
-"""Random matrices that are drawn once and never trained, as PEFT draws them: one seed gives the same bits."""
+"""Random matrices, to start from or drawn once and never trained, as PEFT draws them: a seed gives the same bits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    """Entries drawn from U(-bound, bound)."""
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def kaiming_uniform(

@@ -17,7 +17,7 @@ from isotune.errors import IsotuneError, nearest
 from isotune.model.adapted import Adapted
 from isotune.model.names import adapted_layers, changed_modules
 from isotune.quantised import is_packed
-from isotune.sites import device_of, require_site
+from isotune.sites import Site, device_of, require_site
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,11 @@ def describe(model: nn.Module) -> list[SiteRow]:
 
 def penalty(model: nn.Module) -> Tensor:
     """The sum of the active adapters' penalties, a scalar to add to the loss."""
-    terms = [_penalty(adapter) for _, layer in adapted_layers(model) for adapter in layer.isotune.running()]
+    terms = [
+        _penalty(adapter, require_site(layer, path))
+        for path, layer in adapted_layers(model)
+        for adapter in layer.isotune.running()
+    ]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
 
 
@@ -227,22 +231,26 @@ class _Penalty(nn.Module):
         super().__init__()
         self.adapter = adapter
 
-    def forward(self) -> Tensor:
-        return self.adapter.penalty()
+    def forward(self, site: Site) -> Tensor:
+        return self.adapter.penalty(site)
 
 
-def _penalty(adapter: Adapter) -> Tensor:
+def _penalty(adapter: Adapter, site: Site) -> Tensor:
     """The adapter's penalty, over the whole of its parameters where FSDP has sharded them."""
     whole = {f"adapter.{n}": p.full_tensor() for n, p in adapter.named_parameters() if hasattr(p, "full_tensor")}
-    return functional_call(_Penalty(adapter), whole, ()) if whole else adapter.penalty()
+    return functional_call(_Penalty(adapter), whole, (site,)) if whole else adapter.penalty(site)
 
 
 def after_step(model: nn.Module, progress: float = 1.0) -> None:
     """Let the active adapters do what their method does after each optimizer step.
 
-    `progress` is the share of training that is done, for methods with a schedule: without it they are at its end.
+    It belongs between `optimizer.step()` and `optimizer.zero_grad()`: some methods look at gradients. `progress` is
+    the share of training that is done, for methods with a schedule: without it they are at its end.
     """
+    found: dict[type[Adapter], list[Adapter]] = {}
+    for _, layer in adapted_layers(model):
+        for adapter in layer.isotune.running():
+            found.setdefault(type(adapter), []).append(adapter)
     with torch.no_grad():
-        for _, layer in adapted_layers(model):
-            for adapter in layer.isotune.running():
-                adapter.after_step(progress)
+        for kind, adapters in found.items():
+            kind.after_steps(adapters, progress)

@@ -21,11 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Parts, WeightAdapter, uniform
+from isotune.adapters.contract import Parts, WeightAdapter
 from isotune.adapters.low_rank.lora import fresh_factors
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
 from isotune.linalg.precision import at_least_fp32, autocast
+from isotune.linalg.random_bases import uniform
 from isotune.linalg.thin import without_autocast
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 

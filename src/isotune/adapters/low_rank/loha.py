@@ -20,8 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import LowRank, Parts, uniform
+from isotune.adapters.contract import LowRank, Parts
 from isotune.adapters.settings import Settings
+from isotune.linalg.random_bases import uniform
 from isotune.linalg.thin import without_autocast
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 

@@ -21,10 +21,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Parts, WeightAdapter, uniform
+from isotune.adapters.contract import Parts, WeightAdapter
 from isotune.adapters.settings import Settings
 from isotune.linalg.low_rank import at_most_full_rank
 from isotune.linalg.precision import autocast
+from isotune.linalg.random_bases import uniform
 from isotune.linalg.thin import without_autocast
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 

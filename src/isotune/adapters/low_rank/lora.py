@@ -16,8 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Adapter, LowRank, check_tensors, uniform
+from isotune.adapters.contract import Adapter, LowRank, check_tensors
 from isotune.adapters.settings import Settings, check_rank
+from isotune.linalg.random_bases import uniform
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 

@@ -133,9 +133,9 @@ class TLoRAAdapter(WeightAdapter):
         passes = 3 if training else 1
         return passes * n * ring + rows <= passes * n_out * ring + weight + FLOPS_PER_NUMBER * n_in * n_out
 
-    def penalty(self) -> Tensor:
+    def penalty(self, site: Site) -> Tensor:
         if not self.weight_of_penalty:
-            return super().penalty()
+            return super().penalty(site)
         terms = [self._distance(core, p) for core, p in zip(self.A, self.P, strict=True)]
         return self.weight_of_penalty * torch.stack(terms).sum()
 

@@ -20,12 +20,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Side, uniform
+from isotune.adapters.contract import Side
 from isotune.adapters.settings import Settings
 from isotune.adapters.thin_rotation import ThinRotation
 from isotune.errors import OptionError
 from isotune.linalg.householder import block_columns, mean_length, unit_columns
 from isotune.linalg.precision import at_least_fp32, rounded
+from isotune.linalg.random_bases import uniform
 from isotune.sites import CONVOLUTIONS, EMBEDDING, LINEAR, Site
 
 

@@ -86,8 +86,8 @@ class GOFTAdapter(Rotation):
             G = self.planes if self.planes.dim() == 3 else givens_rotations(self.planes)
             return givens_product(v, G, transpose)
 
-    def penalty(self) -> Tensor:
+    def penalty(self, site: Site) -> Tensor:
         if not self.weight_of_penalty:
-            return super().penalty()
+            return super().penalty(site)
         alpha, beta = self.planes.unbind(dim=-1)
         return self.weight_of_penalty * (alpha * beta).sum(dim=-1).square().sum()

@@ -145,9 +145,9 @@ class HRAAdapter(ThinRotation):
     def thin(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         return compact_wy(self.columns(), dtype)
 
-    def penalty(self) -> Tensor:
+    def penalty(self, site: Site) -> Tensor:
         if not self.weight_of_penalty:
-            return super().penalty()
+            return super().penalty(site)
         return self.weight_of_penalty * orthogonality_penalty(self.U, self.squared)
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:

@@ -68,9 +68,9 @@ class SORSAAdapter(Principal):
     def left(self) -> Tensor:
         return self.B * self.sigma
 
-    def penalty(self) -> Tensor:
+    def penalty(self, site: Site) -> Tensor:
         if not self.gamma:
-            return super().penalty()
+            return super().penalty(site)
         errors = [orthonormality_error(V, self.squared) for V in (self.A.mT, self.B)]
         return self.gamma * (errors[0] + errors[1]) / 2
 
