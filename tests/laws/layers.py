@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from isotune.sites import CONVOLUTIONS
 
-KINDS = ("linear", "gpt2_conv1d", "convolution", "embedding")
+KINDS = ("linear", "gpt2_conv1d", "convolution", "embedding", "norm")
 """Kinds of site as the laws draw them; a convolution is one of one, two or three dimensions."""
 SIZES = st.integers(2, 8)
 
@@ -30,7 +30,7 @@ def drawn_layer(draw: DrawFn, kind: str, declared: Collection[str] = CONVOLUTION
     if kind == "convolution":
         layer = _convolution(draw, draw(st.sampled_from(sorted(CONVOLUTIONS & set(declared)))))
     else:
-        layer = {"linear": _linear, "gpt2_conv1d": _conv1d, "embedding": _embedding}[kind](draw)
+        layer = {"linear": _linear, "gpt2_conv1d": _conv1d, "embedding": _embedding, "norm": _norm}[kind](draw)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     with torch.no_grad():
         # Every entry, also the bias of a Conv1D (zero at first) and an embedding's padding row.
@@ -74,6 +74,11 @@ def _embedding(draw: DrawFn) -> nn.Module:
     return nn.Embedding(count, draw(SIZES), padding_idx=draw(st.one_of(st.none(), st.integers(0, count - 1))))
 
 
+def _norm(draw: DrawFn) -> nn.Module:
+    d = draw(SIZES)
+    return nn.LayerNorm(d, bias=draw(st.booleans())) if draw(st.booleans()) else nn.RMSNorm(d, eps=1e-6)
+
+
 def input_for(layer: nn.Module, rows: int = 12, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """An input with about that many rows; for an embedding, every index at least once."""
     generator = torch.Generator().manual_seed(seed)
@@ -82,7 +87,7 @@ def input_for(layer: nn.Module, rows: int = 12, seed: int = 0, dtype: torch.dtyp
     if isinstance(layer, _ConvNd):
         sizes = {1: (9,), 2: (7, 6), 3: (5, 4, 4)}[len(layer.kernel_size)]
         return torch.randn(2, layer.in_channels, *sizes, generator=generator).to(dtype)
-    n_in = layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
+    n_in: int = layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
     return torch.randn(2, rows // 2, n_in, generator=generator).to(dtype)
 
 

@@ -89,7 +89,8 @@ def train_command(
     method: Annotated[str | None, Flag(help="Method; see isotune methods. Or full: no adapter.")] = None,
     rank: Annotated[int | None, Flag(help="The method's rank.")] = None,
     targets: Annotated[
-        str | None, Flag(help="attention, query-value, mlp, all-linear, or a regular expression.")
+        str | None,
+        Flag(help="A preset, such as attention, mlp, all-linear, norms or blocks; or a regular expression."),
     ] = None,
     output: Annotated[str | None, Flag(help="Folder for the run.")] = None,
     seed: Annotated[int | None, Flag(help="Seed of everything random.")] = None,

@@ -18,12 +18,12 @@ from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import Settings
 from isotune.errors import IsotuneError, OptionError
 from isotune.model.attach import build_adapters
-from isotune.sites import CONVOLUTIONS, LinearSite, Site, require_site
+from isotune.sites import CONVOLUTIONS, NORM, LinearSite, Site, require_site
 
 _SIZES = ((64, 96), (128, 128), (256, 256), (1024, 1024))
 """(in, out) of the layers to probe on; the first that a method's default options fit is used."""
 
-KINDS = ("linear", "gpt2_conv1d", "conv1d", "conv2d", "conv3d", "embedding")
+KINDS = ("linear", "gpt2_conv1d", "conv1d", "conv2d", "conv3d", "embedding", "norm")
 Built = tuple[Site, Adapter]
 
 
@@ -100,7 +100,9 @@ def _layer(kind: str, n_in: int, n_out: int) -> nn.Module:
         return Conv1D(n_out, n_in)
     if kind in CONVOLUTIONS:
         return {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[kind](n_in, n_out, 3, padding=1)
-    return nn.Linear(n_in, n_out) if kind == "linear" else nn.Embedding(n_in, n_out)
+    if kind in ("linear", "norm"):
+        return nn.Linear(n_in, n_out) if kind == "linear" else nn.LayerNorm(n_out)
+    return nn.Embedding(n_in, n_out)
 
 
 def _built(settings: Settings, kind: str) -> Iterator[Built]:
@@ -124,7 +126,7 @@ def _rows(site: Site) -> Tensor:
         return torch.randint(site.in_features, (4, 5), generator=generator)
     if site.kind in CONVOLUTIONS:
         return torch.randn(2, site.layer.in_channels, *(5,) * (-1 - site.features), generator=generator)
-    return torch.randn(4, site.in_features, generator=generator)
+    return torch.randn(4, site.out_features if site.kind in NORM else site.in_features, generator=generator)
 
 
 @torch.no_grad()

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from isotune.bare import bare_class
+from isotune.bare import bare, bare_class
 from isotune.errors import TargetError, nearest
 from isotune.matrix import Matrix
 from isotune.model.adapted import Trained
 from isotune.model.names import base_modules
 from isotune.model.parametrized import matrices_by_path
-from isotune.sites import LINEAR, WHAT_CAN_BE_ADAPTED, site_of
+from isotune.sites import LINEAR, NORM, WHAT_CAN_BE_ADAPTED, site_of
 
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
-PRESETS = ("attention", "query-value", "mlp", "all-linear", "blocks")
+PRESETS = ("attention", "query-value", "mlp", "all-linear", "norms", "biased", "blocks")
 
 _QUERY_OR_VALUE = re.compile(r"(to_|w|attn_)?(q|v|query|value)(_?(proj|lin|layer)\w*)?", re.IGNORECASE)
 _PACKED = re.compile(r"w?qkv\w*|c_attn|query_key_value|in_proj\w*", re.IGNORECASE)
@@ -33,7 +33,7 @@ def find_targets(
 ) -> dict[str, nn.Module]:
     """The layers that `targets` names, by path, without those that `exclude` names or that are inside `trained`.
 
-    Among `kinds` "block" lets any module count as one.
+    Among `kinds` "norm" lets norms count as layers, and "block" any module.
 
     Raises TargetError where nothing matches (it lists what was there) or a match is no layer that can be adapted.
     """
@@ -128,7 +128,12 @@ def _matcher(layers: dict[str, nn.Module], targets: Targets, model: nn.Module) -
 def _preset(layers: dict[str, nn.Module], preset: str, model: nn.Module) -> set[str]:
     if preset == "blocks":
         return {path for path in layers if isinstance(layers.get(path.rpartition(".")[0]), nn.ModuleList)}
+    if preset == "norms":
+        return {path for path, module in layers.items() if _is_norm(module)}
     linear = _linear_layers(layers, model)
+    if preset == "biased":
+        norms = {path for path, module in layers.items() if _is_norm(module) and _in_blocks(path, layers)}
+        return {path for path in linear | norms if bare(layers[path], "bias") is not None}
     attention = {path for path in linear if _in_attention(path, layers)}
     if preset == "attention":
         return attention
@@ -149,6 +154,11 @@ def _linear_layers(layers: dict[str, nn.Module], model: nn.Module) -> set[str]:
 def _is_linear(module: nn.Module) -> bool:
     site = site_of(module)
     return site is not None and site.kind in LINEAR
+
+
+def _is_norm(module: nn.Module) -> bool:
+    site = site_of(module, NORM)
+    return site is not None and site.kind in NORM
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -18,11 +18,13 @@ from isotune.sites.embedding import EmbeddingSite
 from isotune.sites.gpt2 import GPT2Conv1DSite
 from isotune.sites.linear import LinearSite, PackedLinearSite
 from isotune.sites.matrix import MatrixSite
+from isotune.sites.norm import NormSite
 from isotune.sites.site import Site
 
 LINEAR = frozenset({"linear", "gpt2_conv1d"})
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 EMBEDDING = frozenset({"embedding"})
+NORM = frozenset({"norm"})
 
 LINEAR_MAPS: tuple[type[Site], ...] = (
     LinearSite, PackedLinearSite, MatrixSite, GPT2Conv1DSite, Conv1dSite, Conv2dSite, Conv3dSite, EmbeddingSite,
@@ -30,7 +32,7 @@ LINEAR_MAPS: tuple[type[Site], ...] = (
 _BY_NAME: dict[str, type[Site]] = {
     kind.kind: kind
     for kind in (
-        LinearSite, GPT2Conv1DSite, Conv1dSite, Conv2dSite, Conv3dSite, EmbeddingSite, Block,
+        LinearSite, GPT2Conv1DSite, Conv1dSite, Conv2dSite, Conv3dSite, EmbeddingSite, NormSite, Block,
     )
 }  # fmt: skip
 
@@ -40,16 +42,18 @@ WHAT_CAN_BE_ADAPTED = "Linear, GPT-2's Conv1D, convolutions of one to three dime
 def site_of(layer: nn.Module, kinds: Collection[str] = ()) -> Site | None:
     """The site of a layer, or None where no kind fits (also for a subclass that computes something else).
 
-    Where "block" is among `kinds`, any module is one, unless it is of another of these kinds.
+    Norms count where "norm" is among `kinds`. Where "block" is, any module is one, unless it is of another of these.
     """
     found = next((kind(layer) for kind in LINEAR_MAPS if kind.of(layer)), None)
+    if found is None and "norm" in kinds and NormSite.of(layer):
+        return NormSite(layer)
     return Block(layer) if "block" in kinds and (found is None or found.kind not in kinds) else found
 
 
 def require_site(layer: nn.Module, name: str) -> Site:
     """The site of the layer called `name`; raises TargetError where it has none."""
     # A block that has adapters was asked for as one.
-    site = site_of(layer) or (Block(layer) if HOME in layer._modules else None)
+    site = site_of(layer, NORM) or (Block(layer) if HOME in layer._modules else None)
     if site is None:
         raise TargetError(
             f"the layer {name!r} is a {bare_class(layer).__name__}, which cannot be adapted; the kinds that can are "
