@@ -19,18 +19,20 @@ from isotune.cli.method_pages import method_page, prose
 from isotune.model.catalogue import probe
 
 
-class Attention(nn.Module):
-    """A model of one layer that is found as attention, large enough for every method's default options."""
+class Block(nn.Module):
+    """One part of each kind that a preset names, large enough for every method's default options."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.query = nn.Linear(256, 256)
+        self.attention = nn.ModuleDict({"query": nn.Linear(256, 256, bias=False)})
+        self.mlp = nn.ModuleDict({"up": nn.Linear(256, 256)})
+        self.norm = nn.LayerNorm(256, bias=False)
 
 
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attention = Attention()
+        self.layers = nn.ModuleList([Block()])
 
 
 def fences(page: str, language: str) -> str:

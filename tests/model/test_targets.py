@@ -14,6 +14,7 @@ import isotune
 from isotune import HRA
 from isotune.errors import TargetError
 from isotune.model.targets import find_targets
+from support import minilm, stories
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -242,3 +243,20 @@ def test_parameters_on_query_and_value_of_llama2_7b(method: str, options: dict[s
     assert all(re.search(r"\.(q|v)_proj$", row.site) for row in rows)
     if method in ("lora", "hra"):
         assert round(100 * trained / total, 2) == {"lora": 0.25, "hra": 0.12}[method]
+
+
+def test_presets_name_what_a_method_goes_on() -> None:
+    """Blocks for methods that stand beside one, norms, and layers that have a bias; by default the method's own."""
+    branch = isotune.method("houlsby", rank=2)
+    expected = {"attention": "self_attn", "mlp": "mlp"}
+    for preset, name in expected.items():
+        rows = isotune.describe(isotune.adapt(stories(), branch, preset))
+        assert [row.site for row in rows] == [f"model.layers.{k}.{name}" for k in range(5)]
+    assert [row.site for row in isotune.describe(isotune.adapt(minilm(), branch, "attention"))] == [
+        f"encoder.layer.{k}.attention" for k in range(6)
+    ]
+    with pytest.raises(TargetError, match=r"no one module in 'encoder.layer.0' holds all the layers of its mlp"):
+        isotune.adapt(minilm(), branch, "mlp")
+    for method, preset in (("houlsby", "mlp"), ("ln_tuning", "norms"), ("hra", "attention")):
+        chosen, asked = (isotune.adapt(stories(), isotune.method(method), t) for t in (None, preset))
+        assert [row.site for row in isotune.describe(chosen)] == [row.site for row in isotune.describe(asked)]

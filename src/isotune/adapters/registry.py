@@ -48,6 +48,8 @@ BUILT_IN = {
     "loha": "isotune.adapters.low_rank.loha:LoHa",
     "lokr": "isotune.adapters.low_rank.lokr:LoKr",
     "shira": "isotune.adapters.sparse.shira:SHiRA",
+    "adaptformer": "isotune.adapters.bottleneck.adaptformer:AdaptFormer",
+    "houlsby": "isotune.adapters.bottleneck.houlsby:Houlsby",
     "bitfit": "isotune.adapters.sparse.bitfit:BitFit",
     "ln_tuning": "isotune.adapters.sparse.ln_tuning:LNTuning",
     "ia3": "isotune.adapters.low_rank.ia3:IA3",

@@ -34,6 +34,8 @@ class Settings(Options, ABC):
     """Laws that the method cannot keep, by test name, each with the reason."""
     dialect: ClassVar[str] = ""
     """Where its form in PEFT is, `package.module:Class` (a `Dialect`); empty where PEFT does not have it."""
+    usual_targets: ClassVar[str] = "attention"
+    """The preset that names what it goes on, where nothing else is said."""
     size_option: ClassVar[str | None] = "rank"
     """The whole-number option that decides how many parameters are trained; None where no option does."""
 

@@ -48,7 +48,7 @@ def _use(found: MethodInfo, kind: type[Settings]) -> str:
 import isotune
 from {kind.__module__} import {kind.__name__}
 
-isotune.adapt(model, {public}, targets="attention")
+isotune.adapt(model, {public}, targets="{kind.usual_targets}")
 ```
 
 ```yaml title="in a recipe"

@@ -8,11 +8,13 @@ from typing import Any
 
 from isotune.adapters.budget import nearest_to, total_parameters
 from isotune.adapters.registry import method, method_class
-from isotune.comparison.recipe import ComparisonRecipe, label, without_optimizer
+from isotune.adapters.settings import Settings
+from isotune.comparison.recipe import BESIDE, ComparisonRecipe, label, own_options
 from isotune.comparison.results import FROZEN, FULL
-from isotune.errors import IsotuneError
-from isotune.model.targets import find_targets
-from isotune.sites import Site, require_site
+from isotune.errors import IsotuneError, TargetError
+from isotune.model.attach import site_for
+from isotune.model.targets import Targets, find_targets
+from isotune.sites import Site
 from isotune.training.data import load_splits
 from isotune.training.full import LEARNING_RATE
 from isotune.training.optimizers import rate_factor
@@ -51,8 +53,8 @@ class Cell:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The method's options without its name, and without its optimizer, which is in the label."""
-        return {key: value for key, value in self.method.items() if key not in ("name", "optimizer")}
+        """The method's options without its name, and without what is in the label."""
+        return {key: value for key, value in self.method.items() if key not in ("name", *BESIDE)}
 
 
 def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
@@ -63,14 +65,24 @@ def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
     session = Session(TaskSpec.of(recipe, splits.labels))
     model = session.model
-    found = find_targets(model, recipe.targets, recipe.exclude, trained=[*session.head, *recipe.train_also])
-    sites = {path: require_site(layer, path) for path, layer in found.items()}
-    budgets = recipe.compare.budgets or [total_parameters(method("hra", rank=8), list(sites.values()))]
-    cells = [_sized(options, budget, sites, recipe.optimizer) for budget in budgets for options in recipe.methods]
+    trained = [*session.head, *recipe.train_also]
+
+    def sites(settings: Settings, targets: Targets | None) -> dict[str, Site]:
+        targets = targets or recipe.targets or settings.usual_targets
+        found = find_targets(model, targets, recipe.exclude, trained, settings.kinds)
+        try:
+            return {path: site_for(layer, path, settings) for path, layer in found.items()}
+        except TargetError as error:
+            raise TargetError(f"compare.methods: {error}") from None
+
+    hra = method("hra", rank=8)
+    budgets = recipe.compare.budgets or [total_parameters(hra, list(sites(hra, None).values()))]
+    methods = [(one, sites(method(**own_options(one)), one.get("targets"))) for one in recipe.methods]
+    cells = [_sized(options, budget, on, recipe.optimizer) for budget in budgets for options, on in methods]
     if recipe.compare.full:
-        trained, _ = trainable(model, session.head)
+        whole, _ = trainable(model, session.head)
         rate = LEARNING_RATE * rate_factor(recipe.optimizer)
-        cells.append(Cell(FULL, {"name": FULL}, None, trained, rate))
+        cells.append(Cell(FULL, {"name": FULL}, None, whole, rate))
     if recipe.compare.frozen:
         cells.append(Cell(FROZEN, {"name": FROZEN}, None, 0, None))
     return cells
@@ -79,20 +91,14 @@ def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
 def _sized(
     options: dict[str, Any], budget: int, sites: dict[str, Site], optimizer: Mapping[str, Any] | None = None
 ) -> Cell:
-    settings = nearest_to(budget, method(**without_optimizer(options)), list(sites.values()))
+    settings = nearest_to(budget, method(**own_options(options)), list(sites.values()))
     for path, site in sites.items():
-        if site.kind not in settings.kinds:
-            raise IsotuneError(
-                f"compare.methods: {label(options)} cannot adapt {path!r}, of kind {site.kind}; it can adapt: "
-                f"{', '.join(sorted(settings.kinds))}"
-            )
         try:
             settings.check(site)
         except IsotuneError as error:
             raise IsotuneError(f"compare.methods: {label(options)} does not fit {path!r}: {error}") from None
     sized = {"name": options["name"], **settings.model_dump(exclude_unset=True)}
-    if "optimizer" in options:
-        sized["optimizer"] = options["optimizer"]
+    sized |= {key: options[key] for key in BESIDE if key in options}
     parameters = total_parameters(settings, list(sites.values()))
     rate = method_class(options["name"]).learning_rate * rate_factor(options.get("optimizer", optimizer))
     return Cell(label(options), sized, budget, parameters, rate)

@@ -16,6 +16,8 @@ from isotune.recipes import Section, checked, parse_yaml
 from isotune.training.optimizers import checked_optimizer
 from isotune.training.recipe import ForgettingSettings, Recipe
 
+BESIDE = ("optimizer", "targets")
+"""What a method that is compared may have of its own, and otherwise has as the recipe says."""
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
@@ -24,8 +26,8 @@ class CompareSettings(Section):
 
     methods: list[dict[str, Any]] = Field(
         default=[],
-        description="Names of methods, or sections {name: hra, side: out, optimizer: muon}; by default the recipe's, "
-        "and lora.",
+        description="Names of methods, or sections {name: hra, side: out, optimizer: muon, targets: [query]}; by "
+        "default the recipe's, and lora.",
     )
     budgets: list[int] = Field(
         default=[], description="Trainable parameters beside the head (40k, 1.5M); by default those of HRA of rank 8."
@@ -60,7 +62,7 @@ class CompareSettings(Section):
             if one["name"] in (FULL, FROZEN):
                 raise ValueError(f"{one['name']!r} is a row of its own: compare.{one['name']}: true or false")
             try:
-                size = method(**without_optimizer(one)).size_option
+                size = method(**own_options(one)).size_option
                 checked_optimizer(one.get("optimizer"))
             except IsotuneError as error:
                 raise ValueError(str(error)) from None
@@ -135,15 +137,14 @@ class ComparisonRecipe(Recipe):
         fields = {name: getattr(self, name) for name in Recipe.model_fields}
         if method["name"] == FULL:
             fields |= {name: Recipe.model_fields[name].default for name in ("targets", "exclude")}
-        if "optimizer" in method:
-            fields["optimizer"] = method["optimizer"]
+        fields |= {key: method[key] for key in BESIDE if key in method}
         training = {key: value for key, value in self.training.items() if key != "learning_rate"}
         if rate is not None:
             training["learning_rate"] = rate
         if steps is not None:
             training |= {"max_steps": steps, "save_strategy": "no", "eval_strategy": "no"}
         data = self.data if test else self.data.model_copy(update={"test": None})
-        own = {"method": without_optimizer(method), "training": training, "data": data}
+        own = {"method": own_options(method), "training": training, "data": data}
         return Recipe(**fields | own | {"seed": seed, "output": str(output)})
 
 
@@ -169,9 +170,9 @@ def _short(value: Any) -> str:
     return f"({label(value)})" if isinstance(value, dict) and "name" in value else str(value)
 
 
-def without_optimizer(method: Mapping[str, Any]) -> dict[str, Any]:
+def own_options(method: Mapping[str, Any]) -> dict[str, Any]:
     """The method's own name and options, of one that is compared."""
-    return {key: value for key, value in method.items() if key != "optimizer"}
+    return {key: value for key, value in method.items() if key not in BESIDE}
 
 
 def _count(value: Any) -> Any:

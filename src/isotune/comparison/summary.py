@@ -38,7 +38,7 @@ def summarise(
     return Summary(
         task=recipe.task,
         model=Path(recipe.model).name,
-        targets=recipe.targets,
+        targets=recipe.targets or "the usual ones of each method",
         metric=metric,
         higher_is_better=higher,
         baseline=recipe.baseline,

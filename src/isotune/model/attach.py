@@ -29,7 +29,7 @@ from isotune.sites import Site, device_of, site_of
 def adapt(
     model: nn.Module,
     settings: Settings,
-    targets: Targets = "attention",
+    targets: Targets | None = None,
     *,
     exclude: Targets | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -46,7 +46,8 @@ def adapt(
             and embeddings left out), "norms", "biased", "blocks", a list of name suffixes, a regular expression
             for the whole path, or a callable `(path, module) -> bool`. A parameter that its module computes with
             itself is named as well, or its module (`"in_proj_weight"`, `"lstm"`, `"experts.down_proj"`): one adapter
-            for each matrix in it.
+            for each matrix in it. Of a method that stands beside a block, "attention" and "mlp" are those blocks. By
+            default what the method usually goes on: for most "attention".
         exclude: Layers to leave out, said in the same way.
         overrides: Other options for some of the targets, such as `{"query": {"rank": 16}}`.
         name: The adapter's name; several adapters can be on one model.
@@ -61,6 +62,7 @@ def adapt(
         OptionError: An option does not fit a layer, or the name is taken. The model is then as it was.
     """
     trained = find_modules(model, train_also)
+    targets = settings.usual_targets if targets is None else targets
     layers = find_targets(model, targets, exclude, trained, settings.kinds)
     check_in_memory({**layers, **trained}, may_be_empty=True)
     sites = {path: site_for(layer, path, settings) for path, layer in layers.items()}

@@ -18,12 +18,12 @@ from isotune.adapters.registry import method_class, method_names
 from isotune.adapters.settings import Settings
 from isotune.errors import IsotuneError, OptionError
 from isotune.model.attach import build_adapters
-from isotune.sites import CONVOLUTIONS, NORM, LinearSite, Site, require_site
+from isotune.sites import CONVOLUTIONS, NORM, LinearSite, Site, site_of
 
 _SIZES = ((64, 96), (128, 128), (256, 256), (1024, 1024))
 """(in, out) of the layers to probe on; the first that a method's default options fit is used."""
 
-KINDS = ("linear", "gpt2_conv1d", "conv1d", "conv2d", "conv3d", "embedding", "norm")
+KINDS = ("linear", "gpt2_conv1d", "conv1d", "conv2d", "conv3d", "embedding", "norm", "block")
 Built = tuple[Site, Adapter]
 
 
@@ -102,7 +102,7 @@ def _layer(kind: str, n_in: int, n_out: int) -> nn.Module:
         return {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[kind](n_in, n_out, 3, padding=1)
     if kind in ("linear", "norm"):
         return nn.Linear(n_in, n_out) if kind == "linear" else nn.LayerNorm(n_out)
-    return nn.Embedding(n_in, n_out)
+    return nn.Embedding(n_in, n_out) if kind == "embedding" else nn.Sequential(nn.Linear(n_in, n_out))
 
 
 def _built(settings: Settings, kind: str) -> Iterator[Built]:
@@ -117,7 +117,9 @@ def _built(settings: Settings, kind: str) -> Iterator[Built]:
             (adapter,) = build_adapters({"probe": layer}, {"probe": settings}, seed=0).values()
         except IsotuneError:
             continue
-        yield require_site(layer, "probe"), adapter.eval()
+        site = site_of(layer, {kind})
+        if site is not None:
+            yield site, adapter.eval()
 
 
 def _rows(site: Site) -> Tensor:

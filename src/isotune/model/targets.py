@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -40,8 +41,8 @@ def find_targets(
     layers = _layers(model)
     # What a preset finds is layers only.
     matrices = {} if isinstance(targets, str) and targets in PRESETS else matrices_by_path(layers)
-    matches = _matcher(layers, targets, model)
-    excluded = _matcher(layers, exclude, model) if exclude is not None else lambda path, module: False
+    matches = _matcher(layers, targets, model, kinds)
+    excluded = _matcher(layers, exclude, model, kinds) if exclude is not None else lambda path, module: False
     trained = tuple(trained)
     found = {
         path: module
@@ -107,12 +108,16 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _matcher(layers: dict[str, nn.Module], targets: Targets, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+def _matcher(
+    layers: dict[str, nn.Module], targets: Targets, model: nn.Module, kinds: Collection[str] = ()
+) -> Callable[[str, nn.Module], bool]:
     if callable(targets):
         return targets
     if isinstance(targets, str):
         if targets in PRESETS:
             chosen = _preset(layers, targets, model)
+            if set(kinds) == {"block"} and targets in ("attention", "mlp"):
+                chosen = _around(chosen, targets, layers)
             return lambda path, module: path in chosen
         if re.fullmatch(r"[\w.\-]+", targets) is None:
             try:
@@ -140,6 +145,26 @@ def _preset(layers: dict[str, nn.Module], preset: str, model: nn.Module) -> set[
     if preset == "query-value":
         return {path for path in attention if _QUERY_OR_VALUE.fullmatch(path.rpartition(".")[2])}
     return linear - attention if preset == "mlp" else linear
+
+
+def _around(linear: set[str], preset: str, layers: dict[str, nn.Module]) -> set[str]:
+    """In each repeated block the module around all of these layers of it."""
+    inside: dict[str, list[list[str]]] = {}
+    for path in sorted(linear):
+        blocks = [p for p in _parents(path) if isinstance(layers.get(p.rpartition(".")[0]), nn.ModuleList)]
+        inside.setdefault(blocks[-1] if blocks else "", []).append(path.split(".")[:-1])
+    around = {block: ".".join(_common(parents)) for block, parents in inside.items()}
+    if lost := [block or "the model" for block, path in around.items() if path == block]:
+        raise TargetError(
+            f"targets {preset!r}: no one module in {lost[0]!r} holds all the layers of its {preset}; name "
+            "the modules that an adapter is to stand beside, such as targets=['output'], or take 'blocks'"
+        )
+    return set(around.values())
+
+
+def _common(paths: list[list[str]]) -> list[str]:
+    """The parts with which all of these paths begin."""
+    return [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
 
 
 def _linear_layers(layers: dict[str, nn.Module], model: nn.Module) -> set[str]:

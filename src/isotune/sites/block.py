@@ -31,7 +31,11 @@ class Block(Site):
         return nn.Sequential(LinearSite.hollow(weight))
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return bare_forward(self.layer, x, *args, **kwargs)
+        if bare_class(self.layer).forward is not nn.Sequential.forward:
+            return bare_forward(self.layer, x, *args, **kwargs)
+        for name, module in self.layer.named_children():  # its own forward would run its adapters as one of them
+            x = x if name == HOME else module(x)
+        return x
 
     @property
     def in_features(self) -> int:

@@ -27,7 +27,9 @@ def check_full(recipe: Recipe) -> None:
     if options:
         raise OptionError(f"method full has no options: method.{options[0]} belongs to an adapter; leave it out")
     for key in ("targets", "exclude", "overrides"):
-        if getattr(recipe, key) != Recipe.model_fields[key].default:
+        # Recipes of 0.1.0 say targets: attention where nothing was said.
+        unsaid = (Recipe.model_fields[key].default, *(["attention"] if key == "targets" else []))
+        if getattr(recipe, key) not in unsaid:
             raise OptionError(f"{key}: method full trains every layer; leave it out, or choose an adapter's method")
     if TASKS[recipe.task].has_reference:
         raise OptionError(

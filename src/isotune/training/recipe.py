@@ -140,7 +140,10 @@ class Recipe(Section):
     method: dict[str, Any] = Field(
         default={"name": "hra"}, description="The method's name and its options; `full` trains the whole model."
     )
-    targets: str | list[str] = Field(default="attention", description="Which layers: preset, suffixes, regex.")
+    targets: str | list[str] | None = Field(
+        default=None,
+        description="Which layers: preset, suffixes, regex; by default the method's, mostly attention.",
+    )
     exclude: str | list[str] | None = Field(default=None, description="Layers to leave out of the targets.")
     overrides: dict[str, dict[str, Any]] = Field(default={}, description="Method options per target.")
     train_also: list[str] = Field(default=[], description="Modules trained in full beside the adapter.")

@@ -29,6 +29,7 @@ class BitFit(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | NORM
     learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "n_out"
+    usual_targets: ClassVar[str] = "biased"
     size_option: ClassVar[str | None] = None
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "β starts at zero; nothing is drawn"}
 

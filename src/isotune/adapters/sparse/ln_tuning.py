@@ -27,6 +27,7 @@ class LNTuning(Settings):
     kinds: ClassVar[frozenset[str]] = NORM
     learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "2 * n_out"
+    usual_targets: ClassVar[str] = "norms"
     size_option: ClassVar[str | None] = None
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "it starts at the norm's own values; nothing is drawn"

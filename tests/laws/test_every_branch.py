@@ -1,0 +1,155 @@
+"""Every method that stands beside a block keeps its laws, on blocks of real models; each law has a broken twin."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as profile
+from torch import nn
+from torch.func import functional_call
+
+import isotune
+from isotune import Branch, Settings
+from isotune.adapters.registry import BUILT_IN, method_class
+from isotune.errors import IsotuneError, NoWeightError
+from isotune.sites import site_of
+from laws.case import trainable
+from laws.options import drawn_settings
+from support import assert_same_output, minilm, move, output, stories, tokens
+
+NAMES = [name for name in BUILT_IN if "block" in method_class(name).kinds]
+MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "llama mlp": (stories, ["mlp"]),
+    "llama attention": (stories, ["self_attn"]),
+    "bert layers": (minilm, ["layer.0", "layer.3"]),
+}
+Case = tuple[Settings, Callable[[], Any], list[str]]
+
+
+@pytest.fixture(params=[(name, model) for name in NAMES for model in MODELS], ids=lambda pair: " ".join(pair))
+def case(request: pytest.FixtureRequest) -> Case:
+    name, model = request.param
+    return method_class(name)(rank=4), *MODELS[model]
+
+
+def fresh(case: Case, dtype: torch.dtype = torch.float32) -> Any:
+    method, make, targets = case
+    return isotune.adapt(make().to(dtype), method, targets, seed=0)
+
+
+def adapters(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Branch)]
+
+
+def test_it_starts_at_the_base_moves_saves_copies_and_leaves(case: Case, tmp_path: Path) -> None:
+    make = case[1]
+    before, model = output(make()), fresh(case).eval()
+    assert torch.equal(output(model), before)
+    moved = output(move(model, size=0.3).eval())
+    assert not torch.allclose(moved, before, atol=1e-4)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(output(twin), moved)
+    isotune.save(model, tmp_path / "adapter")
+    assert torch.equal(output(isotune.load(make(), tmp_path / "adapter").eval()), moved)
+    with isotune.disabled(model):
+        assert torch.equal(output(model), before)
+    isotune.remove(model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in make().modules()]
+    assert torch.equal(output(model), before)
+
+
+def test_every_parameter_moves_within_two_steps_and_counts_are_as_declared(case: Case) -> None:
+    method, make, _ = case
+    model = fresh(case).train()
+    assert_moves(model, make)
+    for adapter, row in zip(adapters(model), isotune.describe(model), strict=True):
+        assert row.trainable == sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    sites = [site_of(layer, method.kinds) for layer in model.modules() if hasattr(layer, "isotune")]
+    assert [row.trainable for row in isotune.describe(model)] == [method.parameter_count(s) for s in sites if s]
+
+
+def assert_moves(model: Any, make: Callable[[], Any]) -> None:
+    """Two steps reach every parameter."""
+    before = [p.detach().clone() for p in trainable(model)]
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.02, weight_decay=0.0)
+    goal = torch.randn(output(make()).shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        optimizer.zero_grad()
+        first = model(**tokens(model))
+        (first[0] - goal).square().sum().backward()
+        optimizer.step()
+        isotune.after_step(model)
+    for parameter, old in zip(trainable(model), before, strict=True):
+        assert not torch.equal(parameter, old)
+        assert parameter.isfinite().all()
+
+
+def test_dtypes_are_kept(case: Case) -> None:
+    model = move(fresh(case, torch.bfloat16), size=0.1).eval()
+    assert {p.dtype for p in trainable(model)} == {torch.float32}
+    y = output(model)
+    assert y.dtype == torch.bfloat16
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_derivatives_for_all_options(name: str) -> None:
+    @profile(max_examples=12)
+    @given(drawn_settings(method_class(name)))
+    def hold(method: Settings) -> None:
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
+        model = isotune.adapt(nn.Sequential(block).double(), method, ["0"], seed=0).eval()
+        move(model, size=0.3)
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(
+            lambda x, *values: functional_call(model, dict(zip(names, values, strict=True)), x),
+            (x, *(p.detach().requires_grad_() for p in trainable(model))),
+            fast_mode=True,
+        )
+
+    hold()
+
+
+def test_it_stands_beside_adapters_of_the_layers_inside_and_compiles(case: Case) -> None:
+    method, make, targets = case
+    model = isotune.adapt(make(), isotune.HRA(rank=2), "all-linear", name="inside", seed=0)
+    inside = output(move(model, size=0.1).eval())
+    isotune.adapt(model, method, targets, name="beside", seed=0)
+    isotune.use(model.eval(), "inside", "beside")
+    assert torch.equal(output(model), inside)
+    both = output(move(model, size=0.3, seed=2))
+    assert not torch.allclose(both, inside, atol=1e-4)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    assert_same_output(compiled(**tokens(model))[0].detach(), both, 1e-4)
+
+
+def test_whatever_needs_a_weight_refuses_it_by_name(case: Case, tmp_path: Path) -> None:
+    model = move(fresh(case))
+    name = case[0].name
+    for ask in (isotune.fold, lambda m: isotune.export_lora(m, tmp_path / "lora"), isotune.compact):
+        with pytest.raises(IsotuneError, match=name):
+            ask(model)
+    with pytest.raises(NoWeightError, match=name):
+        adapters(model)[0].weight(torch.eye(3))
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_broken_twins_are_found(name: str) -> None:
+    make, targets = MODELS["llama mlp"]
+    case = (method_class(name)(rank=4), make, targets)
+    model = fresh(case).train()
+    for parameter in trainable(model):  # the start from zeros alone, which two official codes have
+        parameter.data.zero_()
+    with pytest.raises(AssertionError):
+        assert_moves(model, make)
