@@ -38,7 +38,10 @@ if TYPE_CHECKING:
     from isotune.model.switch import disabled as disabled
     from isotune.model.switch import penalty as penalty
     from isotune.model.switch import route as route
+    from isotune.model.switch import tokens as tokens
     from isotune.model.switch import use as use
+    from isotune.model.tasks import add_task as add_task
+    from isotune.model.tasks import use_task as use_task
 
 _HOMES = {
     "Adapter": "adapters.contract",
@@ -73,7 +76,10 @@ _HOMES = {
     "parameter_groups": "model.groups",
     "penalty": "model.switch",
     "route": "model.switch",
+    "tokens": "model.switch",
     "use": "model.switch",
+    "add_task": "model.tasks",
+    "use_task": "model.tasks",
 }
 
 __all__ = [
@@ -89,6 +95,7 @@ __all__ = [
     "WeightAdapter",
     "accelerate_peft",
     "adapt",
+    "add_task",
     "after_step",
     "as_peft",
     "calibrate",
@@ -107,8 +114,10 @@ __all__ = [
     "remove",
     "route",
     "save",
+    "tokens",
     "unfold",
     "use",
+    "use_task",
 ]
 
 __getattr__ = lazy(__name__, _HOMES)

@@ -32,6 +32,10 @@ MATRICES: dict[str, set[str]] = {
     "hira": {"A", "B"},
     "loha": {"A1", "B1", "A2", "B2"},
     "lokr": {"W1", "W2"},
+    "poly": {"A", "B"},
+    "adaptformer": {"D", "U"},
+    "houlsby": {"D", "U"},
+    "mola": {f"experts.{k}.{part}" for k in range(5) for part in "AB"},
     "sora": {"A", "B"},
     "adalora": {"A", "B"},
     "pego": {"A", "B"},
@@ -43,7 +47,7 @@ MATRICES: dict[str, set[str]] = {
 def adapted(name: str, **options: Any) -> nn.Module:
     """One layer with an adapter."""
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(24, 48))
+    layer = nn.Sequential(nn.LayerNorm(24) if name == "ln_tuning" else nn.Linear(24, 48))
     return isotune.adapt(layer, isotune.method(name, **OPTIONS.get(name, {}) | options), "0", seed=0)
 
 

@@ -36,7 +36,7 @@ class Thin(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """A forward pass where nothing learns: a thin change; then outputs y, without the bias, become y (1 + excess)."""
+    """A forward pass where nothing learns: a thin change; outputs y, without the bias, become y (1 + excess)."""
 
     where: Literal["before", "behind", "beside"]
     L: Tensor
@@ -84,12 +84,17 @@ class Adapter(nn.Module, ABC):
 
     def weight(self, W: Tensor) -> Tensor:
         """The changed weight (out, in), exactly, in W's dtype. Raises NoWeightError where the change has none."""
-        raise NoWeightError(f"the change that {self.method} makes is none of a weight")
+        raise NoWeightError(self.no_weight)
 
     @property
     def has_weight(self) -> bool:
         """Whether its change is one of the weight."""
         return type(self).weight is not Adapter.weight
+
+    @property
+    def no_weight(self) -> str:
+        """Why its change is none of the weight, where it is none."""
+        return f"the change that {self.method} makes is none of a weight"
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         """The changed bias (out) of a layer with the bias b, in b's dtype; by default b itself."""
@@ -106,11 +111,9 @@ class Adapter(nn.Module, ABC):
     def constants(self, x: Tensor, site: Site) -> Constants | None:
         """The forward pass on rows like x (..., in), for many calls, before the site or beside it; or None."""
         thin = self.thin_factors(site)
-        if thin is None or (thin.where == "behind" and site.packed):
-            return None
-        if thin.where == "behind":
-            return Constants("beside", at_least_fp32(site.weight).mT @ thin.L, thin.R)
-        return Constants(*thin)
+        if thin is None or thin.where != "behind":
+            return None if thin is None else Constants(*thin)
+        return None if site.packed else Constants("beside", at_least_fp32(site.weight).mT @ thin.L, thin.R)
 
     def share(self, shared: Shared) -> None:
         """Take over what `Settings.shared` gave, or a file held, on the adapter's device, as `self.shared`.
@@ -240,11 +243,9 @@ class Rotation(WeightAdapter):
         if self.side == "in" and site.rotates_input:
             # y = x (W R)ᵀ = (x Rᵀ) Wᵀ: note the transpose.
             return site(self.rotate(autocast(x), transpose=True))
-        factors = self.factors(site.weight)
-        if factors is None:
+        if (factors := self.factors(site.weight)) is None:
             return super().forward(x, site)
-        B, A = factors
-        return beside(site, x, A.mT, B.mT)
+        return beside(site, x, factors[1].mT, factors[0].mT)
 
     def weight(self, W: Tensor) -> Tensor:
         return self.rotate(W) if self.side == "in" else self.rotate(W.mT).mT

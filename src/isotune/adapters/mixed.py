@@ -60,6 +60,7 @@ class Mixture(Adapter):
         self.experts = nn.ModuleList(experts)
         self.router = router
         self.routing: Routing | None = None
+        self.tokens: Tensor | None = None  # (b, length) of the batch: which are no padding, as `isotune.tokens` said
 
     def weights(self, x: Tensor, site: Site) -> Tensor:
         """The weight of every expert in every row of x (..., in), shape (..., K); by default the router's softmax.
@@ -121,14 +122,14 @@ def _weighed(x: Tensor, site: Site, thin: Sequence[Thin], weights: Tensor) -> Te
     """The output of a site of rows x (..., in), changed by all of `thin` with weights (..., K) that fit its rows."""
     if thin[0].where == "before":
         v = autocast(x)
-        return site(v + _sum(v, thin, weights))
+        return site(v + weighed_sum(v, thin, weights))
     if thin[0].where == "behind":
-        return site.over_outputs(site(x), lambda y: y + _sum(y, thin, weights))
+        return site.over_outputs(site(x), lambda y: y + weighed_sum(y, thin, weights))
     y = site(x)
-    return y + _sum(x.to(y.dtype), thin, weights)
+    return y + weighed_sum(x.to(y.dtype), thin, weights)
 
 
-def _sum(x: Tensor, thin: Sequence[Thin], weights: Tensor) -> Tensor:
+def weighed_sum(x: Tensor, thin: Sequence[Thin], weights: Tensor) -> Tensor:
     """`Σ_k w_k (x L_k) R_k` for rows x (..., d)."""
     with torch.autocast(device_type=x.device.type, enabled=False):
         Z = x @ torch.cat([t.L for t in thin], dim=1).to(x.dtype)
@@ -140,7 +141,7 @@ def _sum(x: Tensor, thin: Sequence[Thin], weights: Tensor) -> Tensor:
 def _gathered(x: Tensor, y: Tensor, thin: Sequence[Thin], routing: Routing) -> Tensor:
     """`y_i + (x_i L_k) R_k` for x (b, ..., d) and y (b, ..., e), k the adapter of row i; in the dtype of both."""
     if routing.index is None:
-        return y + _sum(x, thin, routing.weights.view(len(x), *(1,) * (x.dim() - 2), -1))
+        return y + weighed_sum(x, thin, routing.weights.view(len(x), *(1,) * (x.dim() - 2), -1))
     r = max(t.L.shape[1] for t in thin)
     L = torch.stack([_padded(t.L, r) for t in thin] + [thin[0].L.new_zeros(thin[0].L.shape[0], r)])
     R = torch.stack([_padded(t.R.mT, r).mT for t in thin] + [thin[0].R.new_zeros(r, thin[0].R.shape[1])])

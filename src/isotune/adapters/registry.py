@@ -48,6 +48,8 @@ BUILT_IN = {
     "loha": "isotune.adapters.low_rank.loha:LoHa",
     "lokr": "isotune.adapters.low_rank.lokr:LoKr",
     "shira": "isotune.adapters.sparse.shira:SHiRA",
+    "mola": "isotune.adapters.mixture.mola:MoLA",
+    "poly": "isotune.adapters.mixture.poly:Poly",
     "adaptformer": "isotune.adapters.bottleneck.adaptformer:AdaptFormer",
     "houlsby": "isotune.adapters.bottleneck.houlsby:Houlsby",
     "bitfit": "isotune.adapters.sparse.bitfit:BitFit",

@@ -119,10 +119,8 @@ def _from_model(model: nn.Module) -> _Source:
         raise CheckpointError("the adapters are folded into the weights; call unfold before exporting them")
     parts: list[Part] = [(p, require_site(m, p), m.isotune.running()) for p, m in layers if m.isotune.running()]
     for p, _, adapters in parts:
-        if none := [adapter.method for adapter in adapters if not adapter.has_weight]:
-            raise NoLowRankFormError(
-                f"{p!r} cannot be exported as a LoRA: the change that {none[0]} makes there is none of a weight"
-            )
+        if none := [adapter.no_weight for adapter in adapters if not adapter.has_weight]:
+            raise NoLowRankFormError(f"{p!r} cannot be exported as a LoRA: {none[0]}")
     if not parts:
         raise CheckpointError("there is nothing to export: no adapter is active on any layer of this model")
     check_one_weight(model, "export")

@@ -56,9 +56,7 @@ def fold(model: nn.Module, keep_base: bool = True) -> nn.Module:
     for path, layer in layers.items():
         for adapter in layer.isotune.running():
             if not adapter.has_weight:
-                raise IsotuneError(
-                    f"{path!r} cannot be folded: the change that {adapter.method} makes there is none of a weight"
-                )
+                raise IsotuneError(f"{path!r} cannot be folded: {adapter.no_weight}")
         if not isinstance(layer, Matrix) and layer._parameters.get("weight") is None:
             raise IsotuneError(f"{path!r} cannot be folded: its weight is no parameter, but computed from others")
     for module in running.values():

@@ -112,6 +112,18 @@ def route(model: nn.Module, weights: Tensor, *names: str, train: bool | Iterable
     return model
 
 
+def tokens(model: nn.Module, mask: Tensor | None) -> nn.Module:
+    """Tell mixtures which tokens of the batches that come are no padding, for what they count; None: all.
+
+    `mask` (batch, length) is what models call `attention_mask`. `isotune train` tells them of every batch.
+    """
+    for _, layer in adapted_layers(model):
+        for adapter in layer.isotune.running():
+            if isinstance(adapter, Mixture):
+                adapter.tokens = mask
+    return model
+
+
 def _check_columns(weights: Tensor, number: int, what: str) -> None:
     if not number or weights.shape[1] != number:
         raise IsotuneError(f"route was given weights with {weights.shape[1]} columns for {what} ({number})")

@@ -70,6 +70,7 @@ class AdapterTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The task's loss, by default the model's own, and in training the adapters' penalty."""
+        isotune.tokens(self.model, inputs.get("attention_mask"))
         loss, outputs = self.task_loss(model, inputs) or super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )

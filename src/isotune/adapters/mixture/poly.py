@@ -1,0 +1,186 @@
+"""Poly and MHR: an inventory of skills, LoRAs that tasks mix, each in its own way; with several heads part by part.
+
+    A_t = Σ_s w_ts A_s,   B_t = Σ_s w_ts B_s,   W' = W + (alpha / r) B_t A_t,   w_t = σ(z_t) / Σ_s σ(z_ts)
+
+z (T x q x S) holds the logits of T tasks over S skills for each of q heads: with q > 1 the inputs of A and the
+outputs of B are cut into q parts, and every part is mixed by itself (MHR). While training w is sampled (relaxed
+Bernoulli) or, with `sample=false`, what it is in evaluation. `isotune.use_task(model, tasks)` says of which task
+every row of the batch is, or that all are of one: then it is one LoRA of rank r, which folds, exports and generates
+as such.
+
+A task that comes later is added with `isotune.add_task(model, "new")`, after which its logits alone train (MHR-z).
+`router="uniform"` has no logits, and is trained further as one LoRA, the mean of all skills (MHR-mu).
+
+Papers: "Combining Modular Skills in Multitask Learning", 2022, arXiv 2202.13914; "Multi-Head Adapter Routing for
+Cross-Task Generalization", NeurIPS 2023, arXiv 2211.03831. Parameters: S r (in + out) + T q S. Cost: T S r (in + out)
+flops to mix, and for n rows 2 n r (in + out). Skills are mixed, and w sampled, once for each task, not for each row.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from isotune.adapters.contract import Parts, Thin, Treatment, WeightAdapter
+from isotune.adapters.settings import Settings, check_rank
+from isotune.adapters.thin_layer import beside
+from isotune.errors import IsotuneError, NoLowRankFormError, OptionError
+from isotune.linalg.random_bases import uniform
+from isotune.sites import LINEAR, Site
+
+
+class Poly(Settings):
+    """W' = W + (alpha / r) B_t A_t: for each task t a mix of the same skills."""
+
+    name: ClassVar[str] = "poly"
+    kinds: ClassVar[frozenset[str]] = LINEAR
+    learning_rate: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "4 * rank * (n_in + n_out) + 4"
+    dialect: ClassVar[str] = "isotune.adapters.peft.poly:PolyDialect"
+
+    rank: int = Field(8, gt=0, description="Rank of a skill.")
+    skills: int = Field(4, gt=0, description="How many skills there are; the papers' S.")
+    heads: int = Field(1, gt=0, description="Parts that are mixed by themselves; above 1 it is MHR.")
+    tasks: tuple[str, ...] = Field(("default",), min_length=1, description="Names of the tasks.")
+    router: Literal["learned", "uniform"] = Field(
+        "learned", description="Logits for every task, or the mean of all skills for all of them."
+    )
+    sample: bool = Field(True, description="Sample the weights of skills while training.")
+    alpha: float = Field(1.0, gt=0, description="Numerator of the scale.")
+    router_rate: float = Field(100.0, gt=0, description="Factor on the learning rate for the logits.")
+
+    def build(self, site: Site, generator: torch.Generator) -> PolyAdapter:
+        check_rank(self.rank, min(site.in_features, site.out_features), "its smaller side")
+        n_in, n_out, q, S = site.in_features, site.out_features, self.heads, self.skills
+        if n_in % q or n_out % q:
+            raise OptionError(f"{q} heads do not divide a layer of {n_in} inputs and {n_out} outputs evenly")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise OptionError(f"poly: a task is named twice: {', '.join(self.tasks)}")
+        A = uniform((q, S, n_in // q, self.rank), (n_in // q) ** -0.5, generator)
+        z = uniform((len(self.tasks), q, S), 1e-3, generator) if self.router == "learned" else None
+        return PolyAdapter(A, torch.zeros(q, S, self.rank, n_out // q), z, self)
+
+    def parameter_count(self, site: Site) -> int:
+        logits = len(self.tasks) * self.heads * self.skills if self.router == "learned" and self.skills > 1 else 0
+        return self.skills * self.rank * (site.in_features + site.out_features) + logits
+
+
+class PolyAdapter(WeightAdapter):
+    """Holds A (q x S x in/q x r), B (q x S x r x out/q) and z (T x q x S)."""
+
+    method = "poly"
+    parts: Parts = MappingProxyType({"A": "matrices", "B": "matrices"})
+
+    def __init__(self, A: Tensor, B: Tensor, z: Tensor | None, settings: Poly) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.z: Tensor | None
+        if z is None or A.shape[1] > 1:
+            self.z = None if z is None else nn.Parameter(z)
+        else:  # a single skill has a weight of one, whatever its logits are
+            self.register_buffer("z", z)
+        self.added: nn.Parameter | None = None  # the logits (1, q, S) of a task that came later
+        self.settings = settings
+        self.scale = settings.alpha / settings.rank
+        self.index: Tensor | None = None
+        """(b): the task of each row of the batch, or (1): that of all rows."""
+
+    @property
+    def has_weight(self) -> bool:
+        return self._single() is not None
+
+    @property
+    def no_weight(self) -> str:
+        return (
+            "poly mixes its skills by task: say with isotune.use_task(model, tasks) of which task the rows are, or "
+            f"which one is meant; it has {', '.join(self.settings.tasks)}"
+        )
+
+    def _single(self) -> int | None:
+        """The one task that all rows are of, or None."""
+        if self.index is None:
+            return 0 if len(self.settings.tasks) == 1 or self.z is None else None
+        return int(self.index) if self.index.numel() == 1 else None
+
+    def mixing(self, sample: bool) -> Tensor:
+        """w (T, q, S)."""
+        if self.z is None:
+            return torch.full((1, *self.A.shape[:2]), 1 / self.A.shape[1], dtype=self.A.dtype, device=self.A.device)
+        z = self.z if self.added is None else torch.cat([self.z, self.added])
+        weights = z.sigmoid()
+        if sample:
+            weights = torch.distributions.RelaxedBernoulli(z.new_ones(()), logits=z).rsample()
+        return weights / (weights.sum(-1, keepdim=True) + 1e-12)
+
+    def mixed(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """A_t (n, in, r) and B_t (n, r, out), scaled, for weights w (n, q, S)."""
+        A = torch.einsum("nqs,qsdr->nqdr", w, self.A).flatten(1, 2)
+        B = torch.einsum("nqs,qsro->nrqo", w, self.B).flatten(2)
+        return A, self.scale * B
+
+    def _thin(self, sample: bool = False) -> tuple[Tensor, Tensor]:
+        """A_t (in, r) and B_t (r, out) of the one task. Raises IsotuneError where there is none."""
+        task = self._single()
+        if task is None:
+            raise IsotuneError(self.no_weight)
+        w = self.mixing(sample)
+        A, B = self.mixed(w[task : task + 1] if self.z is not None else w)
+        return A[0], B[0]
+
+    def forward(self, x: Tensor, site: Site) -> Tensor:
+        sample = self.training and self.settings.sample
+        if self._single() is not None or self.index is None:
+            return beside(site, x, *self._thin(sample))
+        index = self._rows(x).to(x.device)
+        A, B = self.mixed(self.mixing(sample))
+        y = site(x)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            z = x.to(y.dtype).reshape(len(x), -1, x.shape[-1]) @ A.to(y.dtype)[index]
+            return torch.baddbmm(y.reshape(len(y), -1, y.shape[-1]), z, B.to(y.dtype)[index]).view(y.shape)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """The task of each row of x (n b, ...): a row there stands for n here, as beams are."""
+        assert self.index is not None
+        times, rest = divmod(x.shape[0], len(self.index))
+        if x.dim() < 2 or rest or not times:
+            raise IsotuneError(
+                f"isotune.use_task was given the tasks of {len(self.index)} rows, and a layer got an input of shape "
+                f"{tuple(x.shape)}, which is no batch of so many, nor of a multiple of it"
+            )
+        return self.index.repeat_interleave(times)
+
+    def reference(self, x: Tensor, site: Site) -> Tensor:
+        if self._single() is not None or self.index is None:
+            return super().reference(x, site)
+        A, B = self.mixed(self.mixing(False))
+        rows = [x[i] @ A[t].to(x.dtype) @ B[t].to(x.dtype) for i, t in enumerate(self._rows(x).tolist())]
+        return site(x) + torch.stack(rows)
+
+    def weight(self, W: Tensor) -> Tensor:
+        A, B = self._thin()
+        return W + B.mT.to(W.dtype) @ A.mT.to(W.dtype)
+
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            A, B = self._thin()
+        except IsotuneError as error:
+            raise NoLowRankFormError(str(error)) from None
+        return B.mT.to(W.dtype), A.mT.to(W.dtype)
+
+    def thin_factors(self, site: Site) -> Thin | None:
+        return None if self._single() is None else Thin("beside", *self._thin())
+
+    def parameter_groups(self) -> dict[str, Treatment]:
+        names = [name for name in ("z", "added") if getattr(self, name) is not None]
+        return dict.fromkeys(names, Treatment(rate=self.settings.router_rate, decay=0.0))
+
+    def peft_state(self, site: Site) -> dict[str, Tensor]:
+        own = {"poly_lora_A": self.A.detach(), "poly_lora_B": self.B.detach()}
+        if self.z is None:
+            return own
+        z = self.z if self.added is None else torch.cat([self.z, self.added])
+        return own | {"poly_router.module_logits": z.detach().flatten(1)}
