@@ -61,7 +61,7 @@ def test_the_penalty_and_what_follows_a_step_take_part(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[float] = []
-    monkeypatch.setattr(isotune, "after_step", lambda model, progress: done.append(progress))
+    monkeypatch.setattr(isotune, "after_step", lambda model, progress, optimizer: done.append(progress))
     without, weighed = adapted(llama), adapted(llama, penalty=10.0)
     trainer(without, tmp_path / "a").train()
     assert done == [0.25, 0.5, 0.75, 1.0]

@@ -10,8 +10,8 @@ from isotune.sites import Site
 
 
 def total_parameters(settings: Settings, sites: Sequence[Site]) -> int:
-    """Trainable parameters of the method on all of the sites."""
-    return sum(settings.parameter_count(site) for site in sites)
+    """What the method trains on all of the sites, and keeps after training."""
+    return sum(settings.kept_count(site) for site in sites)
 
 
 def nearest_to(budget: int, settings: Settings, sites: Sequence[Site]) -> Settings:

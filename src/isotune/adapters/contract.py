@@ -160,10 +160,11 @@ class Adapter(nn.Module, ABC):
         """
 
     @classmethod
-    def after_steps(cls, adapters: Sequence[Self], progress: float) -> None:
-        """`after_step` of a model's adapters of this class, in order; for a method that ranks across layers."""
+    def after_steps(cls, adapters: Sequence[Self], progress: float) -> Sequence[nn.Parameter]:
+        """`after_step` of a model's adapters of this class; gives those for which the optimizer is to start anew."""
         for adapter in adapters:
             adapter.after_step(progress)
+        return ()
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         """The adapter's tensors under the names and in the shapes of PEFT's files, as views where they can be."""

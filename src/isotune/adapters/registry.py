@@ -52,6 +52,8 @@ BUILT_IN = {
     "poly": "isotune.adapters.mixture.poly:Poly",
     "adaptformer": "isotune.adapters.bottleneck.adaptformer:AdaptFormer",
     "houlsby": "isotune.adapters.bottleneck.houlsby:Houlsby",
+    "lt_sft": "isotune.adapters.sparse.lt_sft:LTSFT",
+    "pruning": "isotune.adapters.sparse.pruning:AdaptByPruning",
     "bitfit": "isotune.adapters.sparse.bitfit:BitFit",
     "ln_tuning": "isotune.adapters.sparse.ln_tuning:LNTuning",
     "ia3": "isotune.adapters.low_rank.ia3:IA3",

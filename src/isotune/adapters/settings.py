@@ -82,6 +82,10 @@ class Settings(Options, ABC):
     def parameter_count(self, site: Site) -> int:
         """Trainable parameters at a site, of which only the kind and the sizes count."""
 
+    def kept_count(self, site: Site) -> int:
+        """Numbers (32 bits each) that a site keeps after training, by which methods are compared; mostly the same."""
+        return self.parameter_count(site)
+
 
 def check_rank(rank: int, limit: int, what: str) -> None:
     """Raise OptionError unless `rank` is at most `limit`, the size of `what`."""

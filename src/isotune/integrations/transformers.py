@@ -19,7 +19,7 @@ class AfterStep(TrainerCallback):
     """Lets the adapters do what their method does after each optimizer step."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        isotune.after_step(model, (state.global_step + 1) / max(state.max_steps, 1))
+        isotune.after_step(model, (state.global_step + 1) / max(state.max_steps, 1), kwargs.get("optimizer"))
 
 
 class AdapterCallback(AfterStep):

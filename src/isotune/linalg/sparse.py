@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +24,33 @@ def sparse_product(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, m: int
     Saved for backward: x and the entries, and not the b k products.
     """
     return _SparseProduct.run(x, values, rows, cols, m)
+
+
+def largest_of_all(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Where the k largest entries of all of these tensors, of any shapes, are: exactly k, of equal ones the first."""
+    flat = torch.cat([t.flatten().to(tensors[0].device) for t in tensors])
+    kept = torch.ones_like(flat, dtype=torch.bool)
+    if k < len(flat):
+        least = flat.kthvalue(len(flat) - k + 1).values if k else flat.max()
+        equal = flat == least
+        above = flat > least
+        kept = above | (equal & (equal.cumsum(0) <= k - above.sum()))
+    return [
+        part.view(t.shape).to(t.device)
+        for part, t in zip(kept.split([t.numel() for t in tensors]), tensors, strict=True)
+    ]
+
+
+def packed_bits(mask: Tensor) -> Tensor:
+    """A mask of n entries, of any shape, as ceil(n / 8) bytes, the first entry in the lowest bit."""
+    bits = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpacked_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The mask of this shape that `packed_bits` packed into bytes (ceil(n / 8))."""
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten()[: math.prod(shape)].bool().view(*shape)
 
 
 @lru_cache(maxsize=64)

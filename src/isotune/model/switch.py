@@ -253,11 +253,12 @@ def _penalty(adapter: Adapter, site: Site) -> Tensor:
     return functional_call(_Penalty(adapter), whole, (site,)) if whole else adapter.penalty(site)
 
 
-def after_step(model: nn.Module, progress: float = 1.0) -> None:
+def after_step(model: nn.Module, progress: float = 1.0, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Let the active adapters do what their method does after each optimizer step.
 
     It belongs between `optimizer.step()` and `optimizer.zero_grad()`: some methods look at gradients. `progress` is
-    the share of training that is done, for methods with a schedule: without it they are at its end.
+    the share of training that is done, for methods with a schedule: without it they are at its end. The optimizer
+    forgets what it knows of parameters that a method starts anew.
     """
     found: dict[type[Adapter], list[Adapter]] = {}
     for _, layer in adapted_layers(model):
@@ -265,4 +266,6 @@ def after_step(model: nn.Module, progress: float = 1.0) -> None:
             found.setdefault(type(adapter), []).append(adapter)
     with torch.no_grad():
         for kind, adapters in found.items():
-            kind.after_steps(adapters, progress)
+            for parameter in kind.after_steps(adapters, progress):
+                if optimizer is not None:
+                    optimizer.state.pop(parameter, None)

@@ -45,9 +45,9 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 def _memory(model: nn.Module) -> dict[str, Tensor]:
     """What only the training of adapters needs, by name; such as how important each number was so far."""
     return {
-        f"{path}.{own}": buffer
+        f"{path}.{own}": tensor
         for path, layer in adapted_layers(model)
-        for own, buffer in layer.isotune.named_buffers()
+        for own, tensor in layer.isotune.state_dict().items()
         if own.partition(".")[2] in cast(Adapter, layer.isotune[own.partition(".")[0]]).memory
     }
 

@@ -23,7 +23,7 @@ from typing import ClassVar, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from isotune.adapters.contract import check_tensors
 from isotune.adapters.low_rank.gated import Gated
@@ -114,9 +114,10 @@ class AdaLoRAAdapter(Gated):
         return g + A.mean(1) + B.mean(0)
 
     @classmethod
-    def after_steps(cls, adapters: Sequence[Self], progress: float) -> None:
+    def after_steps(cls, adapters: Sequence[Self], progress: float) -> Sequence[nn.Parameter]:
         for settings, group in _by_settings(adapters):
             _give_up(settings, group, progress)
+        return ()
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         own = {stored: getattr(self, name).detach() for name, stored in _NAMES.items()}
