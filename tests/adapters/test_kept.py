@@ -6,10 +6,15 @@ import copy
 import gc
 import pickle
 import weakref
+from typing import Any
 
+import pytest
 import torch
+from torch import nn
 
+import isotune
 from isotune.adapters.cache import Kept
+from isotune.adapters.registry import method_class, method_names
 
 
 def test_value_is_made_once_for_as_long_as_its_tensors_stay_as_they_are() -> None:
@@ -43,3 +48,30 @@ def test_tensors_that_it_came_from_are_not_held() -> None:
     del a
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", method_names())
+def test_what_is_kept_sees_the_steps_of_a_fused_optimizer(name: str, mode: bool) -> None:
+    """Its steps leave no trace on a parameter: Trainer's default optimizer is one."""
+    torch.manual_seed(0)
+    kinds = method_class(name).kinds
+    layer = nn.LayerNorm(64) if kinds == {"norm"} else nn.Linear(64, 64)
+    method = isotune.method(name) if "rank" not in method_class(name).model_fields else isotune.method(name, rank=4)
+    model: Any = isotune.adapt(nn.Sequential(layer), method, ["0"], seed=0)
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        before = model.eval()(x)
+    optimizer = torch.optim.AdamW(isotune.parameter_groups(model, lr=1e-2), fused=True)
+    model.train(mode)
+    for _ in range(2):
+        (model(x) - 1).square().sum().backward()
+        optimizer.step()
+        isotune.after_step(model)
+        optimizer.zero_grad()
+    model.eval()
+    expected = model(x).detach()
+    with torch.no_grad():
+        found = model(x)
+    assert not torch.allclose(expected, before, atol=1e-4)
+    torch.testing.assert_close(found, expected)

@@ -85,6 +85,7 @@ class BlockRotation(Rotation):
     def _blocks(self, dtype: torch.dtype) -> Tensor:
         """The blocks: once a step in training, once for many calls at inference, where they are rounded once."""
         if self.training or torch.is_grad_enabled() or transformed():
+            self._kept.forget()
             return self._once.get(self, lambda: (self.blocks(),))[0]
         dtype = dtype if dtype.is_floating_point else torch.float32  # indices into an embedding
         return self._kept.get((*self.parameters(), *self.buffers()), lambda: self.blocks().to(dtype), dtype)

@@ -15,7 +15,8 @@ T = TypeVar("T")
 class Kept(Generic[T]):
     """What was made from some tensors, made anew when one of them is replaced, changed in place, cast or moved.
 
-    A copy or a pickle starts empty. Writing through `.data` in place goes unseen, as it does by autograd.
+    A copy or a pickle starts empty. Writing through `.data` in place goes unseen, as it does by autograd, and so do
+    the steps of torch's fused optimizers: what depends on parameters that learn has to be forgotten where they do.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,10 @@ class Kept(Generic[T]):
         if value is None or state != self._state or any(ref() is not t for ref, t in zip(self._of, of, strict=True)):
             self._of, self._state, self._value = [weakref.ref(t) for t in of], state, (value := make())
         return value
+
+    def forget(self) -> None:
+        """Make it anew the next time."""
+        self._value = None
 
     @property
     def value(self) -> T | None:

@@ -3,9 +3,10 @@
     y = x Wᵀ + b + (x L) R,   or  (x + (x L) R) Wᵀ + b,   and perhaps every output scaled
 
 What an adapter makes of its parameters and of W is made once for many calls, and anew when one of them is replaced,
-moved or changed in place, when other adapters run, or for another dtype. Writing through `.data` in place goes
-unseen, as it does by autograd. Rows of a batch that use different adapters, as when many users are served, go through
-all of them side by side, `z = x [L_1 ... L_K]` masked by row, where few tokens a row make that cheaper than a gather.
+moved or changed in place, when other adapters run, for another dtype, and after a pass with gradients, for torch's
+fused optimizers leave no trace on a parameter. Writing through `.data` in place goes unseen, as it does by autograd.
+Rows of a batch that use different adapters, as when many users are served, go through all of them side by side,
+`z = x [L_1 ... L_K]` masked by row, where few tokens a row make that cheaper than a gather.
 """
 
 from __future__ import annotations

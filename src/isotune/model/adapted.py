@@ -97,6 +97,8 @@ class Adapted(InPlace):
             y = adapters.at_inference(self, args[0]) if isinstance(args[0], Tensor) else None
             if y is not None:
                 return y
+        elif adapters.inference is not None:
+            adapters.inference = None
         if not args:
             args = (kwargs.pop(adapters.first),)
         if adapters.routing is not None and adapters.enabled:
