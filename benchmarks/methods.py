@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.contenders import PEFTS, REFERENCE, peft_form, settings_of
 from benchmarks.options import Options
 from benchmarks.single import compare
-from isotune.adapters.registry import method_names
+from isotune.adapters.registry import method_class, method_names
 from isotune.errors import IsotuneError
 from isotune.model.catalogue import linear_site
 
@@ -33,10 +33,15 @@ class MethodCase:
         return f"{self.method} on linear {self.d}, {self.rows} rows"
 
 
+def names() -> list[str]:
+    """The methods that adapt a linear layer."""
+    return [name for name in method_names() if "linear" in method_class(name).kinds]
+
+
 def cases(options: Options) -> Iterator[MethodCase]:
     """One for each method."""
     dtype = "bfloat16" if options.cuda else "float32"
-    for name in method_names():
+    for name in names():
         yield MethodCase(name, d=256, rows=64, dtype=dtype) if options.quick else MethodCase(name, dtype=dtype)
 
 

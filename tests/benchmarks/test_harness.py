@@ -32,7 +32,6 @@ from benchmarks.options import Options
 from benchmarks.render import render
 from benchmarks.tables import method_table
 from benchmarks.timing import Effort
-from isotune.adapters.registry import method_names
 
 QUICK = Options(quick=True, threads=1)
 
@@ -68,7 +67,7 @@ def test_a_convolution_is_compared() -> None:
 
 def test_every_method_is_timed_and_pefts_own_beside_it_where_there_is_one() -> None:
     found = [methods.measure(replace(case, d=128, rows=16), QUICK) for case in methods.cases(QUICK)]
-    assert [row["case"]["method"] for row in found] == method_names()
+    assert [row["case"]["method"] for row in found] == methods.names()
     for row in found:
         name, figures = row["case"]["method"], row["contenders"]
         assert_timed({who: figures[who] for who in ("frozen", "peft-lora", f"isotune-{name}")})
@@ -78,7 +77,7 @@ def test_every_method_is_timed_and_pefts_own_beside_it_where_there_is_one() -> N
     assert by_name["hra"]["peft's hra"]["saved"] > 2 * by_name["hra"]["isotune-hra"]["saved"]
     result = {"rows": found, "seconds": 1.0, "date": "", "versions": {}, "machine": machine("cpu")}
     text = render({"methods": result | {"settings": {"quick": True}, "section": "methods"}}, {})["README.md"]
-    assert all(f"\n| {name} | " in text for name in ("frozen", "peft-lora", *method_names()))
+    assert all(f"\n| {name} | " in text for name in ("frozen", "peft-lora", *methods.names()))
 
 
 def test_a_method_takes_the_rank_asked_for_where_it_can() -> None:

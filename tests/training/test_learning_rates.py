@@ -41,11 +41,12 @@ def fitting(name: str) -> dict[str, Any]:
 
 def recipe_of(path: Path, model: Path, rows: Path, method: Any, **training: Any) -> Path:
     """A recipe of two steps."""
+    name = method if isinstance(method, str) else method["name"]
     recipe = {
         "model": str(model),
         "data": {"train": str(rows / "train.jsonl"), "validation": None, "max_length": 8, "max_train_rows": 8},
         "method": method,
-        "targets": "query-value",
+        "targets": None if name == "ln_tuning" else "query-value",
         "head": "random",
         "training": {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", **training},
         "output": str(path / "run"),
