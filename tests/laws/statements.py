@@ -159,7 +159,8 @@ def parameter_count_is_as_declared(case: Case) -> None:
     model = case.fresh()
     site, method = site_of_base(model), type(case.method)
     trained = sum(p.numel() for p in trainable(model))
-    assert trained == case.method.parameter_count(site)
+    shared = case.method.shared([site]) if case.method.trains_shared else {}
+    assert trained == case.method.parameter_count(site) + sum(tensor.numel() for tensor in shared.values())
     default = method()
     letters = {"rank": getattr(default, "rank", None), "n_in": 48, "n_out": 80}
     functions = {"__builtins__": {}, "min": min, "max": max, "ceil": math.ceil}

@@ -36,6 +36,7 @@ MATRICES: dict[str, set[str]] = {
     "adaptformer": {"D", "U"},
     "houlsby": {"D", "U"},
     "mola": {f"experts.{k}.{part}" for k in range(5) for part in "AB"},
+    "kadaptation": {"u", "v"},
     "sora": {"A", "B"},
     "adalora": {"A", "B"},
     "pego": {"A", "B"},

@@ -11,7 +11,8 @@ from isotune.sites import Site
 
 def total_parameters(settings: Settings, sites: Sequence[Site]) -> int:
     """What the method trains on all of the sites, and keeps after training."""
-    return sum(settings.kept_count(site) for site in sites)
+    shared = settings.shared(sites) if settings.trains_shared else {}
+    return sum(settings.kept_count(site) for site in sites) + sum(tensor.numel() for tensor in shared.values())
 
 
 def nearest_to(budget: int, settings: Settings, sites: Sequence[Site]) -> Settings:

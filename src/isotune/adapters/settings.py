@@ -36,6 +36,8 @@ class Settings(Options, ABC):
     """Where its form in PEFT is, `package.module:Class` (a `Dialect`); empty where PEFT does not have it."""
     usual_targets: ClassVar[str] = "attention"
     """The preset that names what it goes on, where nothing else is said."""
+    trains_shared: ClassVar[bool] = False
+    """Whether what `shared` gives is trained."""
     size_option: ClassVar[str | None] = "rank"
     """The whole-number option that decides how many parameters are trained; None where no option does."""
 
@@ -67,16 +69,17 @@ class Settings(Options, ABC):
         return self.build(site, torch.Generator())
 
     def shared(self, sites: Iterable[Site]) -> dict[str, Tensor]:
-        """Frozen tensors that the adapters on all these sites have in common, by their names in PEFT's files.
+        """Tensors that the adapters on all these sites have in common, by their names in PEFT's files.
 
-        They may depend on the settings and the sizes of the sites alone: a site's weight may be on the meta device.
+        They are frozen or, with `trains_shared`, trained by all of them. They may depend on the settings and the
+        sizes of the sites alone: a site's weight may be on the meta device.
         """
         return {}
 
     @property
     def stores_shared(self) -> bool:
         """Whether `shared` is saved with the adapter; otherwise loading draws it again."""
-        return False
+        return self.trains_shared
 
     @abstractmethod
     def parameter_count(self, site: Site) -> int:

@@ -128,7 +128,7 @@ def _fill_shared(copies: set[Shared], stored: StoredAdapter) -> None:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{stored.path}: {error.args[0]}") from None
         for name, tensor in own.items():
-            tensor.copy_(stored.shared[name])
+            tensor.detach().copy_(stored.shared[name])
 
 
 def _home(module: Any) -> Any:

@@ -107,7 +107,7 @@ def build_adapters(
     if shared is None:
         shared = draw_shared(settings, (site_for(layer, path, settings[path]) for path, layer in layers.items()))
     if shared:
-        _share(adapters, layers, shared)
+        _share(adapters, layers, shared, next(iter(settings.values())).trains_shared)
     if seed is not None:
         sites = {path: site_for(layer, path, settings[path]) for path, layer in layers.items()}
         for path, adapter in adapters.items():
@@ -248,14 +248,18 @@ def _usual_defaults() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _share(adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module], shared: dict[str, Tensor]) -> None:
-    """Give the adapters what they share, one copy for each device and dtype."""
+def _share(
+    adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module], shared: dict[str, Tensor], trained: bool
+) -> None:
+    """Give the adapters what they share, one copy for each device and dtype, or where it is trained one alone."""
     copies: dict[tuple[torch.device, torch.dtype], Shared] = {}
     for path, adapter in adapters.items():
         where = device_of(layers[path]), _dtype_of(layers[path])
         try:
             if where not in copies:
-                copies[where] = Shared({name: tensor.to(*where) for name, tensor in shared.items()})
+                if trained and copies:
+                    raise ValueError("it trains, so that all layers have to be on one device and of one precision")
+                copies[where] = Shared({name: tensor.to(*where) for name, tensor in shared.items()}, trained)
             adapter.share(copies[where])
         except (KeyError, ValueError, IndexError) as error:
             raise OptionError(f"{adapter.method} at {path!r}, what it shares: {error.args[0]}") from None

@@ -216,11 +216,14 @@ def describe(model: nn.Module) -> list[SiteRow]:
             # Integers that hold several numbers each are counted as the numbers.
             weight = module._parameters.get("weight")
             base += module.in_features * module.out_features - (0 if weight is None else weight.numel())
-    rows = []
+    rows: list[SiteRow] = []
+    seen: set[int] = set()
     for path, module in changed:
         home = module.isotune
         for name, part in home.items():
-            trainable = sum(p.numel() for p in part.parameters())
+            own = {id(p): p.numel() for p in part.parameters() if id(p) not in seen}
+            seen |= own.keys()  # what adapters share is counted once, at the first
+            trainable = sum(own.values())
             method = home.settings[name].name if name in home.settings else "full"
             rows.append(SiteRow(path, name, method, trainable, trainable / max(base, 1), name in home.active))
     return rows
