@@ -11,8 +11,12 @@ from isotune.sites import Site
 
 def total_parameters(settings: Settings, sites: Sequence[Site]) -> int:
     """What the method trains on all of the sites, and keeps after training."""
-    shared = settings.shared(sites) if settings.trains_shared else {}
-    return sum(settings.kept_count(site) for site in sites) + sum(tensor.numel() for tensor in shared.values())
+    return sum(settings.kept_count(site) for site in sites) + shared_parameters(settings, sites)
+
+
+def shared_parameters(settings: Settings, sites: Sequence[Site]) -> int:
+    """What the method trains in common on all of the sites."""
+    return sum(tensor.numel() for tensor in settings.shared(sites).values()) if settings.trains_shared else 0
 
 
 def nearest_to(budget: int, settings: Settings, sites: Sequence[Site]) -> Settings:

@@ -3,8 +3,8 @@
     x' = x + x D diag(c) Dᵀ + u,   D (d x r) shared by all layers of a width, c (r) and u (d) of each
 
 On a block, such as `targets=["self_attn", "mlp"]`, it stands before everything that reads the block's input. On a
-linear layer, whose weight it then is in, W' = W (I + D diag(c) Dᵀ), it has no u: an exact LoRA of rank r. c and u start
-at zero, where the authors' code draws c at random for the MLP, so that the model is unchanged at first.
+linear layer, whose weight it then is in, W' = W (I + D diag(c) Dᵀ), it has no u: an exact LoRA of rank r. c and u
+start at zero, where the authors' code draws c at random for the MLP, so that the model is unchanged at first.
 
 Paper: "Efficient Adaptation of Large Vision Transformer via Adapter Re-Composing", NeurIPS 2023, arXiv 2310.06234,
 which has one D for attention and one for MLPs. Parameters: d r in all, and r + d for each block or r for each layer.
