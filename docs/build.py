@@ -22,7 +22,10 @@ from isotune.cli.optimizers import described, optimizer_section
 
 DOCS = Path(__file__).parent
 CONFIG = DOCS.parent / "mkdocs.yml"
-FAMILIES = {"orthogonal": "Orthogonal", "low_rank": "Low rank", "spectral": "Spectral", "sparse": "Sparse"}
+FAMILIES = {
+    "orthogonal": "Orthogonal", "low_rank": "Low rank", "spectral": "Spectral", "sparse": "Sparse",
+    "bottleneck": "Beside a block", "mixture": "Mixtures",
+}  # fmt: skip
 SHOWN = (".md", ".css", ".html")
 """What of docs/ belongs to the site."""
 REFERENCES = ("methods.md", "optimizers.md")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from isotune.model.compact import compact as compact
     from isotune.model.fold import fold as fold
     from isotune.model.fold import unfold as unfold
+    from isotune.model.gate import SequenceGate as SequenceGate
     from isotune.model.groups import parameter_groups as parameter_groups
     from isotune.model.switch import after_step as after_step
     from isotune.model.switch import describe as describe
@@ -71,6 +72,7 @@ _HOMES = {
     "fold": "model.fold",
     "unfold": "model.fold",
     "after_step": "model.switch",
+    "SequenceGate": "model.gate",
     "describe": "model.switch",
     "disabled": "model.switch",
     "parameter_groups": "model.groups",
@@ -91,6 +93,7 @@ __all__ = [
     "LowRank",
     "Mixture",
     "Rotation",
+    "SequenceGate",
     "Settings",
     "WeightAdapter",
     "accelerate_peft",

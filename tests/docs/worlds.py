@@ -186,6 +186,7 @@ WORLDS: dict[str, Callable[[], Names]] = {
     "recipes/causal.md": talks,
     "learning-rates.md": chats,
     "tasks.md": tasks,
+    "mixtures.md": causal_model,
     "recipes/convolutions.md": images,
     "recipes/diffusion.md": unet,
     "serving.md": finished_run,

@@ -1,0 +1,88 @@
+"""`python -m benchmarks.rates`: what each method's default learning rate reaches, of what its best one does.
+
+From the comparisons under docs/examples/rates, on validation rows; the part of docs/learning-rates.md between its
+marks is written anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.tables import table
+from isotune.adapters.registry import method_class
+from isotune.comparison.results import FROZEN
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = "learning-rates.md"
+BEGIN, END = "<!-- rates: written by python -m benchmarks.rates -->", "<!-- end of rates -->"
+BEDS = {
+    "scicite": ("MiniLM, SciCite, 60 steps", "validation_accuracy", 100),
+    "shakespeare": ("stories260K, Shakespeare, 140 steps", "validation_loss", -1),
+}
+"""By folder: what is trained on, the score, and its factor, negative where less is better."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One method in one comparison: scores by learning rate, more is better, and that of the frozen model."""
+
+    method: str
+    scores: dict[float, float]
+    frozen: float
+
+    @property
+    def default(self) -> float:
+        """The method's own rate."""
+        return method_class(self.method).learning_rate
+
+    @property
+    def best(self) -> float:
+        """The rate with the best score."""
+        return max(self.scores, key=lambda rate: self.scores[rate])
+
+    @property
+    def reached(self) -> float:
+        """The gain at the default rate as a share of that at the best one."""
+        return (self.scores[self.default] - self.frozen) / (self.scores[self.best] - self.frozen)
+
+
+def main() -> None:
+    """Write the part of the page."""
+    path = DOCS / PAGE
+    before, _, rest = path.read_text().partition(BEGIN)
+    path.write_text(f"{before}{section(DOCS)}{rest.partition(END)[2]}")
+
+
+def section(docs: Path) -> str:
+    """The part of the page, its marks included."""
+    found = {name: list(_found(docs / "examples" / "rates" / name / "results.jsonl", name)) for name in BEDS}
+    methods = [one.method for one in found["scicite"]]
+    header = ["method", "default", *(f"{title}: best rate, default reaches" for title, _, _ in BEDS.values())]
+    body = []
+    for method in methods:
+        cells = [next((_cell(one) for one in rows if one.method == method), "") for rows in found.values()]
+        body.append([method, f"{method_class(method).learning_rate:g}", *cells])
+    return "\n\n".join((BEGIN, table(header, body), END))
+
+
+def _cell(one: Found) -> str:
+    edge = " (edge)" if one.best in (min(one.scores), max(one.scores)) else ""
+    return f"{one.best / one.default:.2g} x{edge}, {100 * one.reached:.0f} %"
+
+
+def _found(path: Path, bed: str) -> Iterator[Found]:
+    _, metric, factor = BEDS[bed]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    frozen = next(line["metrics"][metric] for line in lines if line["method"] == FROZEN) * factor
+    scores: dict[str, dict[float, float]] = {}
+    for line in lines:
+        if line["kind"] == "trial" and line["status"] == "done":
+            scores.setdefault(line["method"], {})[line["learning_rate"]] = line["metrics"][metric] * factor
+    return (Found(method, own, frozen) for method, own in scores.items())
+
+
+if __name__ == "__main__":
+    main()
