@@ -89,14 +89,23 @@ def test_lt_sft_keeps_exactly_k_entries_which_alone_move(tmp_path: Path) -> None
     assert all(torch.equal(a.D != 0, mask) for a, mask in zip(adapters(loaded), masks, strict=True))
 
 
-@pytest.mark.parametrize("name", ["lt_sft", "pruning"])
-def test_a_training_resumes_in_the_midst_of_a_phase(name: str, tmp_path: Path) -> None:
-    whole = model_with(name)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lt_sft", {}),
+        ("pruning", {}),
+        ("diffora", {"rank": 2, "search": 0.7}),
+        ("adalora", {"rank": 4}),
+        ("sora", {"rank": 4, "threshold": 0.01}),
+    ],
+)
+def test_a_training_resumes_in_the_midst_of_a_phase(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    whole = model_with(name, **options)
     train(whole, range(6), 10)
-    first = model_with(name)
+    first = model_with(name, **options)
     optimizer = train(first, range(3), 10)
     save_weights(first, tmp_path, "base")
-    again = model_with(name)
+    again = model_with(name, **options)
     load_weights(again, tmp_path)
     kept = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=1e-2)
     kept.load_state_dict(optimizer.state_dict())

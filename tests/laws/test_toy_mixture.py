@@ -12,6 +12,7 @@ from torch import nn
 import isotune
 from isotune import IsotuneError, LoRA, Mixture, Settings
 from isotune.adapters.low_rank.lora import LoRAAdapter
+from isotune.adapters.mixed import NO_WEIGHT
 from isotune.sites import Site
 from laws.suite import laws_of
 from support import adapted, assert_same_output, move, output, stories
@@ -24,15 +25,7 @@ class Experts(Settings):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "2 * (n_in + n_out) + 2 * n_in"
-    exempt: ClassVar[dict[str, str]] = dict.fromkeys(
-        (
-            "fold_is_the_forward_and_unfold_restores",
-            "state_is_that_of_the_base_and_the_adapters_beside_it",
-            "factors_reproduce_the_change",
-            "stack_is_the_product_of_its_parts",
-        ),
-        "what it adds depends on the row, so that there is no adapted weight",
-    )
+    exempt: ClassVar[dict[str, str]] = dict(NO_WEIGHT)
 
     routed: bool = Field(True, description="Whether a router decides; else isotune.route does.")
 

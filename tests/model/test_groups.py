@@ -37,6 +37,7 @@ MATRICES: dict[str, set[str]] = {
     "houlsby": {"D", "U"},
     "mola": {f"experts.{k}.{part}" for k in range(5) for part in "AB"},
     "kadaptation": {"u", "v"},
+    "diffora": {"A", "B"},
     "sora": {"A", "B"},
     "adalora": {"A", "B"},
     "pego": {"A", "B"},

@@ -10,8 +10,9 @@ times the cost of one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,19 @@ from isotune.bare import bare_class
 from isotune.errors import IsotuneError
 from isotune.linalg.precision import autocast
 from isotune.sites import CONVOLUTIONS, Site
+
+NO_WEIGHT: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(
+        (
+            "fold_is_the_forward_and_unfold_restores",
+            "state_is_that_of_the_base_and_the_adapters_beside_it",
+            "factors_reproduce_the_change",
+            "stack_is_the_product_of_its_parts",
+        ),
+        "what it adds depends on the row, so that there is no adapted weight",
+    )
+)
+"""The laws that a mixture is exempt from."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ BUILT_IN = {
     "tlora": "isotune.adapters.low_rank.tlora:TLoRA",
     "sora": "isotune.adapters.low_rank.sora:SoRA",
     "adalora": "isotune.adapters.low_rank.adalora:AdaLoRA",
+    "diffora": "isotune.adapters.low_rank.diffora:DiffoRA",
     "pego": "isotune.adapters.low_rank.pego:PEGO",
     "hira": "isotune.adapters.low_rank.hira:HiRA",
     "loha": "isotune.adapters.low_rank.loha:LoHa",

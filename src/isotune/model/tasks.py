@@ -29,9 +29,10 @@ def use_task(model: nn.Module, tasks: str | Sequence[str] | None) -> nn.Module:
     """
     found = list(_in_use(model))
     named = [tasks] if isinstance(tasks, str) else tasks
-    indices = [None if named is None else _places(adapter, named) for _, _, adapter in found]
-    for (home, _, adapter), index in zip(found, indices, strict=True):
-        adapter.index = index
+    places = [[] if named is None else _places(adapter, named) for _, _, adapter in found]
+    for (home, _, adapter), own in zip(found, places, strict=True):
+        adapter.task = own[0] if len(own) == 1 else None
+        adapter.index = torch.tensor(own, device=adapter.A.device) if len(own) > 1 else None
         home.inference, home.refused = None, ()
     return model
 
@@ -74,11 +75,11 @@ def _in_use(model: nn.Module) -> Iterator[tuple[Adapters, str, PolyAdapter]]:
         raise IsotuneError("no adapter in use mixes by task; the method that does is poly")
 
 
-def _places(adapter: PolyAdapter, tasks: Sequence[str]) -> torch.Tensor:
+def _places(adapter: PolyAdapter, tasks: Sequence[str]) -> list[int]:
     known = adapter.settings.tasks
     for task in tasks:
         if task not in known:
             raise IsotuneError(f"poly has no task {task!r}.{nearest(task, known)} It has: {', '.join(known)}.")
     if not tasks:
         raise IsotuneError("use_task was given no task; name one for all rows, or one for each")
-    return torch.tensor([known.index(task) for task in tasks], device=adapter.A.device)
+    return [known.index(task) for task in tasks]

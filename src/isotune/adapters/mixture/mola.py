@@ -27,7 +27,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from isotune.adapters.low_rank.lora import LoRAAdapter, fresh_factors
-from isotune.adapters.mixed import Mixture, thin_of, weighed_sum
+from isotune.adapters.mixed import NO_WEIGHT, Mixture, thin_of, weighed_sum
 from isotune.adapters.settings import Settings
 from isotune.errors import OptionError
 from isotune.linalg.random_bases import uniform
@@ -41,15 +41,10 @@ class MoLA(Settings):
     kinds: ClassVar[frozenset[str]] = LINEAR
     learning_rate: ClassVar[float] = 2e-3
     formula: ClassVar[str] = "5 * (rank * (n_in + n_out) + n_in)"
-    exempt: ClassVar[dict[str, str]] = dict.fromkeys(
-        (
-            "fold_is_the_forward_and_unfold_restores",
-            "state_is_that_of_the_base_and_the_adapters_beside_it",
-            "factors_reproduce_the_change",
-            "stack_is_the_product_of_its_parts",
-        ),
-        "what it adds depends on the row, so that there is no adapted weight",
-    ) | {"every_factor_moves_within_two_steps": "an expert that no token was given has no gradient"}
+    exempt: ClassVar[dict[str, str]] = {
+        **NO_WEIGHT,
+        "every_factor_moves_within_two_steps": "an expert that no token was given has no gradient",
+    }
 
     rank: int = Field(8, gt=0, description="Rank of each expert.")
     experts: str = Field(

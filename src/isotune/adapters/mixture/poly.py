@@ -87,7 +87,9 @@ class PolyAdapter(WeightAdapter):
         self.settings = settings
         self.scale = settings.alpha / settings.rank
         self.index: Tensor | None = None
-        """(b): the task of each row of the batch, or (1): that of all rows."""
+        """(b): the task of each row of the batch."""
+        self.task: int | None = None
+        """That of all rows."""
 
     @property
     def has_weight(self) -> bool:
@@ -102,9 +104,7 @@ class PolyAdapter(WeightAdapter):
 
     def _single(self) -> int | None:
         """The one task that all rows are of, or None."""
-        if self.index is None:
-            return 0 if len(self.settings.tasks) == 1 or self.z is None else None
-        return int(self.index) if self.index.numel() == 1 else None
+        return 0 if len(self.settings.tasks) == 1 or self.z is None else self.task
 
     def mixing(self, sample: bool) -> Tensor:
         """w (T, q, S)."""
