@@ -122,3 +122,30 @@ def test_what_has_no_bias_or_is_no_norm_is_said(tmp_path: Path) -> None:
     with pytest.raises(NoLowRankFormError):
         isotune.export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def test_scaling_and_shifting_is_in_weight_and_bias_and_sets_do_not_touch_each_other() -> None:
+    model: Any = minilm()
+    base = output(model)
+    for seed, missing in enumerate(("no-image", "no-text")):
+        adapted(model, isotune.method("ssf"), "biased", name=missing, seed=seed, size=0.3)
+    found = {name: output(isotune.use(model, name)) for name in ("no-image", "no-text")}
+    assert not torch.allclose(found["no-image"], found["no-text"], atol=1e-3)
+    with isotune.disabled(model):
+        assert torch.equal(output(model), base)
+    isotune.use(model, "no-text")
+    layer = model.encoder.layer[0].attention.self.query
+    own = layer.isotune["no-text"]
+    torch.testing.assert_close(layer.weight, own.gamma[:, None] * layer._parameters["weight"])
+    torch.testing.assert_close(layer.bias, own.gamma * layer._parameters["bias"] + own.beta)
+    before = {name: p.clone() for name, p in model.named_parameters() if "no-image" in name}
+    isotune.use(model, "no-text")
+    output_of = model(input_ids=torch.arange(8)[None]).last_hidden_state
+    output_of.square().mean().backward()
+    assert all(p.grad is None for name, p in model.named_parameters() if "no-text" not in name)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    assert_same_output(output(isotune.fold(model)), found["no-text"])
+    plain = adapted(stories(), isotune.method("ssf"), "attention", size=0.3)
+    assert all(row.trainable in (64, 32) for row in isotune.describe(plain))
+    keys = set(stories().state_dict())
+    assert set(isotune.fold(plain, keep_base=False).state_dict()) == keys

@@ -58,6 +58,7 @@ BUILT_IN = {
     "houlsby": "isotune.adapters.bottleneck.houlsby:Houlsby",
     "lt_sft": "isotune.adapters.sparse.lt_sft:LTSFT",
     "pruning": "isotune.adapters.sparse.pruning:AdaptByPruning",
+    "ssf": "isotune.adapters.sparse.ssf:SSF",
     "bitfit": "isotune.adapters.sparse.bitfit:BitFit",
     "ln_tuning": "isotune.adapters.sparse.ln_tuning:LNTuning",
     "ia3": "isotune.adapters.low_rank.ia3:IA3",
