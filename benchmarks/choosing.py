@@ -26,7 +26,8 @@ Written by `python -m benchmarks.choosing` from what isotune's prober and the co
 
 READING = """## How to read the comparisons
 
-At a budget every method has the size that comes nearest to it in trained parameters, and the same number of
+At a budget every method has the size that comes nearest to it in trained parameters (of `lt_sft` and `pruning`, which
+train a number for each weight, in what they keep), and the same number of
 learning rates, of which the validation rows choose. The score is that on test rows: mean and 95 % t-interval over
 seeds. Two methods are *told apart* here if the 95 % t-interval of their difference, paired over the seeds, leaves
 zero out. That is generous: of twenty true ties, one is told apart by chance, and the best of many means is partly the

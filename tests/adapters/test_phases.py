@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import isotune
+from isotune.adapters.sparse.lt_sft import LTSFTAdapter
 from isotune.linalg.sparse import largest_of_all, packed_bits, unpacked_bits
 from isotune.training.weights import load_weights, save_weights
 from support import adapted, move, output, stories
@@ -87,6 +88,32 @@ def test_lt_sft_keeps_exactly_k_entries_which_alone_move(tmp_path: Path) -> None
     assert torch.equal(loaded(x), model(x))
     train(loaded, range(3), 10)
     assert all(torch.equal(a.D != 0, mask) for a, mask in zip(adapters(loaded), masks, strict=True))
+
+
+class Drifting(LTSFTAdapter):
+    """A broken twin: its mask is chosen, and nothing is kept to it."""
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.D
+
+    @classmethod
+    def after_steps(cls, adapters: Any, progress: float) -> Any:
+        kept = [adapter.D.detach().clone() for adapter in adapters]
+        super().after_steps(adapters, progress)
+        for adapter, D in zip(adapters, kept, strict=True):
+            adapter.D.data.copy_(D)
+        return ()
+
+
+@pytest.mark.parametrize("kind", [LTSFTAdapter, Drifting])
+def test_a_mask_that_drifts_is_found(kind: type[LTSFTAdapter]) -> None:
+    model = model_with("lt_sft", rank=1)
+    for adapter in adapters(model):
+        adapter.__class__ = kind
+    train(model, range(10), 10)
+    moved = [layer.weight != layer._parameters["weight"] for layer in (model[0], model[2])]
+    kept = all(not (change & ~adapter.mask).any() for change, adapter in zip(moved, adapters(model), strict=True))
+    assert kept is (kind is LTSFTAdapter)
 
 
 @pytest.mark.parametrize(

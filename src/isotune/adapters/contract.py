@@ -209,10 +209,7 @@ class WeightAdapter(Adapter):
 
 
 class Branch(Adapter):
-    """`y = f(x) + g(v)` beside a block f, with v what the block reads, or gives; g is zero at the start.
-
-    Of a block that gives several things the first tensor counts.
-    """
+    """`y = f(x) + g(v)` beside a block f, v what it reads or (the first tensor that it) gives; g starts at zero."""
 
     reads: ClassVar[Literal["input", "output"]] = "input"
 

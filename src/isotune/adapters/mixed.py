@@ -45,6 +45,8 @@ class Routing:
     """(b, K): the weight of each in each row."""
     index: Tensor | None = None
     """(b): where every row uses one, or none, which (past the end: none)."""
+    said: str = "the routing was given"
+    """Who gave how many rows, in an error."""
 
     def of(self, x: Tensor, site: Site) -> Routing:
         """For the rows of x (n b, ...): each row here stands for n in a row there, as beams and tokens are.
@@ -55,7 +57,7 @@ class Routing:
         times, rest = divmod(x.shape[0] if x.dim() else 0, b)
         if x.dim() < site.batch_dimensions or rest or not times:
             raise IsotuneError(
-                f"the routing was given {b} rows, but a {bare_class(site.layer).__name__} got an input of shape "
+                f"{self.said} {b} rows, but a {bare_class(site.layer).__name__} got an input of shape "
                 f"{tuple(x.shape)}, which is no batch of {b}, nor of a multiple of it; name one adapter, or None, or "
                 "give the weights, for each row"
             )
@@ -123,12 +125,12 @@ def mixed_forward(x: Tensor, site: Site, adapters: Sequence[Adapter], routing: R
     where = thin[0].where
     if where == "before":
         v = autocast(x)
-        return site(_gathered(v, v, thin, routing))
+        return site(gathered(v, v, thin, routing))
     if where == "behind":
-        return site.over_outputs(site(x), lambda y: _gathered(y, y, thin, routing))
+        return site.over_outputs(site(x), lambda y: gathered(y, y, thin, routing))
     y = site(x)
     if site.rotates_input:
-        return _gathered(x.to(y.dtype), y, thin, routing)
+        return gathered(x.to(y.dtype), y, thin, routing)
     return y + _selected(x, site, thin, routing.weights).to(y.dtype)
 
 
@@ -152,7 +154,7 @@ def weighed_sum(x: Tensor, thin: Sequence[Thin], weights: Tensor) -> Tensor:
         return Z @ torch.cat([t.R for t in thin]).to(x.dtype)
 
 
-def _gathered(x: Tensor, y: Tensor, thin: Sequence[Thin], routing: Routing) -> Tensor:
+def gathered(x: Tensor, y: Tensor, thin: Sequence[Thin], routing: Routing) -> Tensor:
     """`y_i + (x_i L_k) R_k` for x (b, ..., d) and y (b, ..., e), k the adapter of row i; in the dtype of both."""
     if routing.index is None:
         return y + weighed_sum(x, thin, routing.weights.view(len(x), *(1,) * (x.dim() - 2), -1))

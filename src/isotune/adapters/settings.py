@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,6 +88,23 @@ class Settings(Options, ABC):
     def kept_count(self, site: Site) -> int:
         """Numbers (32 bits each) that a site keeps after training, by which methods are compared; mostly the same."""
         return self.parameter_count(site)
+
+
+class Scheduled(Protocol):
+    """An adapter that keeps its settings, for what it does while it trains."""
+
+    settings: Any
+
+
+S = TypeVar("S", bound=Scheduled)
+
+
+def by_schedule(adapters: Iterable[S]) -> list[list[S]]:
+    """The adapters in groups of the same options but for the rank: those that one choice is made over."""
+    groups: dict[str, list[S]] = {}
+    for adapter in adapters:
+        groups.setdefault(adapter.settings.model_dump_json(exclude={"rank"}), []).append(adapter)
+    return list(groups.values())
 
 
 def check_rank(rank: int, limit: int, what: str) -> None:

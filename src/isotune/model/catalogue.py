@@ -193,7 +193,8 @@ def _exact_rank(site: Site, adapter: Adapter) -> int | None:
 def _in_peft(settings: Settings, site: Site) -> bool:
     try:
         dialect = dialect_of(type(settings))
-        return bool(dialect.config({"probe": settings})) and dialect.refused(site) is None
+        dialect.config({"probe": settings})
+        return dialect.refused(site) is None
     except NotInPEFTError:
         return False
 

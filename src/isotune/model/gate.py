@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.errors import IsotuneError
+from isotune.linalg.random_bases import uniform
 from isotune.model.names import unwrapped
 from isotune.model.switch import adapter_names, route, use
 
@@ -46,7 +47,7 @@ class SequenceGate(nn.Module):
         use(model, *self.names, train=False)
         bound = embeddings.embedding_dim**-0.5
         draw = torch.Generator().manual_seed(seed)
-        R = torch.empty(len(self.names), embeddings.embedding_dim).uniform_(-bound, bound, generator=draw)
+        R = uniform((len(self.names), embeddings.embedding_dim), bound, draw)
         self.R = nn.Parameter(R.to(embeddings.weight.device))
         self._model, self._embeddings = [base], [embeddings]  # in lists: they are no parts of the gate
         self._hook = base.register_forward_pre_hook(self._before, with_kwargs=True)

@@ -263,12 +263,13 @@ def after_step(model: nn.Module, progress: float = 1.0, optimizer: torch.optim.O
     the share of training that is done, for methods with a schedule: without it they are at its end. The optimizer
     forgets what it knows of parameters that a method starts anew.
     """
-    found: dict[type[Adapter], list[Adapter]] = {}
+    found: dict[tuple[str, type[Adapter]], list[Adapter]] = {}
     for _, layer in adapted_layers(model):
-        for adapter in layer.isotune.running():
-            found.setdefault(type(adapter), []).append(adapter)
+        home = layer.isotune
+        for name, adapter in zip(home.active, home.running(), strict=False):  # nothing runs where they are disabled
+            found.setdefault((name, type(adapter)), []).append(adapter)
     with torch.no_grad():
-        for kind, adapters in found.items():
+        for (_, kind), adapters in found.items():
             for parameter in kind.after_steps(adapters, progress):
                 if optimizer is not None:
                     optimizer.state.pop(parameter, None)

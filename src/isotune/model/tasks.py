@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from isotune.adapters.mixed import Routing
 from isotune.adapters.mixture.poly import PolyAdapter
 from isotune.errors import IsotuneError, nearest
 from isotune.model.adapted import Adapters
@@ -32,7 +33,7 @@ def use_task(model: nn.Module, tasks: str | Sequence[str] | None) -> nn.Module:
     places = [[] if named is None else _places(adapter, named) for _, _, adapter in found]
     for (home, _, adapter), own in zip(found, places, strict=True):
         adapter.task = own[0] if len(own) == 1 else None
-        adapter.index = torch.tensor(own, device=adapter.A.device) if len(own) > 1 else None
+        adapter.routing = _rows(adapter, own) if len(own) > 1 else None
         home.inference, home.refused = None, ()
     return model
 
@@ -73,6 +74,12 @@ def _in_use(model: nn.Module) -> Iterator[tuple[Adapters, str, PolyAdapter]]:
                 yield home, name, adapter
     if not some:
         raise IsotuneError("no adapter in use mixes by task; the method that does is poly")
+
+
+def _rows(adapter: PolyAdapter, tasks: Sequence[int]) -> Routing:
+    index = torch.tensor(tasks, device=adapter.A.device)
+    weights = torch.nn.functional.one_hot(index, len(adapter.settings.tasks)).float()
+    return Routing(weights, index, "isotune.use_task was given the tasks of")
 
 
 def _places(adapter: PolyAdapter, tasks: Sequence[str]) -> list[int]:

@@ -124,6 +124,10 @@ class Site(ABC):
     def expand(self, z: Tensor, B: Tensor) -> Tensor:
         """`z Bᵀ` for z from `project` and B (out, r)."""
 
+    def along(self, v: Tensor) -> Tensor:
+        """v (out), or (in), with the dimensions that let it meet the features of y, or x."""
+        return v[(..., *(None,) * (-1 - self.features))]
+
     def over_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply `change` to the rows (..., out) of y."""
         return change(y.movedim(self.features, -1)).movedim(-1, self.features)

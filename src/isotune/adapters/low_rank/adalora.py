@@ -17,7 +17,7 @@ which at the start are all. PEFT weighs its penalty by the mean over all matrice
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import ClassVar, Self
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import check_tensors
 from isotune.adapters.low_rank.gated import Gated
-from isotune.adapters.settings import Settings, check_rank
+from isotune.adapters.settings import Settings, by_schedule, check_rank
 from isotune.errors import IsotuneError, OptionError
 from isotune.linalg.triplets import orthonormality_error
 from isotune.sites import LINEAR, Site
@@ -115,8 +115,8 @@ class AdaLoRAAdapter(Gated):
 
     @classmethod
     def after_steps(cls, adapters: Sequence[Self], progress: float) -> Sequence[nn.Parameter]:
-        for settings, group in _by_settings(adapters):
-            _give_up(settings, group, progress)
+        for group in by_schedule(adapters):
+            _give_up(group, progress)
         return ()
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
@@ -135,16 +135,9 @@ class AdaLoRAAdapter(Gated):
             tensor.copy_(tensors[name])
 
 
-def _by_settings(adapters: Sequence[AdaLoRAAdapter]) -> Iterator[tuple[AdaLoRA, list[AdaLoRAAdapter]]]:
-    """Adapters that share a budget: of one schedule, whatever their ranks."""
-    found: dict[str, list[AdaLoRAAdapter]] = {}
-    for adapter in adapters:
-        found.setdefault(adapter.settings.model_copy(update={"rank": 1}).model_dump_json(), []).append(adapter)
-    yield from ((group[0].settings, group) for group in found.values())
-
-
-def _give_up(settings: AdaLoRA, adapters: Sequence[AdaLoRAAdapter], progress: float) -> None:
+def _give_up(adapters: Sequence[AdaLoRAAdapter], progress: float) -> None:
     """Measure what triplets are worth and, when it is time, keep as many as the budget has."""
+    settings = adapters[0].settings
     ends = progress >= 1 - settings.final
     if not ends:
         if all(p.grad is None for adapter in adapters for p in adapter.parameters()):

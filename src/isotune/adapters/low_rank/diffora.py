@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import LowRank, Parts, Treatment
 from isotune.adapters.low_rank.lora import fresh_factors
-from isotune.adapters.settings import Settings
+from isotune.adapters.settings import Settings, by_schedule
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 _WARM = 0.3
@@ -91,8 +91,7 @@ class DiffoRAAdapter(LowRank):
             if progress >= _WARM * adapter.settings.search:
                 adapter.steps += 1
                 adapter._resume()
-        ready = [adapter for adapter in waiting if progress >= adapter.settings.search]
-        if ready:
+        for ready in by_schedule(adapter for adapter in waiting if progress >= adapter.settings.search):
             count = max(1, math.ceil(ready[0].settings.keep * len(ready)))
             order = torch.stack([adapter.theta.detach() for adapter in ready]).argsort(descending=True, stable=True)
             for place, index in enumerate(order.tolist()):

@@ -75,7 +75,7 @@ class IA3Adapter(WeightAdapter):
         """`l ∘ v`, in v's dtype, for the features of v."""
         # As v + (l - 1) v: half precision holds l, a number close to one, too coarsely.
         change = (self.l - 1).to(v.dtype)
-        return torch.addcmul(v, v, change[(..., *(None,) * (-1 - site.features))])
+        return torch.addcmul(v, v, site.along(change))
 
     def weight(self, W: Tensor) -> Tensor:
         return (W * (self.l if self.side == "in" else self.l[:, None])).to(W.dtype)

@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Parts, Thin, Treatment, WeightAdapter
+from isotune.adapters.mixed import Routing, gathered
 from isotune.adapters.settings import Settings, check_rank
 from isotune.adapters.thin_layer import beside
 from isotune.errors import IsotuneError, NoLowRankFormError, OptionError
@@ -86,8 +87,8 @@ class PolyAdapter(WeightAdapter):
         self.added: nn.Parameter | None = None  # the logits (1, q, S) of a task that came later
         self.settings = settings
         self.scale = settings.alpha / settings.rank
-        self.index: Tensor | None = None
-        """(b): the task of each row of the batch."""
+        self.routing: Routing | None = None
+        """The task of each row of the batch."""
         self.task: int | None = None
         """That of all rows."""
 
@@ -133,31 +134,18 @@ class PolyAdapter(WeightAdapter):
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         sample = self.training and self.settings.sample
-        if self._single() is not None or self.index is None:
+        if self._single() is not None or self.routing is None:
             return beside(site, x, *self._thin(sample))
-        index = self._rows(x).to(x.device)
-        A, B = self.mixed(self.mixing(sample))
         y = site(x)
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            z = x.to(y.dtype).reshape(len(x), -1, x.shape[-1]) @ A.to(y.dtype)[index]
-            return torch.baddbmm(y.reshape(len(y), -1, y.shape[-1]), z, B.to(y.dtype)[index]).view(y.shape)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """The task of each row of x (n b, ...): a row there stands for n here, as beams are."""
-        assert self.index is not None
-        times, rest = divmod(x.shape[0], len(self.index))
-        if x.dim() < 2 or rest or not times:
-            raise IsotuneError(
-                f"isotune.use_task was given the tasks of {len(self.index)} rows, and a layer got an input of shape "
-                f"{tuple(x.shape)}, which is no batch of so many, nor of a multiple of it"
-            )
-        return self.index.repeat_interleave(times)
+        thin = [Thin("beside", *pair) for pair in zip(*self.mixed(self.mixing(sample)), strict=True)]
+        return gathered(x.to(y.dtype), y, thin, self.routing.of(x, site))
 
     def reference(self, x: Tensor, site: Site) -> Tensor:
-        if self._single() is not None or self.index is None:
+        if self._single() is not None or self.routing is None:
             return super().reference(x, site)
         A, B = self.mixed(self.mixing(False))
-        rows = [x[i] @ A[t].to(x.dtype) @ B[t].to(x.dtype) for i, t in enumerate(self._rows(x).tolist())]
+        weights = self.routing.of(x, site).weights.to(A.dtype)
+        rows = [v @ torch.tensordot(w, A @ B, 1).to(v.dtype) for v, w in zip(x, weights, strict=True)]
         return site(x) + torch.stack(rows)
 
     def weight(self, W: Tensor) -> Tensor:
@@ -165,10 +153,9 @@ class PolyAdapter(WeightAdapter):
         return W + B.mT.to(W.dtype) @ A.mT.to(W.dtype)
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            A, B = self._thin()
-        except IsotuneError as error:
-            raise NoLowRankFormError(str(error)) from None
+        if self._single() is None:
+            raise NoLowRankFormError(self.no_weight)
+        A, B = self._thin()
         return B.mT.to(W.dtype), A.mT.to(W.dtype)
 
     def thin_factors(self, site: Site) -> Thin | None:

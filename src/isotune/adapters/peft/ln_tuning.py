@@ -16,7 +16,7 @@ class LNTuningDialect(Dialect):
     prefix = "ln_tuning_"
 
     def config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {"inference_mode": True} if settings else {}
+        return {}
 
     def read(self, config: dict[str, Any], path: str) -> Settings:
         return self.settings()

@@ -59,7 +59,7 @@ class BitFitAdapter(WeightAdapter):
 
     def forward(self, x: Tensor, site: Site) -> Tensor:
         y = site(x)
-        return y + self.bias_change.to(y.dtype)[(..., *(None,) * (-1 - site.features))]
+        return y + site.along(self.bias_change.to(y.dtype))
 
     def weight(self, W: Tensor) -> Tensor:
         return W

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import WeightAdapter, check_tensors
-from isotune.adapters.settings import Settings
+from isotune.adapters.settings import Settings, by_schedule
 from isotune.linalg.sparse import largest_of_all, packed_bits, unpacked_bits
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
@@ -85,11 +85,9 @@ class AdaptByPruningAdapter(WeightAdapter):
 
     @classmethod
     def after_steps(cls, adapters: Sequence[Self], progress: float) -> Sequence[nn.Parameter]:
-        groups: dict[str, list[Self]] = {}
         for adapter in adapters:
             adapter.steps += 1
-            groups.setdefault(adapter.settings.model_dump_json(), []).append(adapter)
-        for group in groups.values():
+        for group in by_schedule(adapters):
             _choose(group, progress)
         return ()
 

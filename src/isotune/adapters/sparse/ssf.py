@@ -55,9 +55,8 @@ class SSFAdapter(WeightAdapter):
     def forward(self, x: Tensor, site: Site) -> Tensor:
         y = site(x)
         # As y + (γ - 1) y: half precision holds γ, a number close to one, too coarsely.
-        shape = (..., *(None,) * (-1 - site.features))
-        y = torch.addcmul(y, y, (self.gamma - 1).to(y.dtype)[shape])
-        return y if self.beta is None else y + self.beta.to(y.dtype)[shape]
+        y = torch.addcmul(y, y, site.along((self.gamma - 1).to(y.dtype)))
+        return y if self.beta is None else y + site.along(self.beta.to(y.dtype))
 
     def weight(self, W: Tensor) -> Tensor:
         return (W * self.gamma[:, None]).to(W.dtype)
