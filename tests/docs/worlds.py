@@ -187,6 +187,7 @@ WORLDS: dict[str, Callable[[], Names]] = {
     "learning-rates.md": chats,
     "tasks.md": tasks,
     "mixtures.md": causal_model,
+    "prompts.md": causal_model,
     "recipes/convolutions.md": images,
     "recipes/diffusion.md": unet,
     "serving.md": finished_run,

@@ -14,6 +14,7 @@ import isotune
 from isotune.adapters.registry import method_names
 from isotune.errors import IsotuneError, OptionError
 from isotune.optim import OPTIMIZERS, optimizer_class
+from support import PROMPTS, Reader
 
 OPTIONS = {"miss": {"rank": 8}, "bat": {"rank": 8}, "hira": {"rank": 8}}
 MATRICES: dict[str, set[str]] = {
@@ -49,8 +50,8 @@ MATRICES: dict[str, set[str]] = {
 def adapted(name: str, **options: Any) -> nn.Module:
     """One layer with an adapter."""
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.LayerNorm(24) if name == "ln_tuning" else nn.Linear(24, 48))
-    return isotune.adapt(layer, isotune.method(name, **OPTIONS.get(name, {}) | options), "0", seed=0)
+    layer = Reader(24) if name in PROMPTS else nn.LayerNorm(24) if name == "ln_tuning" else nn.Linear(24, 48)
+    return isotune.adapt(nn.Sequential(layer), isotune.method(name, **OPTIONS.get(name, {}) | options), "0", seed=0)
 
 
 def names(model: nn.Module, groups: list[dict[str, Any]], **wanted: Any) -> set[str]:

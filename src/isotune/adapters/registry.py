@@ -62,6 +62,9 @@ BUILT_IN = {
     "bitfit": "isotune.adapters.sparse.bitfit:BitFit",
     "ln_tuning": "isotune.adapters.sparse.ln_tuning:LNTuning",
     "ia3": "isotune.adapters.low_rank.ia3:IA3",
+    "prefix": "isotune.adapters.prompt.prefix:PrefixTuning",
+    "prompt": "isotune.adapters.prompt.shallow:PromptTuning",
+    "deep_prompt": "isotune.adapters.prompt.deep:DeepPrompts",
 }
 
 OLDER_NAMES = {"bone": "miss"}

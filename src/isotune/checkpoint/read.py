@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from isotune.adapters.peft.dialect import dialect_of
 from isotune.adapters.registry import method_class
@@ -20,11 +20,14 @@ from isotune.errors import CheckpointError, OptionError
 from isotune.sites import current_entry
 
 
-def read_stored(path: str | Path, in_memory: bool = True, known: Collection[str] | None = None) -> StoredAdapter:
+def read_stored(
+    path: str | Path, in_memory: bool = True, known: Mapping[str, nn.Module] | None = None
+) -> StoredAdapter:
     """Read and check the adapter folder at `path`.
 
-    Where many adapters are read, `in_memory=False` keeps the tensors of none; see `OnDisk`. `known`, the paths of a
-    model's modules, tell which of several parts a file of diffusers is to be read for.
+    Where many adapters are read, `in_memory=False` keeps the tensors of none; see `OnDisk`. `known`, a model's
+    modules by path, tell which of several parts a file of diffusers is to be read for, and which layers a folder of
+    PEFT's is for that does not say so.
 
     Raises CheckpointError for a folder that is no adapter, is damaged, incomplete, holds too much, or is of a
     method that is not known.
@@ -36,7 +39,7 @@ def read_stored(path: str | Path, in_memory: bool = True, known: Collection[str]
         if header is not None:
             found = _from_isotune(path, config, tensors, header)
         else:
-            found = read_peft(path, config, tensors)
+            found = read_peft(path, config, tensors, known)
     except OptionError as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from None
     except (KeyError, TypeError, AttributeError, StopIteration, IndexError, RuntimeError) as error:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from isotune.adapters.peft.dialect import Dialect, dialect_of
 from isotune.adapters.registry import method_class, method_names
 from isotune.checkpoint.stored import PREFIX, State, StoredAdapter, check_shared, split_shared, with_rows
+from isotune.checkpoint.whole_peft import read_whole
 from isotune.errors import CheckpointError, OptionError
 
 _ROWS = ".token_adapter.trainable_tokens_delta"
 
 
-def read_peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> StoredAdapter:
-    """What PEFT's config and tensors say. Raises as `read_stored` does."""
+def read_peft(
+    path: Path, config: dict[str, Any], tensors: dict[str, Tensor], known: Mapping[str, nn.Module] | None
+) -> StoredAdapter:
+    """What PEFT's config and tensors say, of a model with these modules. Raises as `read_stored` does."""
     dialect = _dialect_of(config, path)
+    if dialect.whole:
+        return read_whole(path, config, tensors, dialect, known)
     prefix = dialect.prefix
     prefix_there = dialect.aliases.get(config["peft_type"], prefix)
     if config.get("bias", "none") != "none":

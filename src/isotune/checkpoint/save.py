@@ -83,7 +83,7 @@ def write_parts(
         CheckpointError: A folder that is not an adapter's, no permission, or a full disk.
     """
     settings = {p: own for p, (_, own, _) in parts.items()}
-    entries = {p: _entry(site, (sites or {}).get(p)) for p, (site, _, _) in parts.items()}
+    entries = {p: _entry(site, own, (sites or {}).get(p)) for p, (site, own, _) in parts.items()}
     config, reason = _config(parts, entries, list(trained), base, refused)
     tensors = {
         f"{PREFIX}{p}.{key}": tensor
@@ -159,6 +159,8 @@ def _config(
             for p, (site, own, _) in parts.items():
                 if why := entries[p].get("refused") or dialect.refused(site) or dialect.differs(own, site):
                     raise NotInPEFTError(f"{p} {why}")
+            if dialect.whole:
+                raise NotInPEFTError("in PEFT all layers are one tensor: isotune export --to peft writes it")
             return {"peft_type": dialect.peft_type, **common, **dialect.config(settings)}, None
         except NotInPEFTError as error:
             reason = str(error)
@@ -184,12 +186,12 @@ def refused_by_peft(site: Site) -> str | None:
     return None
 
 
-def _entry(site: Site, stored: Mapping[str, Any] | None) -> dict[str, Any]:
+def _entry(site: Site, settings: Settings, stored: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the header says of a site beside its settings; `stored` is what it said when the site was saved before."""
     if stored is not None:
         return {key: value for key, value in stored.items() if key != "settings"}
-    entry = site.entry()
-    if why := refused_by_peft(site):
+    entry, dialect = site.entry(), dialect_of(type(settings))
+    if why := refused_by_peft(site) or (dialect.refused(site) if dialect.whole else None):
         entry["refused"] = why
     return entry
 

@@ -177,7 +177,10 @@ def _class(mixin: type[InPlace], base: type[nn.Module]) -> Any:
 
 
 def _made(mixin: type[InPlace], base: type[nn.Module]) -> Any:
-    members = {"__module__": base.__module__, "base_class": base, "mixin": mixin}
+    # transformers looks up what a class can record by how the class is printed, which is its qualified name.
+    members = {
+        "__module__": base.__module__, "__qualname__": base.__qualname__, "base_class": base, "mixin": mixin,
+    }  # fmt: skip
     name = "Trained" if mixin is Trained else "Adapted"
     return type(f"{name}{base.__name__}", (mixin, base), members)
 

@@ -43,11 +43,13 @@ def adapt(
         model: Any PyTorch model; its class and its own parameters stay as they are.
         settings: The method, such as `HRA(rank=8)`.
         targets: "attention", "query-value", "mlp" or "all-linear" (found by the model's structure, the output head
-            and embeddings left out), "norms", "biased", "blocks", a list of name suffixes, a regular expression
-            for the whole path, or a callable `(path, module) -> bool`. A parameter that its module computes with
-            itself is named as well, or its module (`"in_proj_weight"`, `"lstm"`, `"experts.down_proj"`): one adapter
-            for each matrix in it. Of a method that stands beside a block, "attention" and "mlp" are those blocks. By
-            default what the method usually goes on: for most "attention".
+            and embeddings left out), "norms", "biased", "blocks", "stack" (what turns token ids into hidden
+            states), a list of name suffixes, a regular expression for the whole path, or a callable
+            `(path, module) -> bool`.
+            A parameter that its module computes with itself is named as well, or its module (`"in_proj_weight"`,
+            `"lstm"`, `"experts.down_proj"`): one adapter for each matrix in it. Of a method that stands beside a
+            block, "attention" and "mlp" are those blocks. By default what the method usually goes on: for most
+            "attention".
         exclude: Layers to leave out, said in the same way.
         overrides: Other options for some of the targets, such as `{"query": {"rank": 16}}`.
         name: The adapter's name; several adapters can be on one model.

@@ -101,19 +101,39 @@ def _layer(kind: str, n_in: int, n_out: int) -> nn.Module:
         return Conv1D(n_out, n_in)
     if kind in CONVOLUTIONS:
         return {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[kind](n_in, n_out, 3, padding=1)
+    if kind == "reader":
+        return _Reader(n_in)
     if kind in ("linear", "norm"):
         return nn.Linear(n_in, n_out) if kind == "linear" else nn.LayerNorm(n_out)
     return nn.Embedding(n_in, n_out) if kind == "embedding" else nn.Sequential(nn.Linear(n_in, n_out))
+
+
+class _Reader(nn.Module):
+    """A block that reads tokens, or what stands for them, and holds an attention, for methods that need one."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, d)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d, d) for _ in range(3))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def forward(self, x: Tensor, attention_mask: None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Hidden states (b, n, d) of x, or inputs_embeds, (b, n, d)."""
+        v = x if inputs_embeds is None else inputs_embeds
+        q, k, v = (project(v)[:, None] for project in (self.q_proj, self.k_proj, self.v_proj))
+        return nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
 
 
 def _built(settings: Settings, kind: str) -> Iterator[Built]:
     """A layer of the kind with a fresh adapter on it, for each size that the options fit."""
     if kind not in settings.kinds:
         return
-    for size in _SIZES:
+    for size, kind_of_layer in itertools.product(_SIZES, (kind, "reader") if kind == "block" else (kind,)):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            layer = _layer(kind, *size).requires_grad_(False)
+            layer = _layer(kind_of_layer, *size).requires_grad_(False)
         try:
             (adapter,) = build_adapters({"probe": layer}, {"probe": settings}, seed=0).values()
         except IsotuneError:
@@ -129,7 +149,7 @@ def _rows(site: Site) -> Tensor:
         return torch.randint(site.in_features, (4, 5), generator=generator)
     if site.kind in CONVOLUTIONS:
         return torch.randn(2, site.layer.in_channels, *(5,) * (-1 - site.features), generator=generator)
-    return torch.randn(4, site.out_features if site.kind in NORM else site.in_features, generator=generator)
+    return torch.randn(1, 4, site.out_features if site.kind in NORM else site.in_features, generator=generator)
 
 
 @torch.no_grad()
@@ -194,7 +214,7 @@ def _in_peft(settings: Settings, site: Site) -> bool:
     try:
         dialect = dialect_of(type(settings))
         dialect.config({"probe": settings})
-        return dialect.refused(site) is None
+        return bool(dialect.whole) or dialect.refused(site) is None  # the whole model's is refused by some models
     except NotInPEFTError:
         return False
 

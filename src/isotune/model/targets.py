@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterable
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from isotune.sites import LINEAR, NORM, WHAT_CAN_BE_ADAPTED, site_of
 
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
-PRESETS = ("attention", "query-value", "mlp", "all-linear", "norms", "biased", "blocks")
+PRESETS = ("attention", "query-value", "mlp", "all-linear", "norms", "biased", "blocks", "stack")
 
 _QUERY_OR_VALUE = re.compile(r"(to_|w|attn_)?(q|v|query|value)(_?(proj|lin|layer)\w*)?", re.IGNORECASE)
 _PACKED = re.compile(r"w?qkv\w*|c_attn|query_key_value|in_proj\w*", re.IGNORECASE)
@@ -39,8 +40,9 @@ def find_targets(
     Raises TargetError where nothing matches (it lists what was there) or a match is no layer that can be adapted.
     """
     layers = _layers(model)
-    # What a preset finds is layers only.
-    matrices = {} if isinstance(targets, str) and targets in PRESETS else matrices_by_path(layers)
+    # What a preset finds is layers only, and a block is a module.
+    by_preset = isinstance(targets, str) and targets in PRESETS
+    matrices = {} if by_preset or set(kinds) == {"block"} else matrices_by_path(layers)
     matches = _matcher(layers, targets, model, kinds)
     excluded = _matcher(layers, exclude, model, kinds) if exclude is not None else lambda path, module: False
     trained = tuple(trained)
@@ -133,6 +135,9 @@ def _matcher(
 def _preset(layers: dict[str, nn.Module], preset: str, model: nn.Module) -> set[str]:
     if preset == "blocks":
         return {path for path in layers if isinstance(layers.get(path.rpartition(".")[0]), nn.ModuleList)}
+    if preset == "stack":
+        stacks = {path for path, module in layers.items() if path and _reads_tokens(module)}
+        return {path for path in stacks if not any(other.startswith(f"{path}.") for other in stacks)}
     if preset == "norms":
         return {path for path, module in layers.items() if _is_norm(module)}
     linear = _linear_layers(layers, model)
@@ -181,6 +186,11 @@ def _is_linear(module: nn.Module) -> bool:
     return site is not None and site.kind in LINEAR
 
 
+def _reads_tokens(module: nn.Module) -> bool:
+    """Whether it turns token ids, or what stands for them, and a mask into hidden states."""
+    return {"inputs_embeds", "attention_mask"} <= signature(bare_class(module).forward).parameters.keys()
+
+
 def _is_norm(module: nn.Module) -> bool:
     site = site_of(module, NORM)
     return site is not None and site.kind in NORM
@@ -216,6 +226,11 @@ def _what_is_there(layers: dict[str, nn.Module], targets: Targets) -> str:
     parameters = list(dict.fromkeys(matrix.name for matrix in matrices if isinstance(matrix, Matrix)))
     if not names and not parameters:
         return f"It has no layer that can be adapted ({WHAT_CAN_BE_ADAPTED})."
+    if targets == "stack":
+        return (
+            "It is one itself, or reads no token ids: open it with a head on it, with AutoModelForCausalLM or the "
+            "like, or name the module that takes attention_mask and inputs_embeds."
+        )
     in_attention = [path.rpartition(".")[2] for path in adaptable if _in_attention(path, layers)]
     packed = [name for name in (*in_attention, *parameters) if _PACKED.fullmatch(name)]
     if targets == "query-value" and packed:

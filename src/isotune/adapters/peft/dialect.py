@@ -6,9 +6,11 @@ The names and shapes of an adapter's tensors in files are the adapter's own (`Ad
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from isotune.adapters.settings import Settings
 from isotune.errors import OptionError
@@ -30,6 +32,9 @@ class Dialect:
     """What the names of its tensors start with; by default the method's name."""
     own_tensors: frozenset[str] = frozenset()
     """Tensors on disk that PEFT does not know, kept so that isotune restores the adapter bit for bit."""
+    whole: frozenset[str] = frozenset()
+    """PEFT's tensors of the whole model, where it keeps all layers in them; `joined` and `parted` go between the two.
+    """
 
     def __init__(self, method: type[Settings]) -> None:
         self.method = method
@@ -57,6 +62,14 @@ class Dialect:
     def read(self, config: dict[str, Any], path: str) -> Settings:
         """The settings of the layer at `path` in a PEFT checkpoint. Raises OptionError for what is not supported."""
         raise OptionError(f"{self.method.name!r} cannot be read from a PEFT checkpoint")
+
+    def joined(self, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """PEFT's tensors of the whole model, of the adapters' own on its layers in their order; where `whole`."""
+        raise NotImplementedError(self.method.name)
+
+    def parted(self, tensors: Mapping[str, Tensor], layers: int) -> list[dict[str, Tensor]]:
+        """The adapters' own tensors on each of a model's layers; the inverse of `joined`."""
+        raise NotImplementedError(self.method.name)
 
     def settings(self, **options: Any) -> Settings:
         """The method's settings with these options."""
