@@ -51,6 +51,7 @@ BUILT_IN = {
     "shira": "isotune.adapters.sparse.shira:SHiRA",
     "mola": "isotune.adapters.mixture.mola:MoLA",
     "poly": "isotune.adapters.mixture.poly:Poly",
+    "lily": "isotune.adapters.mixture.lily:Lily",
     "adaptformer": "isotune.adapters.bottleneck.adaptformer:AdaptFormer",
     "alore": "isotune.adapters.bottleneck.alore:ALoRE",
     "arc": "isotune.adapters.bottleneck.arc:ARC",
