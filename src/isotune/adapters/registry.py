@@ -52,6 +52,8 @@ BUILT_IN = {
     "mola": "isotune.adapters.mixture.mola:MoLA",
     "poly": "isotune.adapters.mixture.poly:Poly",
     "lily": "isotune.adapters.mixture.lily:Lily",
+    "moa": "isotune.adapters.mixture.moa:MoA",
+    "conformer": "isotune.adapters.bottleneck.conformer:Conformer",
     "adaptformer": "isotune.adapters.bottleneck.adaptformer:AdaptFormer",
     "alore": "isotune.adapters.bottleneck.alore:ALoRE",
     "arc": "isotune.adapters.bottleneck.arc:ARC",

@@ -10,11 +10,11 @@ The authors' code and PEFT average p over all tokens of the batch, so that what 
 its neighbours, on padding, and on how many texts run at once. Here each token has its own p (`routing="token"`) or,
 with `routing="sequence"`, the mean over the tokens of its own text that are no padding: `isotune train` says which
 are, in a loop of one's own `isotune.tokens(model, attention_mask)` before each batch does. A batch of one text is
-then what it is in PEFT, whose adapters load as such. In a causal model that mean lets a token see later ones: what is
-generated with a cache is not what a pass over the whole text gives.
+then what it is in PEFT, whose adapters load as such. In a causal model that mean lets a token see later ones: what
+is generated with a cache is not what a pass over the whole text gives.
 
-Paper: "Low-Rank Interconnected Adaptation across Layers", 2024, arXiv 2407.09946. Parameters: E r for each layer,
-r in for every `stride` layers of a name, E r out for all of them. Cost for n rows: 2 n r (in + E out) flops. What it
+Paper: "Low-Rank Interconnected Adaptation across Layers", 2024, arXiv 2407.09946. Parameters: E r for each layer, r
+in for every `stride` layers of a name, E r out for all of them. Cost for n rows: 2 n r (in + E out) flops. What it
 adds depends on the row, so that it folds into no weight.
 """
 
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter, check_tensors
 from isotune.adapters.mixed import NO_WEIGHT
+from isotune.adapters.sequences import real_tokens
 from isotune.adapters.settings import Settings
 from isotune.adapters.shared import Shared
-from isotune.adapters.token_mask import real_tokens
 from isotune.errors import OptionError
 from isotune.linalg.random_bases import uniform
 from isotune.sites import LINEAR, Site

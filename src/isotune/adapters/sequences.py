@@ -1,8 +1,13 @@
-"""Which tokens of a batch are no padding, for methods that count tokens or mix them."""
+"""Batches as sequences of tokens, and which of those are no padding, for methods that count tokens or mix them."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+
+def as_sequences(x: Tensor) -> Tensor:
+    """x (b, ..., d) as (b, n, d); of rows (b, d) without a dimension for time each is a sequence of its own."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
 def real_tokens(tokens: Tensor | None, x: Tensor) -> Tensor | None:
