@@ -10,7 +10,8 @@ from isotune.adapters.budget import nearest_to, total_parameters
 from isotune.sites import require_site
 from laws.test_toy_method import Gain
 
-SITES = [require_site(nn.Linear(n_in, n_out, device="meta"), "") for n_in, n_out in ((384, 384), (384, 96))]
+SIZES = {"one": (384, 384), "two": (384, 96)}
+SITES = {path: require_site(nn.Linear(*size, device="meta"), path) for path, size in SIZES.items()}
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_alore_is_the_sum_of_kronecker_products() -> None:
     B, _ = adapter.factors(W)
     assert B.shape[1] == 4 * 4 * 2
     # ViT-B with 4 experts of rank 4 before attention and MLP of 12 layers: the paper's 0.15 M.
-    vit = [linear_site(768, 768)] * 24
+    vit = {str(k): linear_site(768, 768) for k in range(24)}
     assert total_parameters(isotune.method("alore", rank=4, experts=4), vit) == 148_992
 
 
@@ -104,7 +104,7 @@ def test_kadaptation_is_the_sum_of_kronecker_products() -> None:
     s, t = adapter.shared["kadaptation_s"], adapter.shared["kadaptation_t"]
     change = sum(torch.kron(torch.outer(t[i], s[i]), adapter.v[i].mT @ adapter.u[i]) for i in range(4))
     torch.testing.assert_close(adapter.weight(W) - W, change)
-    sites = [linear_site(32, 64)] * 3
+    sites = {str(k): linear_site(32, 64) for k in range(3)}
     sized = nearest_to(32 * 2 + 3 * 2 * 96, isotune.method("kadaptation", parts=4), sites)
     assert total_parameters(sized, sites) == 2 * 16 + 3 * sized.rank * 96
 

@@ -205,8 +205,8 @@ def test_peft_zero_column_gives_nan_and_isotunes_does_not() -> None:
         (peft.LoraConfig(r=4, init_lora_weights="mica", target_modules=["query"]), "init_lora_weights='mica'"),
         (peft.LoraConfig(r=4, bias="lora_only", target_modules=["query"]), "bias='lora_only'"),
         (
-            peft.LilyConfig(r=4, target_modules=["query"]),
-            "of type 'LILY'; the types",
+            peft.TrainableTokensConfig(token_indices=[1], target_modules=["word_embeddings"]),
+            "of type 'TRAINABLE_TOKENS'; the types",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -159,8 +159,7 @@ def parameter_count_is_as_declared(case: Case) -> None:
     model = case.fresh()
     site, method = site_of_base(model), type(case.method)
     trained = sum(p.numel() for p in trainable(model))
-    shared = case.method.shared([site]) if case.method.trains_shared else {}
-    assert trained == case.method.parameter_count(site) + sum(tensor.numel() for tensor in shared.values())
+    assert trained == case.method.parameter_count(site) + case.method.shared_count({"layer": site})
     default = method()
     letters = {"rank": getattr(default, "rank", None), "n_in": 48, "n_out": 80}
     functions = {"__builtins__": {}, "min": min, "max": max, "ceil": math.ceil}

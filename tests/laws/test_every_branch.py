@@ -21,6 +21,7 @@ from isotune.adapters.budget import total_parameters
 from isotune.adapters.orthogonal.hra import HRAAdapter
 from isotune.adapters.registry import BUILT_IN, method_class
 from isotune.errors import IsotuneError, NoWeightError, OptionError
+from isotune.model.names import adapted_layers
 from isotune.sites import require_site
 from laws.case import trainable
 from laws.options import drawn_settings
@@ -85,7 +86,7 @@ def test_every_parameter_moves_within_two_steps_and_counts_are_as_declared(case:
     method, make, _ = case
     model = fresh(case).train()
     assert_moves(model, make)
-    sites = [require_site(layer, "") for layer in model.modules() if hasattr(layer, "isotune")]
+    sites = {path: require_site(layer, path) for path, layer in adapted_layers(model)}
     assert len(sites) == len(adapters(model))
     total = sum(row.trainable for row in isotune.describe(model))
     assert total == sum(p.numel() for p in trainable(model)) == total_parameters(method, sites)

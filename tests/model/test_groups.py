@@ -36,6 +36,8 @@ MATRICES: dict[str, set[str]] = {
     "poly": {"A", "B"},
     "adaptformer": {"D", "U"},
     "houlsby": {"D", "U"},
+    "moa": {"D", "U"},
+    "conformer": {"V", "U"},
     "mola": {f"experts.{k}.{part}" for k in range(5) for part in "AB"},
     "kadaptation": {"u", "v"},
     "diffora": {"A", "B"},

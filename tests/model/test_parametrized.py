@@ -461,7 +461,7 @@ def test_an_adapter_for_another_shape_or_for_a_layer_is_refused(tmp_path: Path) 
 
 def changes_a_weight(name: str) -> bool:
     """Whether a matrix is all that the method needs of a layer."""
-    return "linear" in method_class(name).kinds and name not in ("mola", "bitfit")
+    return "linear" in method_class(name).kinds and name not in ("mola", "lily", "bitfit")
 
 
 @pytest.mark.parametrize("name", [name for name in method_names() if changes_a_weight(name)])

@@ -76,9 +76,23 @@ class Settings(Options, ABC):
         """
         return {}
 
+    def shared_at(self, sites: Mapping[str, Site]) -> dict[str, dict[str, Tensor]]:
+        """What the adapter at each path has in common with others: what several have is one and the same tensor.
+
+        By default all have what `shared` gives; a method that groups layers by name or place says here which.
+        """
+        return dict.fromkeys(sites, self.shared(sites.values()))
+
+    def shared_count(self, sites: Mapping[str, Site]) -> int:
+        """Trainable parameters that adapters on all these sites, by path, have in common, each counted once."""
+        if not self.trains_shared:
+            return 0
+        found = {id(tensor): tensor for own in self.shared_at(sites).values() for tensor in own.values()}
+        return sum(tensor.numel() for tensor in found.values())
+
     @property
     def stores_shared(self) -> bool:
-        """Whether `shared` is saved with the adapter; otherwise loading draws it again."""
+        """Whether `shared` is saved with the adapter, once for all; otherwise loading draws it again."""
         return self.trains_shared
 
     @abstractmethod

@@ -18,14 +18,14 @@ class Shared(nn.Module):
 
     Moving, converting or copying a model therefore keeps one copy of them, which tensors of each adapter would not.
     What is frozen is no part of a state dict: `Settings.stores_shared` says whether it is saved with the adapter.
-    What trains is in it once, at the first adapter.
+    What trains is in it once, at the first adapter, also where only some of the tensors are another module's, too.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], trained: bool = False) -> None:
         super().__init__()
         for name, tensor in tensors.items():
             if trained:
-                self.register_parameter(name, nn.Parameter(tensor))
+                self.register_parameter(name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor, persistent=False)
 
@@ -42,13 +42,17 @@ class Shared(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         known = getattr(destination, "_metadata", {}).setdefault(_KNOWN, set())
-        if id(self) not in known:
-            known.add(id(self))
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.tensors().items():
+            if id(tensor) in known:
+                destination.pop(prefix + name, None)
+            known.add(id(tensor))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if any(name.startswith(prefix) for name in state_dict):  # else it stands at another adapter
-            super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
+    ) -> None:
+        # What is missing stands at another adapter.
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, [], *args)
 
 
 def largest(sites: Iterable[Site]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,12 +54,12 @@ def load(
     _check_base(model, modules, stored, force)
     stored = stored.completed(_Modules(modules))
     try:
-        layers = {p: modules[p] for p in stored.settings}
-        adapters = build_adapters(layers, stored.settings, shared=stored.shared or None)
+        layers = {p: module for p, module in modules.items() if p in stored.settings}  # in the model's order
+        shared = dict.fromkeys(layers, stored.shared) if stored.shared else None
+        adapters = build_adapters(layers, stored.settings, shared=shared)
     except IsotuneError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from None
-    for p, adapter in adapters.items():
-        fill(adapter, stored, p, layers[p])
+    _fill_all(adapters, stored, layers)
     for p, found in stored.trained.items():
         _check_module(modules[p], found, p, stored)
     attach(model, adapters, stored.settings, {p: modules[p] for p in stored.trained}, name)
@@ -105,8 +106,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "default") -> N
         _check_module(modules[p], found, p, stored)
     if stored.shared:
         _fill_shared({cast(Adapter, homes[p][name]).shared for p in settings}, stored)
-    for p in stored.settings:
-        fill(cast(Adapter, homes[p][name]), stored, p, modules[p])
+    _fill_all({p: cast(Adapter, homes[p][name]) for p in stored.settings}, stored, modules)
     for p, found in stored.trained.items():
         homes[p][name].load_state_dict(found)
 
@@ -117,6 +117,19 @@ def fill(adapter: Adapter, stored: StoredAdapter, p: str, layer: nn.Module) -> N
         adapter.load_peft_state(stored.state[p], site_for(layer, p, stored.settings[p]))
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{stored.path}, at {p!r}: {error.args[0]}") from None
+
+
+def _fill_all(adapters: Mapping[str, Adapter], stored: StoredAdapter, layers: Mapping[str, nn.Module]) -> None:
+    """Give all adapters their tensors. Raises CheckpointError where layers that share one hold different values."""
+    for p, adapter in adapters.items():
+        fill(adapter, stored, p, layers[p])
+    for p, adapter in adapters.items():
+        own = stored.settings[p]
+        if not own.trains_shared or own.stores_shared:
+            continue
+        for name, tensor in adapter.peft_state(site_for(layers[p], p, own)).items():
+            if not is_equal(stored.state[p][name], tensor):
+                raise CheckpointError(f"{stored.path}, at {p!r}: {name} differs from that of a layer that shares it")
 
 
 def _fill_shared(copies: set[Shared], stored: StoredAdapter) -> None:

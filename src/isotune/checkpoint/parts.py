@@ -38,7 +38,7 @@ class StoredParts:
                     f"{stored.path}: the change that {stored.method} makes to the block {p!r} is none of a weight, "
                     "which exporting, merging and diagnosing need"
                 )
-        self.shared = stored.shared or _drawn(stored, base)
+        self.shared = dict.fromkeys(stored.settings, stored.shared) if stored.shared else _drawn(stored, base)
 
     def shape(self, p: str) -> list[int]:
         """The shape of the layer's weight in its own layout. Raises CheckpointError where it is not known."""
@@ -74,10 +74,10 @@ def _weight(stored: StoredAdapter, base: StoredBase | None, p: str) -> torch.Ten
     return base.weight(p, stored.header["sites"][p].get("matrix") if stored.header else None)
 
 
-def _drawn(stored: StoredAdapter, base: StoredBase | None) -> dict[str, torch.Tensor]:
-    """What the adapters share, drawn again for all the layers together: it depends on the largest of them."""
+def _drawn(stored: StoredAdapter, base: StoredBase | None) -> dict[str, dict[str, torch.Tensor]]:
+    """What each adapter shares, drawn again for all the layers together: it depends on the largest of them."""
     try:
-        return draw_shared(stored.settings, (_hollow(stored, base, p) for p in stored.settings))
+        return draw_shared(stored.settings, {p: _hollow(stored, base, p) for p in stored.settings})
     except OptionError as error:
         raise CheckpointError(f"{stored.path} cannot be used: {error}") from None
 

@@ -76,7 +76,7 @@ def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
             raise TargetError(f"compare.methods: {error}") from None
 
     hra = method("hra", rank=8)
-    budgets = recipe.compare.budgets or [total_parameters(hra, list(sites(hra, None).values()))]
+    budgets = recipe.compare.budgets or [total_parameters(hra, sites(hra, None))]
     methods = [(one, sites(method(**own_options(one)), one.get("targets"))) for one in recipe.methods]
     cells = [_sized(options, budget, on, recipe.optimizer) for budget in budgets for options, on in methods]
     if recipe.compare.full:
@@ -91,7 +91,7 @@ def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
 def _sized(
     options: dict[str, Any], budget: int, sites: dict[str, Site], optimizer: Mapping[str, Any] | None = None
 ) -> Cell:
-    settings = nearest_to(budget, method(**own_options(options)), list(sites.values()))
+    settings = nearest_to(budget, method(**own_options(options)), sites)
     for path, site in sites.items():
         try:
             settings.check(site)
@@ -99,6 +99,6 @@ def _sized(
             raise IsotuneError(f"compare.methods: {label(options)} does not fit {path!r}: {error}") from None
     sized = {"name": options["name"], **settings.model_dump(exclude_unset=True)}
     sized |= {key: options[key] for key in BESIDE if key in options}
-    parameters = total_parameters(settings, list(sites.values()))
+    parameters = total_parameters(settings, sites)
     rate = method_class(options["name"]).learning_rate * rate_factor(options.get("optimizer", optimizer))
     return Cell(label(options), sized, budget, parameters, rate)

@@ -98,17 +98,17 @@ def build_adapters(
     layers: Mapping[str, nn.Module],
     settings: Mapping[str, Settings],
     seed: int | None = None,
-    shared: dict[str, Tensor] | None = None,
+    shared: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Adapter]:
     """An adapter for each layer, by path, on the layer's device; nothing is attached.
 
-    Without a seed its values are undefined, and about to be loaded. `shared` is what the adapters have in common; by
-    default it is drawn. Raises TargetError or OptionError for a layer that its settings, or `shared`, do not fit.
+    Without a seed its values are undefined, and about to be loaded. `shared` is what each has in common with others;
+    by default it is drawn. Raises TargetError or OptionError for a layer that its settings, or `shared`, do not fit.
     """
     adapters = {path: _build(settings[path], layer, path, seed) for path, layer in layers.items()}
     if shared is None:
-        shared = draw_shared(settings, (site_for(layer, path, settings[path]) for path, layer in layers.items()))
-    if shared:
+        shared = draw_shared(settings, {p: site_for(layer, p, settings[p]) for p, layer in layers.items()})
+    if any(shared.values()):
         _share(adapters, layers, shared, next(iter(settings.values())).trains_shared)
     if seed is not None:
         sites = {path: site_for(layer, path, settings[path]) for path, layer in layers.items()}
@@ -119,8 +119,8 @@ def build_adapters(
     return adapters
 
 
-def draw_shared(settings: Mapping[str, Settings], sites: Iterable[Site]) -> dict[str, Tensor]:
-    """What adapters with these settings, on all the sites of one model, have in common.
+def draw_shared(settings: Mapping[str, Settings], sites: Mapping[str, Site]) -> dict[str, dict[str, Tensor]]:
+    """What each adapter with these settings, on all the sites of one model by path, has in common with others.
 
     Raises OptionError where their settings differ.
     """
@@ -128,10 +128,11 @@ def draw_shared(settings: Mapping[str, Settings], sites: Iterable[Site]) -> dict
         return {}
     first = next(iter(settings.values()))
     with _usual_defaults():
-        shared = first.shared(sites)
-    if shared and any(other != first for other in settings.values()):
+        shared = first.shared_at(sites)
+    names = list(dict.fromkeys(name for own in shared.values() for name in own))
+    if names and any(other != first for other in settings.values()):
         raise OptionError(
-            f"{first.name} shares {', '.join(shared)} among all layers, so that overrides cannot give some of them "
+            f"{first.name} shares {', '.join(names)} among all layers, so that overrides cannot give some of them "
             "other options"
         )
     return shared
@@ -251,18 +252,27 @@ def _usual_defaults() -> Iterator[None]:
 
 
 def _share(
-    adapters: Mapping[str, Adapter], layers: Mapping[str, nn.Module], shared: dict[str, Tensor], trained: bool
+    adapters: Mapping[str, Adapter],
+    layers: Mapping[str, nn.Module],
+    shared: Mapping[str, Mapping[str, Tensor]],
+    trained: bool,
 ) -> None:
     """Give the adapters what they share, one copy for each device and dtype, or where it is trained one alone."""
-    copies: dict[tuple[torch.device, torch.dtype], Shared] = {}
+    copies: dict[Any, Shared] = {}
+    places: dict[int, Any] = {}
+    parameters: dict[int, nn.Parameter] = {}
     for path, adapter in adapters.items():
         where = device_of(layers[path]), _dtype_of(layers[path])
+        own = shared[path]
         try:
-            if where not in copies:
-                if trained and copies:
-                    raise ValueError("it trains, so that all layers have to be on one device and of one precision")
-                copies[where] = Shared({name: tensor.to(*where) for name, tensor in shared.items()}, trained)
-            adapter.share(copies[where])
+            if trained and any(places.setdefault(id(tensor), where) != where for tensor in own.values()):
+                raise ValueError("it trains, so that all layers have to be on one device and of one precision")
+            if (id(own), where) not in copies:
+                here = {name: tensor.to(*where) for name, tensor in own.items()}
+                if trained:
+                    here = {name: parameters.setdefault(id(own[name]), nn.Parameter(t)) for name, t in here.items()}
+                copies[id(own), where] = Shared(here, trained)
+            adapter.share(copies[id(own), where])
         except (KeyError, ValueError, IndexError) as error:
             raise OptionError(f"{adapter.method} at {path!r}, what it shares: {error.args[0]}") from None
 

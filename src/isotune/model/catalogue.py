@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapted_site import AdaptedSite
-from isotune.adapters.budget import shared_parameters
 from isotune.adapters.contract import Adapter
 from isotune.adapters.peft.dialect import NotInPEFTError, dialect_of
 from isotune.adapters.registry import method_class, method_names
@@ -224,7 +223,7 @@ def _counted(settings: Settings, sites: Mapping[str, Site]) -> tuple[int | None,
     if not sites:
         return None, None
     first = {(site.kind, site.shape): (path, site) for path, site in reversed(list(sites.items()))}
-    total = shared_parameters(settings, list(sites.values()))
+    total = settings.shared_count(sites)
     for alike, number in Counter((site.kind, site.shape) for site in sites.values()).items():
         path, site = first[alike]
         if site.kind not in settings.kinds:

@@ -113,13 +113,13 @@ def route(model: nn.Module, weights: Tensor, *names: str, train: bool | Iterable
 
 
 def tokens(model: nn.Module, mask: Tensor | None) -> nn.Module:
-    """Tell mixtures which tokens of the batches that come are no padding, for what they count; None: all.
+    """Tell the adapters that count or mix tokens which of the batches that come are no padding; None: all.
 
     `mask` (batch, length) is what models call `attention_mask`. `isotune train` tells them of every batch.
     """
     for _, layer in adapted_layers(model):
         for adapter in layer.isotune.running():
-            if isinstance(adapter, Mixture):
+            if hasattr(adapter, "tokens"):
                 adapter.tokens = mask
     return model
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from isotune.errors import DataError, DivergedError, IsotuneError, OptionError
 from isotune.model.batches import evaluating
+from isotune.model.switch import tokens
 from isotune.training.classifiers import is_classifier
 from isotune.training.data import Row, load_rows, load_splits, sample_rows
 from isotune.training.probe import extract_features, fit_probe
@@ -119,6 +120,7 @@ class Forgetting:
             for start in range(0, len(examples), self.settings.batch_size):
                 batch = self._collator(examples[start : start + self.settings.batch_size])
                 labels = batch.pop("labels").to(device)
+                tokens(model, batch.get("attention_mask"))
                 logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
                 sums.append(token_losses(logits, labels).cpu())
         found = np.asarray(torch.cat(sums))

@@ -10,6 +10,7 @@ import torch
 
 from isotune.errors import DataError, OptionError
 from isotune.model.batches import evaluating
+from isotune.model.switch import tokens
 from isotune.training.session import Session
 from isotune.training.tasks.causal import CausalLM, asked_in
 
@@ -58,9 +59,11 @@ def generate(
                 zeros = [0] * len(more)
                 ids.append(own + more if apart else more + own)
                 mask.append(ones + zeros if apart else zeros + ones)
+            attended = torch.tensor(mask, device=device)
+            tokens(model, attended)
             answers = model.generate(
                 input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
+                attention_mask=attended,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from isotune.model.switch import tokens
 from isotune.training.classifiers import features_as_logits, logits_layer
 from isotune.training.tasks.classification import classification_metrics
 from isotune.training.tasks.collator import Collator, Example
@@ -65,6 +66,7 @@ def extract_features(
             chosen = order[start : start + batch_size]
             batch = collator([examples[index] for index in chosen])
             inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+            tokens(model, inputs.get("attention_mask"))
             features[chosen] = model(**inputs).logits.double().cpu()
             if advance is not None:
                 advance(len(chosen))

@@ -23,8 +23,9 @@ from isotune.adapters.settings import Settings
 from isotune.linalg.random_bases import uniform
 from isotune.sites import Site
 
-_ACTIVATIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}
+ACTIVATIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}
 
+Activation = Literal["relu", "gelu", "silu", "tanh"]
 Norm = Literal["none", "in", "out"]
 
 
@@ -39,7 +40,7 @@ class BottleneckSettings(Settings):
     place: Literal["parallel", "sequential"] = Field(
         "parallel", description="Whether D reads what the block reads (parallel), or what it gives (sequential)."
     )
-    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="Between D and U.")
+    activation: Activation = Field("relu", description="Between D and U.")
     scale: float = Field(1.0, gt=0, description="Factor on the change; the papers' a, or s.")
     learn_scale: bool = Field(False, description="Train the factor.")
     norm: Norm = Field("none", description="A LayerNorm on what the adapter reads (in), or on its change (out).")
@@ -80,6 +81,6 @@ class Bottleneck(Branch):
         v = v.to(self.D.dtype)
         if self.norm is not None and self.settings.norm == "in":
             v = self.norm(v)
-        z = self.dropout(_ACTIVATIONS[self.settings.activation](nn.functional.linear(v, self.D, self.d)))
+        z = self.dropout(ACTIVATIONS[self.settings.activation](nn.functional.linear(v, self.D, self.d)))
         y = self.scale * nn.functional.linear(z, self.U, self.u)
         return y if self.norm is None or self.settings.norm == "in" else self.norm(y)

@@ -99,6 +99,7 @@ class Preference(CausalLM):
         """The loss of a batch, and the margin of each row (batch,), `β` included."""
         flat = {name: tensor.flatten(0, 1) for name, tensor in inputs.items()}
         labels = flat.pop("labels")
+        isotune.tokens(model, flat.get("attention_mask"))
         ours = self._log_probabilities(model, flat, labels)
         with torch.no_grad(), isotune.disabled(model):
             theirs = self._log_probabilities(model, flat, labels)
