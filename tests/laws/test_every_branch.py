@@ -35,13 +35,10 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "llama layers": (stories, ["layers.1", "layers.3"]),
     "llama stack": (stories, ["model"]),
 }
-ON = {
-    name: ["llama mlp", "llama attention", "bert layers"] for name in NAMES
-} | {  # prompts need an attention, or a vocabulary
-    "prefix": ["llama attention", "bert layers"],
-    "deep_prompt": ["bert layers", "llama layers"],
-    "prompt": ["llama stack"],
-}
+ON = dict.fromkeys(NAMES, ("llama mlp", "llama attention", "bert layers"))
+# Prompts need an attention, or a vocabulary.
+ON["prefix"], ON["deep_prompt"] = ("llama attention", "bert layers"), ("bert layers", "llama layers")
+ON["prompt"] = ("llama stack",)
 Case = tuple[Settings, Callable[[], Any], list[str]]
 
 
