@@ -178,7 +178,7 @@ def accuracy(model: Classifier, way: str, task: str, part: Data) -> float:
 
 
 def fifth(model: Classifier, way: str, data: Data, rate: float, seed: int) -> int:
-    """Train the fifth task from a few rows, by what each way has for it, and a head; gives how many numbers trained."""
+    """Train the fifth task from a few rows, by what each way has for it, and a head; gives the numbers trained."""
     if way == "apart":  # a LoRA of its own
         isotune.adapt(model.encoder, isotune.LoRA(rank=4), "query-value", name=FIFTH, seed=seed)
     elif way in ("poly", "mhr"):  # a mix of the skills that there are
