@@ -86,5 +86,11 @@ def test_what_is_ambiguous_is_in_no_group_and_order_does_not_matter() -> None:
         layers = {"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)}
         across = nn.ModuleList([nn.ModuleDict({name: layers[name]}) for name in (first, second)])
         assert groups(across, ["up", "down"]) == []
+    gap = nn.ModuleDict({"conv1": nn.Conv2d(4, 4, 1), "conv3": nn.Conv2d(4, 4, 1)})
+    assert groups(nn.ModuleList([gap]), ["conv1", "conv3"]) == []
+    mixer = nn.ModuleDict({**{f"{x}_proj": nn.Linear(4, 8) for x in "qkv"}, "o_proj": nn.Linear(8, 4)})
+    found = groups(nn.ModuleList([mixer]), ["q_proj", "k_proj", "v_proj", "o_proj"], 2)
+    assert found == [([f"0.{x}_proj" for x in "qkv"], ["0.o_proj"], 4)]
+    assert groups(nn.ModuleList([mixer]), ["q_proj", "k_proj", "v_proj", "o_proj"]) == []
     square = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4)})
     assert groups(nn.ModuleList([square]), ["one", "two"]) == []

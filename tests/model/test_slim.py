@@ -144,6 +144,10 @@ def test_what_cannot_be_made_smaller_is_refused_and_stays_as_it_was() -> None:
     cases = (
         (pruned(nn.Sequential(nn.Linear(8, 6)), "0"), "nothing to make smaller"),
         (pruned(Normed(), ["up", "down"]), "'norm', a LayerNorm, stands between"),
+        (
+            pruned(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 5)), ["0", "2"]),
+            "'1', a Linear, stands",
+        ),
         (pruned(t5, "all-linear", head_size=8), "does not say how large its heads are"),
         (isotune.use(twice, "default", "more"), "2 adapters are active"),
         (isotune.fold(pruned(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5)), ["0", "1"])), "unfold"),

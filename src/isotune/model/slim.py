@@ -125,13 +125,13 @@ def _norms(parts: Mapping[str, ChannelMasked], modules: Mapping[str, nn.Module])
         first = min(order.index(p) for p, a in parts.items() if a.kept_in is not None and a.settings.inputs == name)
         for between in order[last + 1 : first]:
             module = modules[between]
-            sizes = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 1}
+            sizes = {size for p in module.parameters(recurse=False) for size in p.shape}
             if between in parts or len(adapter.kept_out) not in sizes | {getattr(module, "num_features", -1)}:
                 continue
             if not isinstance(module, _BatchNorm):
                 raise IsotuneError(
                     f"{between!r}, a {bare_class(module).__name__}, stands between {path!r} and what reads it, and "
-                    "only batch norms can be made smaller; leave these layers out of the targets"
+                    "of such only batch norms can be made smaller; leave these layers out of the targets"
                 )
             found[between] = adapter.kept_out
     return found

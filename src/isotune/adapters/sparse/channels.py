@@ -53,7 +53,12 @@ def channels(site: Site) -> int:
 def channel_groups(sites: Sites, head_size: int | None = None) -> list[Channels]:
     """The groups among these sites, by path and in the model's order; heads only where their size is given."""
     attention = list(_attention(sites, head_size)) if head_size else []
-    others = {path: site for path, site in sites.items() if not _ATTENTION.search(_parent(path))}
+    heads = {path for group in attention for path in (*group.makers, *group.readers)}
+    others = {
+        path: site
+        for path, site in sites.items()
+        if path not in heads and not _ATTENTION.search(_parent(path)) and not _ROLE.fullmatch(_name(path))
+    }
     return [*attention, *_chains(others), *_mlps(others)]
 
 
@@ -83,7 +88,10 @@ def _attention(sites: Sites, head_size: int) -> Iterator[Channels]:
 def _chains(sites: Sites) -> Iterator[Channels]:
     for (path, site), (next_path, following) in itertools.pairwise(sites.items()):
         one, two = _NUMBERED.fullmatch(_name(path)), _NUMBERED.fullmatch(_name(next_path))
-        if one is None or two is None or one[1] != two[1] or int(one[2]) >= int(two[2]):
+        if one is None or two is None or one[1] != two[1]:
+            continue
+        step = int(two[2]) - int(one[2])
+        if step < 1 or (one[1] and step > 1):  # between conv1 and conv3 something else reads
             continue
         convolutions = site.kind == following.kind and site.kind in CONVOLUTIONS
         linear = not one[1] and {site.kind, following.kind} <= LINEAR
