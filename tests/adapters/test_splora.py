@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import isotune
 from isotune.adapters.sparse.splora import SPLoRA, SPLoRAAdapter
-from isotune.errors import OptionError
+from isotune.errors import IsotuneError, OptionError
 from isotune.sites import Site, require_site
 from laws.suite import laws_of
 from support import move
@@ -104,6 +104,10 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(OptionError, match=reason):
             isotune.adapt(nn.Sequential(layer), SPLoRA(**{"rank": 1, **options}), "0")
+    uneven = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    isotune.adapt(uneven, SPLoRA(rank=1, outputs="all"), ["0", "1"], overrides={"0": {"outputs": "all"}})
+    with pytest.raises(IsotuneError, match="'all' differ in how many"):
+        isotune.after_step(uneven)
     with pytest.raises(OptionError, match="must be before"):
         SPLoRA(start=0.5, end=0.5)
 

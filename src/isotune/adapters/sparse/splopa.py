@@ -3,7 +3,7 @@
     W' = (W + Σ_k P_k ⊗ (c_k r_kᵀ)) ∘ (M ⊗ 1),   c_k (p), r_k (q) shared by all layers, P_k and M (out/p x in/q)
 
 for k = 1 ... K: P_k says how much of the k-th prototype each block of p x q takes, and M in {0, 1} which blocks are
-left. A block is worth the p-norm of its entries in the adapted weight; over the training, as `sparse/structured.py`
+left. A block is worth the p-norm of its entries in the adapted weight; over the training, as `sparse/schedule.py`
 says, those that are worth least, over all layers together, are left out for good. Where p and q do not divide a
 layer, its last blocks are cut off at its edge. c starts at zero, so that the model is unchanged at first; the paper's
 start is `init_range=1e-4`. In the authors' code prototypes belong to the process, so that two models share them; here
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Parts, WeightAdapter, check_tensors
 from isotune.adapters.settings import by_schedule
 from isotune.adapters.shared import Shared
-from isotune.adapters.sparse.structured import StructuredPruning
+from isotune.adapters.sparse.schedule import StructuredPruning
 from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.random_bases import uniform
 from isotune.linalg.sparse import largest_of_all, packed_bits, unpacked_bits

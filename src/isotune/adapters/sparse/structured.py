@@ -1,4 +1,4 @@
-"""What SPLoRA, SPPaRA and SPLoPA share: parts of the layer are left out during training, and for good.
+"""What SPLoRA and SPPaRA share: channels of the layer are left out during training, and for good.
 
     W' = diag(m_out) (W + D) diag(m_in),   b' = m_out ∘ (b + β),   m_out, m_in in {0, 1}
 
@@ -23,30 +23,13 @@ from torch import Tensor, nn
 from isotune.adapters.contract import WeightAdapter, check_tensors
 from isotune.adapters.settings import Settings
 from isotune.adapters.sparse.channels import channel_groups, channels
-from isotune.errors import OptionError
+from isotune.adapters.sparse.schedule import StructuredPruning
+from isotune.errors import IsotuneError, OptionError
 from isotune.linalg.precision import at_least_fp32
 from isotune.linalg.sparse import largest_of_all, packed_bits, unpacked_bits
 from isotune.sites import CONVOLUTIONS, LINEAR, Site
 
 Cut = tuple[Literal["out", "in"] | None, ...]
-
-
-class StructuredPruning(Settings):
-    """When parts of a layer are left out, and by what."""
-
-    keep: float = Field(0.5, gt=0, le=1, description="Share of the channels, or blocks, to be left.")
-    start: float = Field(0.1, ge=0, lt=1, description="Share of the training before anything is left out.")
-    end: float = Field(0.6, gt=0, le=1, description="Share of the training after which no more is left out.")
-    p: float = Field(2.0, ge=1, le=4, description="The norm that says what is worth most.")
-
-    def model_post_init(self, _: object) -> None:
-        if self.start >= self.end:
-            raise OptionError(f"{self.name}: start={self.start} must be before end={self.end}")
-
-    def left(self, progress: float, total: int) -> int:
-        """How many of these are left when this share of the training is done; always one at least."""
-        done = min(max((progress - self.start) / (self.end - self.start), 0.0), 1.0)
-        return max(1, round((self.keep + (1 - self.keep) * (1 - done) ** 3) * total))
 
 
 class ChannelPruning(StructuredPruning):
@@ -120,10 +103,10 @@ class ChannelMasked(WeightAdapter):
             b = (b + self.beta).to(b.dtype)
         return b if b is None or self.kept_out is None else b * self.kept_out
 
-    def worth(self, site: Site) -> Tensor:
-        """What each channel that it makes is worth, (channels): the sum of |w'|^p over its rows."""
-        rows = self.weight(at_least_fp32(site.weight)).abs().pow(self.settings.p).sum(1)
-        return rows.view(self.settings.heads or len(rows), -1).sum(1)
+    def worth(self, site: Site, count: int) -> Tensor:
+        """What each channel that it makes is worth, (count): the sum of |w'|^p over its rows."""
+        rows = self.weight(at_least_fp32(site.weight)).abs().pow(self.settings.p)
+        return rows.view(count, -1).sum(1)
 
     @classmethod
     def after_steps_at(
@@ -192,7 +175,11 @@ def _leave_out(makers: Sequence[tuple[ChannelMasked, Site]], readers: Sequence[T
     count = first.settings.left(progress, len(kept))
     if count >= int(kept.sum()):
         return
-    worth = torch.stack([adapter.worth(site).to(kept.device) for adapter, site in makers]).sum(0)
+    if any(len(mask) % len(kept) for mask in (*(a.kept_out for a, _ in makers), *readers)):  # type: ignore[arg-type]
+        raise IsotuneError(
+            f"the layers that make or read the channels {first.settings.outputs!r} differ in how many there are"
+        )
+    worth = torch.stack([adapter.worth(site, len(kept)).to(kept.device) for adapter, site in makers]).sum(0)
     (kept,) = largest_of_all([worth.masked_fill(~kept, -1.0)], count)
     for mask in (*(adapter.kept_out for adapter, _ in makers), *readers):
         assert mask is not None
