@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from isotune.model.fold import unfold as unfold
     from isotune.model.gate import SequenceGate as SequenceGate
     from isotune.model.groups import parameter_groups as parameter_groups
+    from isotune.model.slim import slim as slim
     from isotune.model.switch import after_step as after_step
     from isotune.model.switch import describe as describe
     from isotune.model.switch import disabled as disabled
@@ -71,6 +72,7 @@ _HOMES = {
     "methods": "model.catalogue",
     "fold": "model.fold",
     "unfold": "model.fold",
+    "slim": "model.slim",
     "after_step": "model.switch",
     "SequenceGate": "model.gate",
     "describe": "model.switch",
@@ -117,6 +119,7 @@ __all__ = [
     "remove",
     "route",
     "save",
+    "slim",
     "tokens",
     "unfold",
     "use",

@@ -124,6 +124,9 @@ def test_a_mask_that_drifts_is_found(kind: type[LTSFTAdapter]) -> None:
         ("diffora", {"rank": 2, "search": 0.7}),
         ("adalora", {"rank": 4}),
         ("sora", {"rank": 4, "threshold": 0.01}),
+        ("splora", {"rank": 2}),
+        ("sppara", {}),
+        ("splopa", {"prototypes": 3, "block_rows": 2, "block_columns": 3}),
     ],
 )
 def test_a_training_resumes_in_the_midst_of_a_phase(name: str, options: dict[str, Any], tmp_path: Path) -> None:

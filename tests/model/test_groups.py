@@ -44,6 +44,9 @@ MATRICES: dict[str, set[str]] = {
     "sora": {"A", "B"},
     "adalora": {"A", "B"},
     "pego": {"A", "B"},
+    "splora": {"A", "B"},
+    "sppara": {"P"},
+    "splopa": {"P"},
     **{name: {"A", "B"} for name in ("lora", "loraplus", "pissa", "olora", "corda", "sorsa", "delora")},
 }
 """By method; of the others every number stands for itself."""

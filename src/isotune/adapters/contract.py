@@ -166,6 +166,13 @@ class Adapter(nn.Module, ABC):
             adapter.after_step(progress)
         return ()
 
+    @classmethod
+    def after_steps_at(
+        cls, adapters: Sequence[Self], sites: Sequence[Site], progress: float
+    ) -> Sequence[nn.Parameter]:
+        """`after_steps` for a method that looks at the weights of the sites of its adapters as well."""
+        return cls.after_steps(adapters, progress)
+
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         """The adapter's tensors under the names and in the shapes of PEFT's files, as views where they can be."""
         return {f"{self.method}_{name}": t for name, t in self.state_dict().items() if name not in self.memory}
