@@ -160,18 +160,11 @@ class Adapter(nn.Module, ABC):
         """
 
     @classmethod
-    def after_steps(cls, adapters: Sequence[Self], progress: float) -> Sequence[nn.Parameter]:
-        """`after_step` of a model's adapters of this class; gives those for which the optimizer is to start anew."""
+    def after_steps(cls, adapters: Mapping[Self, Site], progress: float) -> Sequence[nn.Parameter]:
+        """`after_step` of a model's adapters of this class, on their sites; gives what the optimizer starts anew."""
         for adapter in adapters:
             adapter.after_step(progress)
         return ()
-
-    @classmethod
-    def after_steps_at(
-        cls, adapters: Sequence[Self], sites: Sequence[Site], progress: float
-    ) -> Sequence[nn.Parameter]:
-        """`after_steps` for a method that looks at the weights of the sites of its adapters as well."""
-        return cls.after_steps(adapters, progress)
 
     def peft_state(self, site: Site) -> dict[str, Tensor]:
         """The adapter's tensors under the names and in the shapes of PEFT's files, as views where they can be."""

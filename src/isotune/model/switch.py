@@ -264,16 +264,14 @@ def after_step(model: nn.Module, progress: float = 1.0, optimizer: torch.optim.O
     the share of training that is done, for methods with a schedule: without it they are at its end. The optimizer
     forgets what it knows of parameters that a method starts anew.
     """
-    found: dict[tuple[str, type[Adapter]], tuple[list[Adapter], list[Site]]] = {}
+    found: dict[tuple[str, type[Adapter]], dict[Adapter, Site]] = {}
     for path, layer in adapted_layers(model):
         home, site = layer.isotune, require_site(layer, path)
         for name, adapter in zip(home.active, home.running(), strict=False):  # nothing runs where they are disabled
-            adapters, sites = found.setdefault((name, type(adapter)), ([], []))
-            adapters.append(adapter)
-            sites.append(site)
+            found.setdefault((name, type(adapter)), {})[adapter] = site
             site = AdaptedSite(site, adapter)
     with torch.no_grad():
-        for (_, kind), (adapters, sites) in found.items():
-            for parameter in kind.after_steps_at(adapters, sites, progress):
+        for (_, kind), adapters in found.items():
+            for parameter in kind.after_steps(adapters, progress):
                 if optimizer is not None:
                     optimizer.state.pop(parameter, None)

@@ -17,7 +17,7 @@ which at the start are all. PEFT weighs its penalty by the mean over all matrice
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar, Self
 
@@ -114,7 +114,7 @@ class AdaLoRAAdapter(Gated):
         return g + A.mean(1) + B.mean(0)
 
     @classmethod
-    def after_steps(cls, adapters: Sequence[Self], progress: float) -> Sequence[nn.Parameter]:
+    def after_steps(cls, adapters: Mapping[Self, Site], progress: float) -> Sequence[nn.Parameter]:
         for group in by_schedule(adapters):
             _give_up(group, progress)
         return ()

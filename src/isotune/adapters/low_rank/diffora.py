@@ -15,7 +15,7 @@ r (in + out) + 1, of which the chosen share of layers stays. Cost for n rows: 2 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -84,7 +84,7 @@ class DiffoRAAdapter(LowRank):
         return theta.sigmoid() * self.scale * self.B, self.A
 
     @classmethod
-    def after_steps(cls, adapters: Sequence[Self], progress: float) -> Sequence[nn.Parameter]:
+    def after_steps(cls, adapters: Mapping[Self, Site], progress: float) -> Sequence[nn.Parameter]:
         waiting = [adapter for adapter in adapters if adapter.fixed is None]
         anew: list[nn.Parameter] = []
         for adapter in waiting:

@@ -16,7 +16,7 @@ and subtracts to revert, which leaves the last bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -75,7 +75,7 @@ class LTSFTAdapter(WeightAdapter):
         return self.l1 * self.D.abs().mean()
 
     @classmethod
-    def after_steps(cls, adapters: Sequence[Self], progress: float) -> Sequence[nn.Parameter]:
+    def after_steps(cls, adapters: Mapping[Self, Site], progress: float) -> Sequence[nn.Parameter]:
         waiting = [a for a in adapters if progress >= a.dense and not a.chosen]
         if waiting:
             masks = largest_of_all([a.D.abs() for a in waiting], sum(a.count for a in waiting))

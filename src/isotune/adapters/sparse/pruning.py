@@ -14,7 +14,7 @@ Cost: one product of the size of W in each pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -84,7 +84,7 @@ class AdaptByPruningAdapter(WeightAdapter):
         return W * (self.M + (soft - soft.detach())).to(W.dtype)
 
     @classmethod
-    def after_steps(cls, adapters: Sequence[Self], progress: float) -> Sequence[nn.Parameter]:
+    def after_steps(cls, adapters: Mapping[Self, Site], progress: float) -> Sequence[nn.Parameter]:
         for adapter in adapters:
             adapter.steps += 1
         for group in by_schedule(adapters):

@@ -16,7 +16,7 @@ each pass, for W' itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar, Self
 
@@ -113,14 +113,11 @@ class SPLoPAAdapter(WeightAdapter):
         return W.view(rows, p, columns, q).sum((1, 3)).masked_fill(~self.M, -1.0)
 
     @classmethod
-    def after_steps_at(
-        cls, adapters: Sequence[Self], sites: Sequence[Site], progress: float
-    ) -> Sequence[nn.Parameter]:
-        at = dict(zip(map(id, adapters), sites, strict=True))
+    def after_steps(cls, adapters: Mapping[Self, Site], progress: float) -> Sequence[nn.Parameter]:
         for group in by_schedule(adapters):
             count = group[0].settings.left(progress, sum(adapter.M.numel() for adapter in group))
             if count < sum(int(adapter.M.sum()) for adapter in group):
-                masks = largest_of_all([adapter.worth(at[id(adapter)]) for adapter in group], count)
+                masks = largest_of_all([adapter.worth(adapters[adapter]) for adapter in group], count)
                 for adapter, mask in zip(group, masks, strict=True):
                     adapter.M.copy_(mask)
         for adapter in adapters:

@@ -109,11 +109,9 @@ class ChannelMasked(WeightAdapter):
         return rows.view(count, -1).sum(1)
 
     @classmethod
-    def after_steps_at(
-        cls, adapters: Sequence[Self], sites: Sequence[Site], progress: float
-    ) -> Sequence[nn.Parameter]:
+    def after_steps(cls, adapters: Mapping[Self, Site], progress: float) -> Sequence[nn.Parameter]:
         makers: dict[str, list[tuple[Self, Site]]] = {}
-        for adapter, site in zip(adapters, sites, strict=True):
+        for adapter, site in adapters.items():
             if adapter.kept_out is not None:
                 makers.setdefault(adapter.settings.outputs, []).append((adapter, site))
         for name, group in makers.items():
