@@ -241,13 +241,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, default=Path("results.json"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     data, classes = prepared_data(options.data)
     rates = {way: RATES[:1] if way == "frozen" else RATES for way in WAYS}
-    plan = [(way, rate, seed) for seed in range(options.seeds) for way in WAYS for rate in rates[way]]
-    runs = []
-    for way, rate, seed in track(plan, "training"):
+    plan = [(way, rate, seed) for seed in options.seeds for way in WAYS for rate in rates[way]]
+    runs = json.loads(options.output.read_text()) if options.output.exists() else []
+    done = {(run["way"], run["rate"], run["seed"]) for run in runs}  # a run that was stopped goes on
+    for way, rate, seed in track([run for run in plan if run not in done], "training"):
         runs.append(one(way, rate, seed, data, classes))
         options.output.write_text(json.dumps(runs, indent=1) + "\n")
     print("| way | numbers | four tasks, % | rate | numbers for a fifth | fifth task, % | first task after it |")

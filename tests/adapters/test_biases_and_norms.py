@@ -13,8 +13,8 @@ from torch import nn
 
 import isotune
 from both_ways import assert_isotune_loads, assert_peft_loads
-from isotune.errors import NoLowRankFormError, OptionError, TargetError
-from support import adapted, assert_same_output, minilm, output, stories
+from isotune.errors import IsotuneError, NoLowRankFormError, OptionError, TargetError
+from support import adapted, assert_same_output, minilm, output, stories, tokens
 
 LN = isotune.method("ln_tuning")
 BITFIT = isotune.method("bitfit")
@@ -149,3 +149,43 @@ def test_scaling_and_shifting_is_in_weight_and_bias_and_sets_do_not_touch_each_o
     assert all(row.trainable in (64, 32) for row in isotune.describe(plain))
     keys = set(stories().state_dict())
     assert set(isotune.fold(plain, keep_base=False).state_dict()) == keys
+
+
+@pytest.mark.parametrize("kind", ["bert", "convolution"])
+def test_rows_of_one_batch_have_sets_of_their_own(kind: str) -> None:
+    torch.manual_seed(0)
+    model: Any = minilm() if kind == "bert" else nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 2))
+    inputs = tokens(model, 3) if kind == "bert" else {"input": torch.randn(3, 3, 8, 8)}
+
+    def run(rows: slice = slice(None)) -> torch.Tensor:
+        with torch.no_grad():
+            found = model(**{name: t[rows] for name, t in inputs.items()})
+            return found if isinstance(found, torch.Tensor) else found[0]
+
+    base = run()
+    for seed, missing in enumerate(("no-image", "no-text")):
+        adapted(
+            model,
+            isotune.method("ssf"),
+            "biased" if kind == "bert" else ["0", "2"],
+            name=missing,
+            seed=seed,
+            size=0.3,
+        )
+    names = ["no-text", None, "no-image"]
+    mixed = run_with(model, names, run)
+    for row, name in enumerate(names):
+        alone = run(slice(row, row + 1)) if name and isotune.use(model, name) else base[row : row + 1]
+        assert_same_output(mixed[row : row + 1], alone)
+    half = isotune.route(model, torch.full((3, 2), 0.5), "no-image", "no-text")
+    layer = next(m for m in half.modules() if hasattr(m, "isotune"))
+    assert {*layer.isotune.active} == {"no-image", "no-text"}
+    assert not torch.allclose(run(), mixed, atol=1e-3)
+    with pytest.raises(IsotuneError, match="no adapter 'no-sound'"):
+        isotune.use(model, rows=["no-sound", None, None])
+
+
+def run_with(model: Any, names: list[str | None], run: Any) -> torch.Tensor:
+    """The output for rows that use these adapters."""
+    isotune.use(model, rows=names)
+    return run()

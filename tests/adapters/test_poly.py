@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import isotune
 from both_ways import by_peft, through_peft
 from isotune.errors import IsotuneError, OptionError
-from support import adapted, assert_same_output, move, output, stories
+from support import STORIES, adapted, assert_same_output, move, output, stories
 
 TASKS = ("a", "b", "c")
 IDS = torch.arange(5, 25).view(4, 5)
@@ -99,6 +99,15 @@ def test_one_task_is_one_lora_that_folds_and_exports(tmp_path: Path) -> None:
     exported = isotune.load(stories(), tmp_path / "b").eval()
     assert_same_output(output(exported), expected)
     assert all(row.trainable for row in isotune.describe(exported))
+    isotune.save(model, tmp_path / "poly")
+    isotune.export_lora(tmp_path / "poly", tmp_path / "c", base=STORIES, task="b")
+    assert_same_output(output(isotune.load(stories(), tmp_path / "c").eval()), expected)
+    with pytest.raises(OptionError, match=r"no task 'd'.*It has: a, b"):
+        isotune.export_lora(tmp_path / "poly", tmp_path / "d", base=STORIES, task="d")
+    isotune.save(isotune.adapt(stories(), isotune.LoRA(rank=2)), tmp_path / "lora")
+    with pytest.raises(OptionError, match="lora mixes nothing by task"):
+        isotune.export_lora(tmp_path / "lora", tmp_path / "d", base=STORIES, task="b")
+    assert not (tmp_path / "d").exists()
     isotune.fold(model)
     assert_same_output(output(model), expected)
     isotune.unfold(model)

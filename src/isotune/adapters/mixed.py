@@ -10,9 +10,11 @@ times the cost of one adapter.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,15 @@ class Routing:
         return Routing(weights, None if self.index is None else self.index.to(x.device).repeat_interleave(times))
 
 
+class ByRow(ABC):
+    """An adapter without thin factors that rows of one batch can have of their own all the same."""
+
+    @classmethod
+    @abstractmethod
+    def by_row(cls, adapters: Sequence[Self], y: Tensor, site: Site, weights: Tensor) -> Tensor:
+        """The site's output y (b, ...), row i changed by as much of each adapter as weights (b, K) say."""
+
+
 class Mixture(Adapter):
     """Several experts with thin factors on one site, weighed by a router for each row, or as `isotune.route` says.
 
@@ -114,12 +125,20 @@ def thin_of(adapter: Adapter, site: Site) -> Thin:
     return thin
 
 
+def place_of(adapter: Adapter, site: Site) -> str:
+    """Where an adapter changes the rows of a batch. Raises IsotuneError where they cannot differ in it."""
+    return "by row" if isinstance(adapter, ByRow) else thin_of(adapter, site).where
+
+
 def mixed_forward(x: Tensor, site: Site, adapters: Sequence[Adapter], routing: Routing) -> Tensor:
     """The site's output for a batch x (n b, ...) of which row i is changed as `routing` says.
 
     Raises IsotuneError where x is no batch of as many rows as the routing has, or of a multiple.
     """
-    thin, routing = [thin_of(adapter, site) for adapter in adapters], routing.of(x, site)
+    routing = routing.of(x, site)
+    if isinstance(first := adapters[0], ByRow):
+        return first.by_row(adapters, site(x), site, routing.weights)  # type: ignore[arg-type]
+    thin = [thin_of(adapter, site) for adapter in adapters]
     if routing.index is None and site.rotates_input:
         return _weighed(x, site, thin, routing.weights.view(len(x), *(1,) * (x.dim() - 2), -1))
     where = thin[0].where

@@ -67,6 +67,7 @@ def export_lora(
     dtype: str | torch.dtype = "float32",
     rank_multiple: int = 1,
     base: str | Path | None = None,
+    task: str | None = None,
 ) -> Export:
     """Write the active adapters of a model, or the adapter saved in a folder, as one LoRA in PEFT's layout.
 
@@ -80,13 +81,14 @@ def export_lora(
         dtype: Storage type: float32, float16 or bfloat16.
         rank_multiple: Round the rank up to a multiple of this, for servers that allow certain ranks only.
         base: Only with a folder: the base model's folder or hub id; by default what the adapter's config says.
+        task: Only with a folder: the task whose mix of the skills is exported, for methods that mix by task (`poly`).
 
     Raises:
         NoLowRankFormError: A layer has no exact LoRA form, or none in PEFT's layout; the message says which
             and why.
         TargetError: The weight of a layer is packed and cannot be dequantised.
         CheckpointError: Nothing to export, a base that cannot be read, or a folder that cannot be written.
-        OptionError: An unknown dtype, or a rank multiple below 1.
+        OptionError: An unknown dtype or task, or a rank multiple below 1.
     """
     dtype_name = str(dtype).removeprefix("torch.")
     if dtype_name not in DTYPES:
@@ -94,7 +96,7 @@ def export_lora(
     if rank_multiple < 1:
         raise OptionError(f"rank_multiple={rank_multiple} is not usable; it must be at least 1")
     check_writable(path)
-    source = _from_model(model) if isinstance(model, nn.Module) else _from_folder(read_stored(model), base)
+    source = _from_model(model) if isinstance(model, nn.Module) else _from_folder(read_stored(model), base, task)
     for refused, why in source.refused.items():
         raise NoLowRankFormError(f"{refused!r} {why}; isotune export --to merged works for it")
     found = _lora_of(source, DTYPES[dtype_name])
@@ -129,7 +131,7 @@ def _from_model(model: nn.Module) -> _Source:
     return _Source(lambda: parts, refused, trained_tensors(trained), sorted(trained), BaseRecord.of(model))
 
 
-def _from_folder(stored: StoredAdapter, base: str | Path | None) -> _Source:
+def _from_folder(stored: StoredAdapter, base: str | Path | None, task: str | None) -> _Source:
     name = base or stored.base.name
     if not stored.settings:
         raise CheckpointError(f"there is nothing to export: {stored.path} holds no adapted layer")
@@ -142,9 +144,9 @@ def _from_folder(stored: StoredAdapter, base: str | Path | None) -> _Source:
     entries = stored.header["sites"] if stored.header else {}
     refused = {p: entry["refused"] for p, entry in entries.items() if "refused" in entry}
     trained = trained_tensors(stored.trained)
-    task = stored.base.task_type or task_type(weights.config().get("architectures") or ())
-    record = BaseRecord(str(name), task_type=task, labels=stored.base.labels)
-    return _Source(lambda: stored_parts(stored, weights), refused, trained, sorted(stored.trained), record)
+    kind = stored.base.task_type or task_type(weights.config().get("architectures") or ())
+    record = BaseRecord(str(name), task_type=kind, labels=stored.base.labels)
+    return _Source(lambda: stored_parts(stored, weights, task), refused, trained, sorted(stored.trained), record)
 
 
 @dataclass

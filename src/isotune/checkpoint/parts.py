@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from isotune.adapters.contract import Adapter
+from isotune.adapters.mixture.poly import PolyAdapter
 from isotune.checkpoint.base import StoredBase
 from isotune.checkpoint.load import fill
 from isotune.checkpoint.stored import StoredAdapter
@@ -17,14 +18,20 @@ from isotune.sites import Site, require_site, stored_layer
 Part = tuple[str, Site, list[Adapter]]  # path, bare site, adapters in the order in which they are stacked
 
 
-def stored_parts(stored: StoredAdapter, base: StoredBase | None) -> Iterator[Part]:
+def stored_parts(stored: StoredAdapter, base: StoredBase | None, task: str | None = None) -> Iterator[Part]:
     """Walk the layers of `stored`; without a base their weights are undefined, but their shapes are right.
 
-    Raises CheckpointError where a layer's shape is not that of the base, or is not known without one.
+    Methods that mix by task are as they are for `task`. Raises CheckpointError where a layer's shape is not that of
+    the base, or is not known without one, and OptionError where there is no such task.
     """
     parts = StoredParts(stored, base)
     for p in stored.settings:
-        yield p, *parts.at(p)
+        site, adapters = parts.at(p)
+        for adapter in () if task is None else adapters:
+            if not isinstance(adapter, PolyAdapter):
+                raise OptionError(f"{stored.method} mixes nothing by task, so that it has no task {task!r}")
+            adapter.task = adapter.settings.place(str(task))
+        yield p, site, adapters
 
 
 class StoredParts:

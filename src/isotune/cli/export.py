@@ -44,6 +44,7 @@ def export_command(
         str | None, Flag(help="diffusers: unet, transformer, text_encoder; by default told by the layers' names.")
     ] = None,
     rank_multiple: Annotated[int, Flag(help="lora: round the rank up to a multiple of this.")] = 1,
+    task: Annotated[str | None, Flag(help="lora: the task that is meant, of a method that mixes by task.")] = None,
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,7 +57,7 @@ def export_command(
         if to == "lora":
             from isotune.checkpoint.export import export_lora
 
-            found = export_lora(source, output, dtype, rank_multiple, base_of(source, base))
+            found = export_lora(source, output, dtype, rank_multiple, base_of(source, base), task)
         else:
             from isotune.checkpoint.export_diffusers import export_diffusers
 

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from isotune.adapted_site import AdaptedSite
 from isotune.adapters.contract import Adapter
-from isotune.adapters.mixed import Mixture, Routing, thin_of
+from isotune.adapters.mixed import Mixture, Routing, place_of
 from isotune.errors import IsotuneError, nearest
 from isotune.model.adapted import Adapted
 from isotune.model.names import adapted_layers, changed_modules
@@ -186,7 +186,7 @@ def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
         if not site.called:
             raise IsotuneError(f"{parts[0]!r} changes {path!r}, a parameter, which the rows of a batch must share")
         adapters: dict[str, Any] = {name: module.isotune[name] for name in parts}
-        layouts = {(a.method, thin_of(a, site).where): name for name, a in adapters.items()}
+        layouts = {(a.method, place_of(a, site)): name for name, a in adapters.items()}
         if len(layouts) > 1:
             found = " and ".join(f"{name!r} ({method}, {where})" for (method, where), name in layouts.items())
             raise IsotuneError(f"rows of one batch need adapters of one method and side; at {path!r} are {found}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from isotune.adapters.mixed import Routing
 from isotune.adapters.mixture.poly import PolyAdapter
-from isotune.errors import IsotuneError, nearest
+from isotune.errors import IsotuneError
 from isotune.model.adapted import Adapters
 from isotune.model.names import adapted_layers, check_one_weight
 
@@ -83,10 +83,6 @@ def _rows(adapter: PolyAdapter, tasks: Sequence[int]) -> Routing:
 
 
 def _places(adapter: PolyAdapter, tasks: Sequence[str]) -> list[int]:
-    known = adapter.settings.tasks
-    for task in tasks:
-        if task not in known:
-            raise IsotuneError(f"poly has no task {task!r}.{nearest(task, known)} It has: {', '.join(known)}.")
     if not tasks:
         raise IsotuneError("use_task was given no task; name one for all rows, or one for each")
-    return [known.index(task) for task in tasks]
+    return [adapter.settings.place(task) for task in tasks]

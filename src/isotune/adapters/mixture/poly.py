@@ -29,7 +29,7 @@ from isotune.adapters.contract import Parts, Thin, Treatment, WeightAdapter
 from isotune.adapters.mixed import Routing, gathered
 from isotune.adapters.settings import Settings, check_rank
 from isotune.adapters.thin_layer import beside
-from isotune.errors import IsotuneError, NoLowRankFormError, OptionError
+from isotune.errors import IsotuneError, NoLowRankFormError, OptionError, nearest
 from isotune.linalg.random_bases import uniform
 from isotune.sites import LINEAR, Site
 
@@ -64,6 +64,14 @@ class Poly(Settings):
         A = uniform((q, S, n_in // q, self.rank), (n_in // q) ** -0.5, generator)
         z = uniform((len(self.tasks), q, S), 1e-3, generator) if self.router == "learned" else None
         return PolyAdapter(A, torch.zeros(q, S, self.rank, n_out // q), z, self)
+
+    def place(self, task: str) -> int:
+        """Which of the tasks this one is. Raises OptionError for one that is not there."""
+        if task not in self.tasks:
+            raise OptionError(
+                f"poly has no task {task!r}.{nearest(task, self.tasks)} It has: {', '.join(self.tasks)}."
+            )
+        return self.tasks.index(task)
 
     def parameter_count(self, site: Site) -> int:
         logits = len(self.tasks) * self.heads * self.skills if self.router == "learned" and self.skills > 1 else 0

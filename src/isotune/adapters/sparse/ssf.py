@@ -6,7 +6,8 @@
 what is folded is a layer of the same kind.
 
 A model of several modalities of which some may be missing has one such set for each set of those that are there, the
-base alone for all of them: adapters by name, of which `isotune.use` takes the one that a batch needs.
+base alone for all of them: adapters by name, of which `isotune.use` takes the one that a batch needs or, with
+`rows=[...]`, one for each row.
 
 Papers: "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", NeurIPS 2022, arXiv 2210.08823;
 "Robust Multimodal Learning with Missing Modalities via Parameter-Efficient Adaptation", 2023, arXiv 2310.03986.
@@ -15,12 +16,14 @@ Parameters: 2 out, or out without a bias. Cost for n rows: 2 n out flops, and no
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from isotune.adapters.contract import WeightAdapter
+from isotune.adapters.mixed import ByRow
 from isotune.adapters.settings import Settings
 from isotune.sites import CONVOLUTIONS, LINEAR, NORM, Site
 
@@ -43,7 +46,7 @@ class SSF(Settings):
         return site.out_features * (1 if site.bias is None else 2)
 
 
-class SSFAdapter(WeightAdapter):
+class SSFAdapter(WeightAdapter, ByRow):
     """Holds γ (out) and, where the layer has a bias, β (out)."""
 
     method = "ssf"
@@ -58,6 +61,13 @@ class SSFAdapter(WeightAdapter):
         y = torch.addcmul(y, y, site.along((self.gamma - 1).to(y.dtype)))
         return y if self.beta is None else y + site.along(self.beta.to(y.dtype))
 
+    @classmethod
+    def by_row(cls, adapters: Sequence[Self], y: Tensor, site: Site, weights: Tensor) -> Tensor:
+        excess, weights = torch.stack([adapter.gamma - 1 for adapter in adapters]), weights.to(y.dtype)
+        y = torch.addcmul(y, y, _beside(weights @ excess.to(y.dtype), y, site))
+        shifts: list[Tensor] = [adapter.beta for adapter in adapters if adapter.beta is not None]
+        return y if not shifts else y + _beside(weights @ torch.stack(shifts).to(y.dtype), y, site)
+
     def weight(self, W: Tensor) -> Tensor:
         return (W * self.gamma[:, None]).to(W.dtype)
 
@@ -68,3 +78,10 @@ class SSFAdapter(WeightAdapter):
         if self.beta is None and "ssf_beta" in tensors:  # a layer that only stands for the one that has a bias
             self.beta = nn.Parameter(torch.zeros_like(self.gamma))
         super().load_peft_state(tensors, site)
+
+
+def _beside(v: Tensor, y: Tensor, site: Site) -> Tensor:
+    """v (b, out) with the dimensions that let it meet y (b, ...), whose features lie where the site has them."""
+    shape = [len(v), *(1,) * (y.dim() - 1)]
+    shape[site.features] = v.shape[1]
+    return v.view(shape)
