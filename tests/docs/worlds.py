@@ -183,6 +183,7 @@ def results() -> Names:
 WORLDS: dict[str, Callable[[], Names]] = {
     "index.md": encoder,
     "recipes/encoders.md": encoder,
+    "pruning-channels.md": encoder,
     "recipes/causal.md": talks,
     "learning-rates.md": chats,
     "tasks.md": tasks,
