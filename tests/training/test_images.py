@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from isotune.errors import DataError, IsotuneError
 from isotune.training.data import load_splits
 from isotune.training.evaluation import evaluate
 from isotune.training.export import export_merged
+from isotune.training.models import load_image_processor
 from isotune.training.recipe import DataSettings, build_recipe
 from isotune.training.run import train
+from isotune.training.session import Session, TaskSpec
 
 COLOURS = {"red": 0, "blue": 2}
 
@@ -103,6 +107,34 @@ def test_parquet_with_images_in_it_gives_the_same_images(pictures: Path, tmp_pat
         assert np.array_equal(np.asarray(one["image"]), np.asarray(other["image"]))
 
 
+def test_a_folder_of_images_may_name_its_splits_or_have_none(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "named").mkdir()
+    for split, name in (("train", "my train [1]"), ("test", "Testing")):
+        shutil.copytree(pictures / split, tmp_path / "named" / name)
+    data = DataSettings(train=str(tmp_path / "named"), validation=None, test="test")
+    named = load_splits(data, "image-classification", 0)
+    assert (len(named.train), len(named.test)) == (40, 12)
+    whole = load_splits(DataSettings(train=str(pictures / "train"), validation=None), "image-classification", 0)
+    assert [row["label"] for row in whole.train] == [row["label"] for row in named.train]
+    assert [row["label"] for row in whole.train].count("red") == 20
+
+
+def test_a_folder_of_images_is_looked_through_a_few_times_only(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    info = LocalFileSystem.info
+
+    def counted(self: LocalFileSystem, path: Any, **more: Any) -> Any:
+        asked.append(path)
+        return info(self, path, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "info", counted)
+    found = load_splits(DataSettings(train=str(pictures), validation=None, test="test"), "image-classification", 0)
+    assert len(found.train + found.test) == 52
+    assert len(asked) < 6 * 52  # and not 45 times
+
+
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no image")
     for value, message in ((str(tmp_path / "x.png"), "no image that can be read"), (3, "a int and no image")):
@@ -114,3 +146,38 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
 def test_a_model_of_texts_classifies_no_images(bert: Path, pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(IsotuneError, match="transformers has no class of bert models that classifies images"):
         train(build_recipe(None, flags(bert, pictures, tmp_path / "run")), progress=False)
+
+
+def test_images_have_the_size_of_the_recipe(vit: Path, pictures: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(
+        None, flags(vit, pictures, tmp_path / "run", **{"data.image_size": 24, "data.test": "test"})
+    )
+    result = train(recipe, progress=False)
+    session = Session(TaskSpec.read(result.adapter))
+    batch = session.collator([{"image": picture("red", np.random.default_rng(0))}])
+    assert batch["pixel_values"].shape == (1, 3, 24, 24)  # 6 x 6 patches, where the model has positions for 4 x 4
+    again = evaluate(result.output, progress=False)
+    assert again["loss"] == pytest.approx(result.metrics["test_loss"], rel=1e-5)
+    merged = export_merged(result.adapter, tmp_path / "merged")
+    assert evaluate(merged, str(pictures), progress=False)["loss"] == pytest.approx(again["loss"], rel=1e-4)
+
+
+def test_an_image_of_a_given_size_is_whole(tmp_path: Path) -> None:
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    said = {
+        "image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"shortest_edge": 32},
+        "do_center_crop": True, "crop_size": {"height": 16, "width": 16}, "do_normalize": False, "do_rescale": True,
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    edges = np.zeros((60, 120, 3), np.uint8)
+    edges[:, :40], edges[:, 80:] = 255, 255
+    own, given = (
+        torch.tensor(np.array(load_image_processor(str(tmp_path), size)(images=[edges])["pixel_values"]))
+        for size in (None, 12)
+    )
+    assert own.shape == (1, 3, 16, 16)
+    assert own[..., 4:12].max() < 0.1
+    assert given.shape == (1, 3, 12, 12)
+    assert given[..., [0, 1, 10, 11]].min() > 0.9
+    assert given[..., 5:7].max() < 0.1

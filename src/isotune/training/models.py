@@ -39,11 +39,15 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_image_processor(name: str) -> Any:
-    """What makes pixels of images for a model. Raises IsotuneError where its folder has none that can be read."""
+def load_image_processor(name: str, size: int | None = None) -> Any:
+    """What makes pixels of images for a model; with `size` of whole images, stretched to so many pixels a side.
+
+    Raises IsotuneError where the model's folder has none that can be read.
+    """
     path = locate(name)
+    options = {} if size is None else {"size": {"height": size, "width": size}, "do_center_crop": False}
     try:
-        return transformers.AutoImageProcessor.from_pretrained(path)
+        return transformers.AutoImageProcessor.from_pretrained(path, **options)
     except Exception as error:  # as many kinds as there are processors
         raise IsotuneError(f"{name}: the image processor cannot be loaded: {_first(error)}") from None
 

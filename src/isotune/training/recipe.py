@@ -69,6 +69,12 @@ class DataSettings(Section):
     max_length: int | None = Field(
         default=None, ge=2, description="Longest sequence in tokens; by default 256, or the model's limit if less."
     )
+    image_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Height and width in pixels to which images are stretched, whole (image-classification); by "
+        "default what the model's image processor does.",
+    )
     max_train_rows: int | None = Field(default=None, ge=1, description="Train on a seeded sample of the rows.")
     max_eval_rows: int | None = Field(
         default=None, ge=1, description="Validate and test on a seeded sample of the rows each."
@@ -125,7 +131,8 @@ class Recipe(Section):
     """A training run. `resolved` gives the recipe with absolute paths, as it is kept in the run's folder."""
 
     model: str = Field(
-        description="Folder, GGUF file or hub id of the pretrained model; `minilm` and `smollm2` come with packages."
+        description="Folder, GGUF file or hub id of the pretrained model; `minilm`, `smollm2` and `focus-vit` come "
+        "with packages."
     )
     task: Literal[
         "classification",

@@ -41,6 +41,8 @@ class TaskSpec:
     """Whether prompts and chats share sequences."""
     pairs: bool = False
     """Whether two columns of text are a pair to the tokenizer; version 0.1.0 joined them by the separator."""
+    image_size: int | None = None
+    """Height and width of images in pixels; None: what the image processor makes of them."""
 
     @classmethod
     def of(cls, recipe: Recipe, labels: list[str]) -> TaskSpec:
@@ -48,7 +50,7 @@ class TaskSpec:
         data = recipe.data
         return cls(
             recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype, None,
-            recipe.quantization, recipe.dpo_beta, data.packing, True,
+            recipe.quantization, recipe.dpo_beta, data.packing, True, data.image_size,
         )  # fmt: skip
 
     @classmethod

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import logging
+import re
 import tempfile
 import warnings
 from io import StringIO
@@ -76,18 +78,31 @@ def _folder(path: Path, quoting: str) -> Source:
 
 def _images(path: Path) -> Source:
     """A folder of folders of images, named for their labels; the folders above may be train, validation and test."""
+    # Left to find them by itself, `datasets` walks through all files once for each of some fifty patterns.
+    files: dict[str, list[str]] = {}
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
+        for split in {_SPLITS[word] for word in re.split(r"[\W_]+", folder.name.lower()) if word in _SPLITS}:
+            files.setdefault(split, []).append(f"{glob.escape(folder.name)}/**")
+    if "train" not in files:
+        files = {"train": ["**"]}
     with tempfile.TemporaryDirectory(prefix="isotune-") as cache:
         try:
-            found = datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=cache, keep_in_memory=True)
+            found = datasets.load_dataset(
+                "imagefolder", data_dir=str(path), data_files=files, cache_dir=cache, keep_in_memory=True
+            )
         except Exception as error:  # whatever its readers raise
             raise DataError(f"{path}: the images cannot be read: {error.__cause__ or error}") from None
     return {str(name): _with_label_names(split) for name, split in found.items()}
 
 
+_SPLITS = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+
+
 def _split_of(file: Path) -> str | None:
-    stem = file.name.split(".")[0].lower()
-    return {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
-            "dev": "validation", "test": "test"}.get(stem)  # fmt: skip
+    return _SPLITS.get(file.name.split(".")[0].lower())
 
 
 def _format(path: Path) -> str | None:

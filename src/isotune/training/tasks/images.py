@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isotune.errors import IsotuneError
 from isotune.training.classifiers import head_paths, load_image_classifier
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from isotune.training.data import Row
     from isotune.training.recipe import DataSettings
     from isotune.training.session import TaskSpec
+
+_INTERPOLATE = "interpolate_pos_encoding"
+"""What transformers' models of images take that do not read other sizes than their own unless they are told to."""
 
 
 class ImageClassification(Classification):
@@ -37,13 +41,15 @@ class ImageClassification(Classification):
         return as_image(value) if key == "image" else super().cell(key, value)
 
     def load(self, spec: TaskSpec) -> tuple[Any, list[str], TaskSpec]:
-        """The architecture's own classifier of images."""
+        """The architecture's own classifier of images; with `image_size` it interpolates its positions to that."""
         model = load_image_classifier(spec.model, spec.labels, spec.dtype, spec.quantization)
+        if spec.image_size is not None and _INTERPOLATE in inspect.signature(model.forward).parameters:
+            model.register_forward_pre_hook(_interpolating, with_kwargs=True)
         return model, head_paths(model), spec
 
     def processor(self, spec: TaskSpec, model: Any) -> Any:
         """The model's image processor, which scales and normalises."""
-        return load_image_processor(spec.model)
+        return load_image_processor(spec.model, spec.image_size)
 
     def collator(self, processor: Any) -> ImageCollator:
         """Images become pixels as they are batched: a whole data set of those would not fit into memory."""
@@ -78,6 +84,10 @@ class ImageCollator:
         if "labels" in examples[0]:
             batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return batch
+
+
+def _interpolating(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return given, {_INTERPOLATE: True, **named}
 
 
 def as_image(value: Any) -> Any:
