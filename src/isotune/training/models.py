@@ -48,6 +48,18 @@ def load_image_processor(name: str) -> Any:
         raise IsotuneError(f"{name}: the image processor cannot be loaded: {_first(error)}") from None
 
 
+def load_feature_extractor(name: str, **options: Any) -> Any:
+    """What makes a model's inputs of sound. Raises IsotuneError where its folder has none that can be read."""
+    path = locate(name)
+    try:
+        found = transformers.AutoFeatureExtractor.from_pretrained(path, **options)
+    except Exception as error:  # as many kinds as there are feature extractors
+        raise IsotuneError(f"{name}: the feature extractor cannot be loaded: {_first(error)}") from None
+    if not hasattr(found, "sampling_rate"):
+        raise IsotuneError(f"{name}: its {type(found).__name__} makes no inputs of sound")
+    return found
+
+
 def load_causal(name: str, dtype: str = "float32", quantization: str | None = None) -> Any:
     """A pretrained causal language model.
 

@@ -47,6 +47,7 @@ class DataSettings(Section):
         "of a causal-lm. By default one of the usual names (text, sentence, premise and hypothesis, ...).",
     )
     image: str | None = Field(default=None, description="Column with the image (image-classification).")
+    audio: str | None = Field(default=None, description="Column with the sound (audio-classification).")
     label: str | None = Field(
         default=None, description="Column with the label, the number, or the tags; by default one of the usual names."
     )
@@ -68,6 +69,12 @@ class DataSettings(Section):
     )
     max_length: int | None = Field(
         default=None, ge=2, description="Longest sequence in tokens; by default 256, or the model's limit if less."
+    )
+    max_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Longest clip in seconds (audio-classification); longer ones are cut. By default 30, or the "
+        "model's limit if less.",
     )
     max_train_rows: int | None = Field(default=None, ge=1, description="Train on a seeded sample of the rows.")
     max_eval_rows: int | None = Field(
@@ -132,6 +139,7 @@ class Recipe(Section):
         "regression",
         "token-classification",
         "image-classification",
+        "audio-classification",
         "causal-lm",
         "seq2seq-lm",
         "preference",

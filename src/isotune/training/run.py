@@ -192,7 +192,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
             f"pooling {pooling}: the model's own class for classification pools otherwise, so that a class of ours "
             "is taken; transformers opens what is exported of it with trust_remote_code=True"
         )
-    if recipe.data.text is None and recipe.data.prompt is None and recipe.data.messages is None:
+    if not any(getattr(recipe.data, key) for key in ("text", "image", "audio", "prompt", "messages")):
         said = "; ".join(f"{key}: {', '.join(names)}" for key, names in splits.columns.items())
         screen.say(f"columns, by their usual names: {said}")
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in examples.items() if rows)
