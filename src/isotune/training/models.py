@@ -1,4 +1,4 @@
-"""Pretrained models and tokenizers, from a package, a folder, a GGUF file or the hub."""
+"""Pretrained models and tokenizers, from a package, a folder, a GGUF or CTranslate2 file or the hub."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from isotune.checkpoint.base import PACKAGED, local_folder
-from isotune.checkpoint.gguf_files import is_gguf
+from isotune.checkpoint.base import PACKAGED, is_packed, local_folder
 from isotune.errors import IsotuneError
 from isotune.folders import MODEL_CONFIG
 
@@ -105,13 +104,13 @@ def load_empty(name: str) -> Any:
 
 
 def locate(name: str) -> str:
-    """Where a model is: a packaged one, a GGUF file's unpacked folder, a checked local folder, or the hub id itself.
+    """Where a model is: a packaged one, the folder of an unpacked file, a checked local one, or the hub id itself.
 
     Raises:
         IsotuneError: The folder is missing, is not a model's, or has no weights.
     """
     path = Path(name).expanduser()
-    if not path.is_dir() and (name in PACKAGED or is_gguf(path)):
+    if not path.is_dir() and (name in PACKAGED or is_packed(path)):
         if (found := local_folder(path)) is None:
             raise IsotuneError(f"the model {name!r} comes with a package: {PACKAGED[name].install}")
         return str(found)

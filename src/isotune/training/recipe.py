@@ -132,7 +132,8 @@ class Recipe(Section):
     """A training run. `resolved` gives the recipe with absolute paths, as it is kept in the run's folder."""
 
     model: str = Field(
-        description="Folder, GGUF file or hub id of the pretrained model; `minilm` and `smollm2` come with packages."
+        description="Folder, GGUF file or hub id of the pretrained model; `minilm`, `smollm2` and `whisper-tiny.en` "
+        "come with packages."
     )
     task: Literal[
         "classification",
