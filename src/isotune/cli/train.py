@@ -73,8 +73,8 @@ def train_command(
     task: Annotated[
         str | None,
         Flag(
-            help="classification, regression, token-classification, image-classification, causal-lm, seq2seq-lm or "
-            "preference."
+            help="classification, regression, token-classification, image-classification, audio-classification, "
+            "causal-lm, seq2seq-lm or preference."
         ),
     ] = None,
     data: Annotated[str | None, Flag(help="Training rows: file, folder, or hub id.")] = None,

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -123,6 +124,20 @@ def load_image_classifier(
     return _own_class(AutoModelForImageClassification, name, path, dtype, quantization, _named(labels))
 
 
+def load_audio_classifier(
+    name: str, labels: Sequence[str], dtype: str = "float32", quantization: str | None = None
+) -> Any:
+    """A pretrained model of sound with a head for these labels, drawn where it has none for as many.
+
+    Raises IsotuneError where there is no such model, or transformers has no class of its kind that classifies sound.
+    """
+    path = locate(name)
+    config = read_config(name, path)
+    if config.model_type not in modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES:
+        raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that classifies sound")
+    return _own_class(AutoModelForAudioClassification, name, path, dtype, quantization, _named(labels))
+
+
 def is_classifier(model: nn.Module) -> bool:
     """Whether the model is one of `load_classifier`."""
     return hasattr(model, "isotune_head")
@@ -168,6 +183,8 @@ def _own_options(config: Any, pooling: str) -> dict[str, str] | None:
 def _check_drawn(model: Any, drawn: Sequence[str], name: str) -> None:
     """Raise IsotuneError where more than a head, or a pooling layer, is missing."""
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    if not prefix and hasattr(model, "encoder"):  # Whisper's classifier of sound, which has it beside its head
+        prefix = "encoder."
     check_whole(name, [key for key in drawn if key.startswith(prefix) and "pooler." not in key])
 
 

@@ -1,4 +1,4 @@
-"""Pretrained models and tokenizers, from a package, a folder, a GGUF file or the hub."""
+"""Pretrained models and tokenizers, from a package, a folder, a GGUF or CTranslate2 file or the hub."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from isotune.checkpoint.base import PACKAGED, local_folder
-from isotune.checkpoint.gguf_files import is_gguf
+from isotune.checkpoint.base import PACKAGED, is_packed, local_folder
 from isotune.errors import IsotuneError
 from isotune.folders import MODEL_CONFIG
 
@@ -50,6 +49,18 @@ def load_image_processor(name: str, size: int | None = None) -> Any:
         return transformers.AutoImageProcessor.from_pretrained(path, **options)
     except Exception as error:  # as many kinds as there are processors
         raise IsotuneError(f"{name}: the image processor cannot be loaded: {_first(error)}") from None
+
+
+def load_feature_extractor(name: str, **options: Any) -> Any:
+    """What makes a model's inputs of sound. Raises IsotuneError where its folder has none that can be read."""
+    path = locate(name)
+    try:
+        found = transformers.AutoFeatureExtractor.from_pretrained(path, **options)
+    except Exception as error:  # as many kinds as there are feature extractors
+        raise IsotuneError(f"{name}: the feature extractor cannot be loaded: {_first(error)}") from None
+    if not hasattr(found, "sampling_rate"):
+        raise IsotuneError(f"{name}: its {type(found).__name__} makes no inputs of sound")
+    return found
 
 
 def load_causal(name: str, dtype: str = "float32", quantization: str | None = None) -> Any:
@@ -97,13 +108,13 @@ def load_empty(name: str) -> Any:
 
 
 def locate(name: str) -> str:
-    """Where a model is: a packaged one, a GGUF file's unpacked folder, a checked local folder, or the hub id itself.
+    """Where a model is: a packaged one, the folder of an unpacked file, a checked local one, or the hub id itself.
 
     Raises:
         IsotuneError: The folder is missing, is not a model's, or has no weights.
     """
     path = Path(name).expanduser()
-    if not path.is_dir() and (name in PACKAGED or is_gguf(path)):
+    if not path.is_dir() and (name in PACKAGED or is_packed(path)):
         if (found := local_folder(path)) is None:
             raise IsotuneError(f"the model {name!r} comes with a package: {PACKAGED[name].install}")
         return str(found)

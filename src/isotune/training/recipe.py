@@ -47,6 +47,7 @@ class DataSettings(Section):
         "of a causal-lm. By default one of the usual names (text, sentence, premise and hypothesis, ...).",
     )
     image: str | None = Field(default=None, description="Column with the image (image-classification).")
+    audio: str | None = Field(default=None, description="Column with the sound (audio-classification).")
     label: str | None = Field(
         default=None, description="Column with the label, the number, or the tags; by default one of the usual names."
     )
@@ -74,6 +75,12 @@ class DataSettings(Section):
         ge=1,
         description="Height and width in pixels to which images are stretched, whole (image-classification); by "
         "default what the model's image processor does.",
+    )
+    max_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Longest clip in seconds (audio-classification); longer ones are cut. By default 30, or the "
+        "model's limit if less.",
     )
     max_train_rows: int | None = Field(default=None, ge=1, description="Train on a seeded sample of the rows.")
     max_eval_rows: int | None = Field(
@@ -131,14 +138,15 @@ class Recipe(Section):
     """A training run. `resolved` gives the recipe with absolute paths, as it is kept in the run's folder."""
 
     model: str = Field(
-        description="Folder, GGUF file or hub id of the pretrained model; `minilm`, `smollm2` and `focus-vit` come "
-        "with packages."
+        description="Folder, GGUF file or hub id of the pretrained model; `minilm`, `smollm2`, `focus-vit` and "
+        "`whisper-tiny.en` come with packages."
     )
     task: Literal[
         "classification",
         "regression",
         "token-classification",
         "image-classification",
+        "audio-classification",
         "causal-lm",
         "seq2seq-lm",
         "preference",

@@ -20,7 +20,7 @@ from isotune.model.calibrate import wants_calibration
 from isotune.statistics.second_moment import check_informative
 from isotune.training.arguments import AUTO, resolve_training, training_arguments
 from isotune.training.baselines import constant_scores, keep, kept, measured_baselines
-from isotune.training.classifiers import OWN
+from isotune.training.classifiers import OWN, pooling_of
 from isotune.training.data import Splits, load_splits
 from isotune.training.folder import RunFolder, adapter_folder, checkpoint_step, resume_command
 from isotune.training.full import LEARNING_RATE, check_full, is_full, unfreeze
@@ -187,12 +187,12 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
         _adapt(session, recipe)
     if recipe.save_second_moments:
         check_informative(session.model)
-    if session.head and (pooling := session.spec.pooling) != OWN:
+    if session.head and (pooling := pooling_of(session.model)) != OWN:
         screen.say(
             f"pooling {pooling}: the model's own class for classification pools otherwise, so that a class of ours "
             "is taken; transformers opens what is exported of it with trust_remote_code=True"
         )
-    if recipe.data.text is None and recipe.data.prompt is None and recipe.data.messages is None:
+    if not any(getattr(recipe.data, key) for key in ("text", "image", "audio", "prompt", "messages")):
         said = "; ".join(f"{key}: {', '.join(names)}" for key, names in splits.columns.items())
         screen.say(f"columns, by their usual names: {said}")
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in examples.items() if rows)

@@ -43,6 +43,8 @@ class TaskSpec:
     """Whether two columns of text are a pair to the tokenizer; version 0.1.0 joined them by the separator."""
     image_size: int | None = None
     """Height and width of images in pixels; None: what the image processor makes of them."""
+    max_seconds: float | None = None
+    """Where clips of sound are cut."""
 
     @classmethod
     def of(cls, recipe: Recipe, labels: list[str]) -> TaskSpec:
@@ -50,7 +52,7 @@ class TaskSpec:
         data = recipe.data
         return cls(
             recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype, None,
-            recipe.quantization, recipe.dpo_beta, data.packing, True, data.image_size,
+            recipe.quantization, recipe.dpo_beta, data.packing, True, data.image_size, data.max_seconds,
         )  # fmt: skip
 
     @classmethod
@@ -89,7 +91,7 @@ class TaskSpec:
 
 
 class Session:
-    """A pretrained model for a task, with its tokenizer or image processor; `spec` says what the defaults came to."""
+    """A pretrained model for a task, with its tokenizer or processor; `spec` says what the defaults came to."""
 
     def __init__(self, spec: TaskSpec) -> None:
         self.task = TASKS[spec.task]

@@ -29,6 +29,12 @@ _FORMATS = {
     ".txt": "text",
 }
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_SOUNDS = {".wav", ".flac", ".ogg", ".mp3"}
+_SPLITS = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+"""How files and folders of a split are called."""
 Source = dict[str, datasets.Dataset]
 """Datasets by split name; a file alone is the split `train`."""
 
@@ -61,14 +67,16 @@ def _folder(path: Path, quoting: str) -> Source:
         except Exception as error:
             raise DataError(f"{path}: not a readable datasets folder: {error}") from None
         found = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-        return {str(name): _with_label_names(split) for name, split in found.items()}
+        return {str(name): _plain(split) for name, split in found.items()}
     files = sorted(file for file in path.iterdir() if file.is_file() and _format(file))
     if not files and any(file.suffix.lower() in _IMAGES for file in path.rglob("*")):
         return _images(path)
+    if not files and (sounds := sorted(file for file in path.rglob("*") if file.suffix.lower() in _SOUNDS)):
+        return _sounds(path, sounds)
     if not files:
         raise DataError(
-            f"{path}: no data file in this folder; known endings: {', '.join(_FORMATS)} (and .gz), and images in "
-            "folders named for their labels"
+            f"{path}: no data file in this folder; known endings: {', '.join(_FORMATS)} (and .gz), and images or "
+            "sounds in folders named for their labels"
         )
     splits = {_split_of(file): file for file in files}
     if None not in splits and len(splits) == len(files):
@@ -92,13 +100,24 @@ def _images(path: Path) -> Source:
             )
         except Exception as error:  # whatever its readers raise
             raise DataError(f"{path}: the images cannot be read: {error.__cause__ or error}") from None
-    return {str(name): _with_label_names(split) for name, split in found.items()}
+    return {str(name): _plain(split) for name, split in found.items()}
 
 
-_SPLITS = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
+def _sounds(path: Path, files: list[Path]) -> Source:
+    """The same with sounds, which `datasets` reads by torchcodec alone; without any folders they have no labels."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    labelled = any(file.parent != path for file in files)
+    for file in files:
+        *above, label = file.relative_to(path).parent.parts or ("",)
+        if labelled and (not label or label.lower() in _SPLITS):
+            raise DataError(f"{file} is in no folder named for its label, as other sounds in {path} are")
+        split = rows.setdefault(_SPLITS.get(above[0].lower() if above else "", "train"), {"audio": [], "label": []})
+        split["audio"].append(str(file))
+        split["label"].append(label)
+    return {
+        name: datasets.Dataset.from_dict(split if labelled else {"audio": split["audio"]})
+        for name, split in rows.items()
+    }
 
 
 def _split_of(file: Path) -> str | None:
@@ -136,7 +155,7 @@ def _file(path: Path, quoting: str) -> datasets.Dataset:
         )
     if not len(dataset):
         raise DataError(f"{path}: the file has no rows")
-    return dataset
+    return _plain(dataset) if kind == "parquet" else dataset
 
 
 def _build(kind: str, path: Path, options: dict[str, Any]) -> datasets.Dataset:
@@ -245,7 +264,15 @@ def _hub(source: str, subset: str | None) -> Source:
         raise DataError(
             f"no data file or folder at {source}, and the hub gave no dataset of that name: {error}"
         ) from None
-    return {str(name): _with_label_names(split) for name, split in found.items()}
+    return {str(name): _plain(split) for name, split in found.items()}
+
+
+def _plain(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Class numbers become their names, and sounds stay as they are stored: `datasets` would want torchcodec."""
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Audio):
+            dataset = dataset.cast_column(name, datasets.Audio(decode=False))
+    return _with_label_names(dataset)
 
 
 def _with_label_names(dataset: datasets.Dataset) -> datasets.Dataset:

@@ -62,15 +62,15 @@ class AdapterTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, counting tokens."""
-        if "attention_mask" in inputs:
-            self.timer.count(inputs["attention_mask"])
+        if (mask := _token_mask(inputs)) is not None:
+            self.timer.count(mask)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The task's loss, by default the model's own, and in training the adapters' penalty."""
-        isotune.tokens(self.model, inputs.get("attention_mask"))
+        isotune.tokens(self.model, _token_mask(inputs))
         loss, outputs = self.task_loss(model, inputs) or super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -140,6 +140,11 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_weights(self.model, Path(self.state.best_model_checkpoint or ""))
+
+
+def _token_mask(inputs: Mapping[str, Any]) -> Any:
+    """Which tokens of a batch are no padding; None where it has none: the mask beside sound counts samples."""
+    return inputs.get("attention_mask") if "input_ids" in inputs else None
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 Example = dict[str, Any]
-"""`input_ids` (a list) and `labels` (a number, or a list as long as `input_ids`); or `image` and `labels`."""
+"""`input_ids` (a list) and `labels` (a number, or a list as long as `input_ids`); or `image` or `audio`
+and `labels`."""
 IGNORED = -100
 """The label of tokens that are not trained on."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from isotune.training.tasks.audio_classification import AudioClassification
 from isotune.training.tasks.causal import CausalLM
 from isotune.training.tasks.classification import Classification
 from isotune.training.tasks.contract import Task
@@ -16,6 +17,7 @@ TASKS: dict[str, Task] = {
     "regression": Regression(),
     "token-classification": TokenClassification(),
     "image-classification": ImageClassification(),
+    "audio-classification": AudioClassification(),
     "causal-lm": CausalLM(),
     "seq2seq-lm": Seq2SeqLM(),
     "preference": Preference(),
