@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import isotune
-from both_ways import by_peft
+from both_ways import by_peft, tiny_gpt2
 from isotune.adapters.prompt.deep import DeepPrompts
 from isotune.adapters.prompt.prefix import PrefixTuning
 from isotune.adapters.prompt.shallow import PromptTuning
@@ -59,6 +59,20 @@ def test_few_heads_of_keys_serve_many_of_queries_and_causal_queries_see_the_whol
     whole, first = output(model, input_ids=ids), output(model, input_ids=ids[:, :1])
     assert_same_output(first[:, 0], whole[:, 0])
     assert not torch.allclose(first, output(stories(), input_ids=ids[:, :1]), atol=1e-3)
+
+
+def test_packed_matrices_tell_how_wide_keys_are() -> None:
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    few = isotune.adapt(transformers.Phi3ForCausalLM(config).eval(), PrefixTuning(tokens=3), seed=0)
+    assert {tuple(m.isotune["default"].V.shape) for m in few.modules() if hasattr(m, "isotune")} == {(3, 16)}
+    assert output(few).isfinite().all()
+    gpt2 = isotune.adapt(tiny_gpt2(), PrefixTuning(tokens=3), seed=0)
+    assert {tuple(m.isotune["default"].V.shape) for m in gpt2.modules() if hasattr(m, "isotune")} == {(3, 16)}
+    assert not torch.allclose(output(gpt2), output(tiny_gpt2()), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -32,10 +32,14 @@ def widths(site: Site) -> tuple[int, int]:
     Raises OptionError where its layers do not tell, by their names, which of them make keys and values.
     """
     sizes = dict(_sizes(site.layer))
-    for names, parts in ((_KEY, _VALUE), 1), ((_PACKED, _PACKED), 3):
-        found = [next((size for own, size in sizes.items() if name.fullmatch(own)), 0) for name in names]
-        if all(found):
-            return found[0] // parts, found[1] // parts
+    k, v, packed = (
+        next((n for own, n in sizes.items() if name.fullmatch(own)), 0) for name in (_KEY, _VALUE, _PACKED)
+    )
+    if k and v:
+        return k, v
+    if packed:
+        queries, keys = _heads(site.layer)
+        return packed * keys // (queries + 2 * keys), packed * keys // (queries + 2 * keys)
     raise OptionError(
         f"a {bare_class(site.layer).__name__} holds no layers that are, by their names, those of keys and values; "
         "name the attention modules, such as targets=['self_attn']"
@@ -51,6 +55,14 @@ def _sizes(block: nn.Module) -> Iterator[tuple[str, int]]:
             yield path.rpartition(".")[2], site.out_features
         if isinstance(module, nn.MultiheadAttention):
             yield from ((name, len(p)) for name, p in module.named_parameters(recurse=False) if p.dim() == 2)
+
+
+def _heads(block: nn.Module) -> tuple[int, int]:
+    """How many heads of queries there are to how many of keys, by the config of transformers' models; else alike."""
+    for config in (getattr(module, "config", None) for module in block.modules()):
+        if config is not None and getattr(config, "num_key_value_heads", None):
+            return config.num_attention_heads, config.num_key_value_heads
+    return 1, 1
 
 
 class Met(TorchFunctionMode):
