@@ -30,6 +30,8 @@ def test_by_default_the_recipes_method_is_set_against_lora() -> None:
     assert [one["name"] for one in found.methods] == ["oft", "lora"]
     assert found.baseline == "lora"
     assert build(compare__methods="hra,oft").baseline == "hra"
+    one_side = [{"name": "hra", "side": "out"}, "lora"]
+    assert build(compare__methods=one_side, compare__baseline="hra").baseline == "hra side=out"
 
 
 def test_a_resolved_comparison_is_read_back_the_same() -> None:
@@ -61,6 +63,13 @@ def test_a_run_is_a_recipe_of_its_own_and_a_trial_never_sees_the_test_rows() -> 
         ({"compare__budgets": "many"}, "'many' is no number of parameters"),
         ({"compare__span": [10, 0.1]}, "the smaller first"),
         ({"compare__baseline": "oft"}, "none of the methods: hra, lora"),
+        (
+            {
+                "compare__methods": [{"name": "hra", "side": side} for side in ("in", "out")],
+                "compare__baseline": "hra",
+            },
+            "'hra' is several of them: hra side=in, hra side=out",
+        ),
         ({"compare__trials": 0}, "compare.trials"),
         ({"compare__tirals": 3}, "trials"),
         ({"data__test": None, "data__validation": 0.2}, "data.test is needed"),

@@ -37,7 +37,11 @@ class CompareSettings(Section):
     span: tuple[float, float] = Field(
         default=(0.1, 10.0), description="Learning rates tried, in multiples of each method's own default."
     )
-    baseline: str = Field(default="", description="The method that others are set against; by default lora.")
+    baseline: str = Field(
+        default="",
+        description="The method that others are set against, by name or, where it is there twice, with the options "
+        "that tell it apart; by default lora.",
+    )
     full: bool = Field(default=True, description="A row for full fine-tuning.")
     frozen: bool = Field(default=True, description="A row for the frozen model with a trained head.")
     cost_steps: int = Field(default=20, ge=0, description="Steps to time alone, when all runs are done; 0: none.")
@@ -101,10 +105,17 @@ class ComparisonRecipe(Recipe):
             raise ValueError("overrides belong to one method; give options in compare.methods")
         if self.save_second_moments:
             raise ValueError("save_second_moments belongs to isotune train")
-        names = [label(one) for one in self.methods]
-        if self.compare.baseline and self.compare.baseline not in names:
-            raise ValueError(f"compare.baseline {self.compare.baseline!r} is none of the methods: {', '.join(names)}")
+        if self.compare.baseline and len(meant := self._called(self.compare.baseline)) != 1:
+            what = f"is several of them: {', '.join(meant)}" if meant else (
+                f"is none of the methods: {', '.join(label(one) for one in self.methods)}"
+            )  # fmt: skip
+            raise ValueError(f"compare.baseline {self.compare.baseline!r} {what}")
         return self
+
+    def _called(self, name: str) -> list[str]:
+        """The labels of the methods that a label, or a method's name alone, means."""
+        names = {label(one): one["name"] for one in self.methods}
+        return [name] if name in names else [own for own, method in names.items() if method == name]
 
     @property
     def methods(self) -> list[dict[str, Any]]:
@@ -115,7 +126,9 @@ class ComparisonRecipe(Recipe):
     def baseline(self) -> str:
         """The label of the method that others are set against."""
         names = [label(one) for one in self.methods]
-        return self.compare.baseline or ("lora" if "lora" in names else names[0])
+        if self.compare.baseline:
+            return self._called(self.compare.baseline)[0]
+        return "lora" if "lora" in names else names[0]
 
     def resolved(self) -> ComparisonRecipe:
         """The same comparison with absolute paths."""
