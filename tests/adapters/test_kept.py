@@ -15,6 +15,7 @@ from torch import nn
 import isotune
 from isotune.adapters.cache import Kept
 from isotune.adapters.registry import method_class, method_names
+from support import PROMPTS, Reader
 
 
 def test_value_is_made_once_for_as_long_as_its_tensors_stay_as_they_are() -> None:
@@ -56,10 +57,10 @@ def test_what_is_kept_sees_the_steps_of_a_fused_optimizer(name: str, mode: bool)
     """Its steps leave no trace on a parameter: Trainer's default optimizer is one."""
     torch.manual_seed(0)
     kinds = method_class(name).kinds
-    layer = nn.LayerNorm(64) if kinds == {"norm"} else nn.Linear(64, 64)
+    layer = Reader(64) if name in PROMPTS else nn.LayerNorm(64) if kinds == {"norm"} else nn.Linear(64, 64)
     method = isotune.method(name) if "rank" not in method_class(name).model_fields else isotune.method(name, rank=4)
     model: Any = isotune.adapt(nn.Sequential(layer), method, ["0"], seed=0)
-    x = torch.randn(8, 64)
+    x = torch.randn(2, 4, 64)
     with torch.no_grad():
         before = model.eval()(x)
     optimizer = torch.optim.AdamW(isotune.parameter_groups(model, lr=1e-2), fused=True)

@@ -17,14 +17,15 @@ from isotune import LoRA
 from isotune.adapters.registry import BUILT_IN, method_class
 from isotune.cli.method_pages import method_page, prose
 from isotune.model.catalogue import probe
+from support import PROMPTS
 
 
 class Block(nn.Module):
     """One part of each kind that a preset names, large enough for every method's default options."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention: tuple[str, ...] = ("query",)) -> None:
         super().__init__()
-        self.attention = nn.ModuleDict({"query": nn.Linear(256, 256, bias=False)})
+        self.attention = nn.ModuleDict({name: nn.Linear(256, 256, bias=False) for name in attention})
         self.mlp = nn.ModuleDict({"up": nn.Linear(256, 256)})
         self.norm = nn.LayerNorm(256, bias=False)
 
@@ -33,6 +34,21 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([Block()])
+
+
+class Transformer(Model):
+    """What prompts need beside: layers for keys and values, and a vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0] = Block(("query", "key", "value"))
+        self.embedding = nn.Embedding(8, 256)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def forward(self, input_ids: None = None, attention_mask: None = None, inputs_embeds: None = None) -> None:
+        """It is never run."""
 
 
 def fences(page: str, language: str) -> str:
@@ -50,7 +66,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_what_a_page_shows_runs_and_every_option_is_on_it(name: str, pages: Path) -> None:
     page = (pages / f"{name}.md").read_text()
-    model = Model()
+    model: nn.Module = nn.ModuleDict({"transformer": Transformer()}) if name in PROMPTS else Model()
     exec(fences(page, "python"), {"model": model})
     (row,) = isotune.describe(model)
     assert row.method == name

@@ -16,7 +16,9 @@ import isotune
 from isotune.adapters.registry import method_class, method_names
 from isotune.errors import OptionError
 from isotune.sites import require_site
+from isotune.sites.block import Block
 from isotune.training import build_recipe, train
+from support import PROMPTS, Reader
 
 WIDTH = 64
 
@@ -29,7 +31,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fitting(name: str) -> dict[str, Any]:
     """The method's name, and a smaller rank where the default options do not fit the encoder's layers."""
-    site = require_site(nn.Linear(WIDTH, WIDTH), "probe")
+    site = Block(Reader(WIDTH)) if name in PROMPTS else require_site(nn.Linear(WIDTH, WIDTH), "probe")
     for options in ({}, *({"rank": rank} for rank in (16, 8, 4, 2))):
         try:
             isotune.method(name, **options).build(site, torch.Generator())
@@ -46,7 +48,7 @@ def recipe_of(path: Path, model: Path, rows: Path, method: Any, **training: Any)
         "model": str(model),
         "data": {"train": str(rows / "train.jsonl"), "validation": None, "max_length": 8, "max_train_rows": 8},
         "method": method,
-        "targets": None if name == "ln_tuning" else "query-value",
+        "targets": None if name in ("ln_tuning", *PROMPTS) else "query-value",
         "head": "random",
         "training": {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", **training},
         "output": str(path / "run"),
@@ -70,7 +72,8 @@ def test_every_method_trains_from_a_recipe_at_its_own_learning_rate(
     assert 0 < metrics["train_loss"] < 10
     assert metrics["trainable_parameters_encoder"] > 0
     saved = tensors(result.adapter)
-    assert sum("encoder.layer." in key for key in saved) >= 4
+    at_least = {"prompt": 0, "deep_prompt": 2}.get(name, 4)  # of one for the model, and of one for each layer
+    assert sum("encoder.layer." in key for key in saved) >= at_least
     assert all(tensor.isfinite().all() for tensor in saved.values() if tensor.is_floating_point())
 
 
