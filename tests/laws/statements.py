@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 import isotune
 from isotune.adapted_site import AdaptedSite
+from isotune.adapters.mixed import ByRow
 from isotune.errors import IsotuneError
 from isotune.model.catalogue import linear_site
 from isotune.sites import Site
@@ -195,7 +196,8 @@ def rows_of_a_batch_use_their_own_adapters(case: Case) -> None:
     x = case.input()
     x = torch.cat([x, x.flip(-1)])
     names = [("one", None, "two", "one")[i % 4] for i in range(len(x))]
-    if adapter_of(model, "one").thin_factors(site_of_base(model)) is None:
+    one = adapter_of(model, "one")
+    if one.thin_factors(site_of_base(model)) is None and not isinstance(one, ByRow):
         with pytest.raises(IsotuneError, match="different adapters"):
             isotune.use(model, rows=names)
         return
