@@ -213,4 +213,6 @@ def test_peft_folders_that_cannot_be_are_refused(tmp_path: Path) -> None:
     isotune.save(isotune.adapt(minilm(), PrefixTuning(tokens=2), seed=0), tmp_path / "ours")
     with pytest.raises(CheckpointError, match="no rotary embeddings: PEFT moves the text"):
         export_peft(tmp_path / "ours", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"to the block 'encoder\.layer\.0\.attention' is none of a weight"):
+        isotune.export_lora(tmp_path / "ours", tmp_path / "out", base=MINILM)
     assert not (tmp_path / "out").exists()

@@ -67,7 +67,8 @@ def _written(stored: StoredAdapter, config: dict[str, Any], tensors: dict[str, T
 def _refused(stored: StoredAdapter) -> str | None:
     """Why PEFT refuses one of its layers, or computes something else there; None where it does not."""
     sites = (stored.header or {"sites": {}})["sites"]
-    return next((f"{p} {entry['refused']}" for p, entry in sites.items() if "refused" in entry), None)
+    reasons = {p: entry.get("refused") or entry.get("not_in_peft") for p, entry in sites.items()}
+    return next((f"{p} {why}" for p, why in reasons.items() if why), None)
 
 
 def _why_not(stored: StoredAdapter) -> str:

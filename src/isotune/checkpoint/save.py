@@ -191,8 +191,10 @@ def _entry(site: Site, settings: Settings, stored: Mapping[str, Any] | None) -> 
     if stored is not None:
         return {key: value for key, value in stored.items() if key != "settings"}
     entry, dialect = site.entry(), dialect_of(type(settings))
-    if why := refused_by_peft(site) or (dialect.refused(site) if dialect.whole else None):
+    if why := refused_by_peft(site):
         entry["refused"] = why
+    elif dialect.whole and (why := dialect.refused(site)):
+        entry["not_in_peft"] = why  # which a folder can say alone, for PEFT's form is made of it later
     return entry
 
 
