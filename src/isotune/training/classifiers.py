@@ -110,32 +110,25 @@ def _named(labels: Sequence[str]) -> dict[str, Any]:
     return {"id2label": names, "label2id": {label: number for number, label in names.items()}}
 
 
-def load_image_classifier(
-    name: str, labels: Sequence[str], dtype: str = "float32", quantization: str | None = None
-) -> Any:
-    """A pretrained model of images with a head for these labels, drawn where it has none for as many.
+_SENSES: dict[str, tuple[Any, Any]] = {
+    "images": (AutoModelForImageClassification, modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    "sound": (AutoModelForAudioClassification, modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
+}
 
-    Raises IsotuneError where there is no such model, or transformers has no class of its kind that classifies images.
+
+def load_classifier_of(
+    what: str, name: str, labels: Sequence[str], dtype: str = "float32", quantization: str | None = None
+) -> Any:
+    """A pretrained model of "images" or "sound" with a head for these labels, drawn where it has none for as many.
+
+    Raises IsotuneError where there is no such model, or transformers has no class of its kind that classifies these.
     """
+    kind, known = _SENSES[what]
     path = locate(name)
     config = read_config(name, path)
-    if config.model_type not in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-        raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that classifies images")
-    return _own_class(AutoModelForImageClassification, name, path, dtype, quantization, _named(labels))
-
-
-def load_audio_classifier(
-    name: str, labels: Sequence[str], dtype: str = "float32", quantization: str | None = None
-) -> Any:
-    """A pretrained model of sound with a head for these labels, drawn where it has none for as many.
-
-    Raises IsotuneError where there is no such model, or transformers has no class of its kind that classifies sound.
-    """
-    path = locate(name)
-    config = read_config(name, path)
-    if config.model_type not in modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES:
-        raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that classifies sound")
-    return _own_class(AutoModelForAudioClassification, name, path, dtype, quantization, _named(labels))
+    if config.model_type not in known:
+        raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that classifies {what}")
+    return _own_class(kind, name, path, dtype, quantization, _named(labels))
 
 
 def is_classifier(model: nn.Module) -> bool:

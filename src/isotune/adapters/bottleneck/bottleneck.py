@@ -29,26 +29,38 @@ Activation = Literal["relu", "gelu", "silu", "tanh"]
 Norm = Literal["none", "in", "out"]
 
 
-class BottleneckSettings(Settings):
-    """The options that they have in common."""
+class PlacedSettings(Settings):
+    """What narrow networks at a block have in common: one of two places, and a width."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"block"})
     usual_targets: ClassVar[str] = "mlp"
+
+    rank: int = Field(8, gt=0, description="Width of the network.")
+    place: Literal["parallel", "sequential"] = Field(
+        "parallel", description="Whether it reads what the block reads (parallel), or what it gives (sequential)."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout between the activation and U while training.")
+
+    @property
+    def reads(self) -> Literal["input", "output"]:
+        """What a `Branch` in this place reads."""
+        return "input" if self.place == "parallel" else "output"
+
+    def sides(self, site: Site) -> tuple[int, int]:
+        """How many numbers it reads at a site, and how many it gives."""
+        return (site.in_features if self.place == "parallel" else site.out_features), site.out_features
+
+
+class BottleneckSettings(PlacedSettings):
+    """The options that bottlenecks have in common."""
+
     formula: ClassVar[str] = "rank * (n_in + n_out + 1) + n_out"
 
     rank: int = Field(64, gt=0, description="Width of the bottleneck.")
-    place: Literal["parallel", "sequential"] = Field(
-        "parallel", description="Whether D reads what the block reads (parallel), or what it gives (sequential)."
-    )
     activation: Activation = Field("relu", description="Between D and U.")
     scale: float = Field(1.0, gt=0, description="Factor on the change; the papers' a, or s.")
     learn_scale: bool = Field(False, description="Train the factor.")
     norm: Norm = Field("none", description="A LayerNorm on what the adapter reads (in), or on its change (out).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout between the activation and U while training.")
-
-    def sides(self, site: Site) -> tuple[int, int]:
-        """How many numbers D reads at a site, and how many U gives."""
-        return (site.in_features if self.place == "parallel" else site.out_features), site.out_features
 
     def build(self, site: Site, generator: torch.Generator) -> Bottleneck:
         n_in, n_out = self.sides(site)
@@ -75,7 +87,7 @@ class Bottleneck(Branch):
         self.scale = nn.Parameter(torch.tensor(settings.scale)) if settings.learn_scale else settings.scale
         self.norm = None if settings.norm == "none" else nn.LayerNorm(n_in if settings.norm == "in" else n_out)
         self.settings, self.dropout = settings, nn.Dropout(settings.dropout)
-        self.reads = "input" if settings.place == "parallel" else "output"  # type: ignore[misc]
+        self.reads = settings.reads  # type: ignore[misc]
 
     def change(self, v: Tensor) -> Tensor:
         v = v.to(self.D.dtype)

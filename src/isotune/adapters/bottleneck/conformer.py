@@ -29,41 +29,36 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from isotune.adapters.bottleneck.bottleneck import PlacedSettings
 from isotune.adapters.contract import Branch, Parts
 from isotune.adapters.sequences import as_sequences, real_tokens
-from isotune.adapters.settings import Settings
 from isotune.linalg.random_bases import uniform
 from isotune.sites import Site
 
 
-class Conformer(Settings):
+class Conformer(PlacedSettings):
     """y = f(x) + U silu(norm(K * glu(V layernorm(v) + w))) + u: a narrow convolution over time at a block."""
 
     name: ClassVar[str] = "conformer"
-    kinds: ClassVar[frozenset[str]] = frozenset({"block"})
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "2 * n_in + 2 * rank * (n_in + 1) + 33 * rank + n_out * (rank + 1)"
-    usual_targets: ClassVar[str] = "mlp"
 
     rank: int = Field(8, gt=0, description="Channels of the convolution; the paper's bottleneck.")
     kernel: int = Field(31, gt=0, description="Steps in time that the convolution spans.")
-    place: Literal["parallel", "sequential"] = Field(
-        "parallel", description="Whether V reads what the block reads (parallel), or what it gives (sequential)."
-    )
     norm: Literal["batch", "layer"] = Field("batch", description="Behind the convolution; the paper's: batch.")
     causal: bool = Field(False, description="Convolve with earlier steps alone.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the change while training.")
 
     def build(self, site: Site, generator: torch.Generator) -> ConformerAdapter:
-        n_in = site.in_features if self.place == "parallel" else site.out_features
+        n_in, n_out = self.sides(site)
         V = uniform((2 * self.rank, n_in), n_in**-0.5, generator)
         K = uniform((self.rank, 1, self.kernel), self.kernel**-0.5, generator)
-        return ConformerAdapter(V, K, site.out_features, self)
+        return ConformerAdapter(V, K, n_out, self)
 
     def parameter_count(self, site: Site) -> int:
-        n_in = site.in_features if self.place == "parallel" else site.out_features
+        n_in, n_out = self.sides(site)
         inner = 2 * self.rank * (n_in + 1) + self.rank * (self.kernel + 2)
-        return 2 * n_in + inner + site.out_features * (self.rank + 1)
+        return 2 * n_in + inner + n_out * (self.rank + 1)
 
 
 class ConformerAdapter(Branch):
@@ -81,7 +76,7 @@ class ConformerAdapter(Branch):
         self.U, self.u = nn.Parameter(torch.zeros(n_out, m)), nn.Parameter(torch.zeros(n_out))
         self.settings, self.dropout = settings, nn.Dropout(settings.dropout)
         self.tokens: Tensor | None = None
-        self.reads = "input" if settings.place == "parallel" else "output"  # type: ignore[misc]
+        self.reads = settings.reads  # type: ignore[misc]
 
     def change(self, v: Tensor) -> Tensor:
         x = as_sequences(v.to(self.V.dtype))

@@ -28,22 +28,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.bottleneck.bottleneck import ACTIVATIONS, Activation
+from isotune.adapters.bottleneck.bottleneck import ACTIVATIONS, Activation, PlacedSettings
 from isotune.adapters.contract import Branch, Parts
 from isotune.adapters.sequences import as_sequences, real_tokens
-from isotune.adapters.settings import Settings
 from isotune.linalg.random_bases import uniform
 from isotune.sites import Site
 
 
-class MoA(Settings):
+class MoA(PlacedSettings):
     """y = f(x) + Σ_e p_e (U_e act(D_e v + d_e) + u_e): a mixture of bottlenecks at a block."""
 
     name: ClassVar[str] = "moa"
-    kinds: ClassVar[frozenset[str]] = frozenset({"block"})
     learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "7 * (rank * (n_in + n_out + 1) + n_out + n_in + 1)"
-    usual_targets: ClassVar[str] = "mlp"
 
     rank: int = Field(8, gt=0, description="Width of each expert.")
     experts: int = Field(7, gt=0, description="How many experts there are.")
@@ -51,22 +48,18 @@ class MoA(Settings):
         "dense", description="A share of all experts for each token, or slots that mix the tokens of a sequence."
     )
     slots: int = Field(1, gt=0, description="Slots of each expert, in the soft form.")
-    place: Literal["parallel", "sequential"] = Field(
-        "parallel", description="Whether experts read what the block reads (parallel), or what it gives (sequential)."
-    )
     activation: Activation = Field("gelu", description="Between D and U.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout between the activation and U while training.")
 
     def build(self, site: Site, generator: torch.Generator) -> MoAAdapter:
-        n_in = site.in_features if self.place == "parallel" else site.out_features
+        n_in, n_out = self.sides(site)
         D = uniform((self.experts, self.rank, n_in), n_in**-0.5, generator)
         choices = self.experts * (self.slots if self.routing == "soft" else 1)
-        return MoAAdapter(D, uniform((choices, n_in), n_in**-0.5, generator), site.out_features, self)
+        return MoAAdapter(D, uniform((choices, n_in), n_in**-0.5, generator), n_out, self)
 
     def parameter_count(self, site: Site) -> int:
-        n_in = site.in_features if self.place == "parallel" else site.out_features
+        n_in, n_out = self.sides(site)
         gate = n_in + 1 if self.routing == "dense" else self.slots * n_in
-        return self.experts * (self.rank * (n_in + site.out_features + 1) + site.out_features + gate)
+        return self.experts * (self.rank * (n_in + n_out + 1) + n_out + gate)
 
 
 class MoAAdapter(Branch):
@@ -84,7 +77,7 @@ class MoAAdapter(Branch):
         self.g = nn.Parameter(torch.zeros(E)) if settings.routing == "dense" else None
         self.settings, self.dropout = settings, nn.Dropout(settings.dropout)
         self.tokens: Tensor | None = None
-        self.reads = "input" if settings.place == "parallel" else "output"  # type: ignore[misc]
+        self.reads = settings.reads  # type: ignore[misc]
 
     def change(self, v: Tensor) -> Tensor:
         v = v.to(self.D.dtype)

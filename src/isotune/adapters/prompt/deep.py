@@ -23,27 +23,19 @@ from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter
 from isotune.adapters.prompt.attention import check_calls, inserted, recorded, through_sdpa, widths
-from isotune.adapters.settings import Settings
+from isotune.adapters.prompt.settings import PromptSettings
 from isotune.bare import bare_class
 from isotune.linalg.random_bases import uniform
 from isotune.sites import Site
 
 
-class DeepPrompts(Settings):
+class DeepPrompts(PromptSettings):
     """y = f([P; x])[p:]: learned tokens in every layer."""
 
     name: ClassVar[str] = "deep_prompt"
-    kinds: ClassVar[frozenset[str]] = frozenset({"block"})
-    learning_rate: ClassVar[float] = 1e-2
-    formula: ClassVar[str] = "tokens * n_in"
     usual_targets: ClassVar[str] = "blocks"
-    size_option: ClassVar[str | None] = "tokens"
 
     tokens: int = Field(25, gt=0, description="Prompts p for each layer.")
-
-    @property
-    def identity_at_start(self) -> bool:
-        return False
 
     def build(self, site: Site, generator: torch.Generator) -> DeepPromptAdapter:
         widths(site)  # an attention is in it

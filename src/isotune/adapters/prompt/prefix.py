@@ -23,27 +23,19 @@ from torch import Tensor, nn
 from isotune.adapters.contract import Adapter
 from isotune.adapters.prompt.attention import check_calls, inserted, through_sdpa, widths
 from isotune.adapters.prompt.rotary import turned_back
-from isotune.adapters.settings import Settings
+from isotune.adapters.prompt.settings import PromptSettings
 from isotune.sites import Site
 
 
-class PrefixTuning(Settings):
+class PrefixTuning(PromptSettings):
     """attention(Q, [P_K; K], [P_V; V]): learned keys and values in every layer."""
 
     name: ClassVar[str] = "prefix"
-    kinds: ClassVar[frozenset[str]] = frozenset({"block"})
-    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "2 * tokens * n_in"
     usual_targets: ClassVar[str] = "attention"
-    size_option: ClassVar[str | None] = "tokens"
     dialect: ClassVar[str] = "isotune.adapters.peft.prompts:PrefixDialect"
 
-    tokens: int = Field(20, gt=0, description="Length p of the prefix; PEFT's num_virtual_tokens.")
     spread: float = Field(0.02, gt=0, description="Standard deviation of what it starts from; 1 in PEFT.")
-
-    @property
-    def identity_at_start(self) -> bool:
-        return False
 
     def build(self, site: Site, generator: torch.Generator) -> PrefixAdapter:
         k, v = widths(site)

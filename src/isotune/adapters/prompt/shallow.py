@@ -21,32 +21,23 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isotune.adapters.contract import Adapter
-from isotune.adapters.settings import Settings
+from isotune.adapters.prompt.settings import PromptSettings
 from isotune.bare import bare_class
 from isotune.errors import IsotuneError, OptionError
 from isotune.sites import Site
 from isotune.sites.block import replaced_first
 
 
-class PromptTuning(Settings):
+class PromptTuning(PromptSettings):
     """f([P; E(ids)])[p:]: learned embeddings before those of the text."""
 
     name: ClassVar[str] = "prompt"
-    kinds: ClassVar[frozenset[str]] = frozenset({"block"})
-    learning_rate: ClassVar[float] = 1e-2
-    formula: ClassVar[str] = "tokens * n_in"
     usual_targets: ClassVar[str] = "stack"
-    size_option: ClassVar[str | None] = "tokens"
     dialect: ClassVar[str] = "isotune.adapters.peft.prompts:PromptDialect"
 
-    tokens: int = Field(20, gt=0, description="Length p of the prompt; PEFT's num_virtual_tokens.")
     start: Literal["vocabulary", "random"] = Field(
         "vocabulary", description="Whether it starts as embeddings of tokens drawn at random, or as random numbers."
     )
-
-    @property
-    def identity_at_start(self) -> bool:
-        return False
 
     def build(self, site: Site, generator: torch.Generator) -> PromptAdapter:
         table = _table(site.layer)

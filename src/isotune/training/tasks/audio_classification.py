@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.errors import IsotuneError, IsotuneWarning
-from isotune.training.classifiers import head_paths, load_audio_classifier
+from isotune.training.classifiers import head_paths, load_classifier_of
 from isotune.training.models import load_feature_extractor
 from isotune.training.tasks.classification import Classification
 from isotune.training.tasks.clips import Clip, as_clip, resampled
@@ -46,7 +46,7 @@ class AudioClassification(Classification):
 
     def load(self, spec: TaskSpec) -> tuple[Any, list[str], TaskSpec]:
         """The architecture's own classifier of sound, and where its clips are cut; Whisper reads no more."""
-        model = load_audio_classifier(spec.model, spec.labels, spec.dtype, spec.quantization)
+        model = load_classifier_of("sound", spec.model, spec.labels, spec.dtype, spec.quantization)
         spec = replace(spec, max_seconds=_longest(spec))
         if model.config.model_type == "whisper":
             _shorten(model.encoder, self.processor(spec, model).nb_max_frames)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.errors import IsotuneError
-from isotune.training.classifiers import head_paths, load_image_classifier
+from isotune.training.classifiers import head_paths, load_classifier_of
 from isotune.training.models import load_image_processor
 from isotune.training.tasks.classification import Classification
 from isotune.training.tasks.collator import Example
@@ -42,7 +42,7 @@ class ImageClassification(Classification):
 
     def load(self, spec: TaskSpec) -> tuple[Any, list[str], TaskSpec]:
         """The architecture's own classifier of images; with `image_size` it interpolates its positions to that."""
-        model = load_image_classifier(spec.model, spec.labels, spec.dtype, spec.quantization)
+        model = load_classifier_of("images", spec.model, spec.labels, spec.dtype, spec.quantization)
         if spec.image_size is not None and _INTERPOLATE in inspect.signature(model.forward).parameters:
             model.register_forward_pre_hook(_interpolating, with_kwargs=True)
         return model, head_paths(model), spec
