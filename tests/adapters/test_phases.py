@@ -127,6 +127,9 @@ def test_a_mask_that_drifts_is_found(kind: type[LTSFTAdapter]) -> None:
         ("splora", {"rank": 2}),
         ("sppara", {}),
         ("splopa", {"prototypes": 3, "block_rows": 2, "block_columns": 3}),
+        ("lily", {"rank": 2}),
+        ("moa", {"rank": 2, "routing": "soft"}),
+        ("conformer", {"rank": 2, "kernel": 3}),
     ],
 )
 def test_a_training_resumes_in_the_midst_of_a_phase(name: str, options: dict[str, Any], tmp_path: Path) -> None:
