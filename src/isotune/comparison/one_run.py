@@ -6,6 +6,7 @@ import functools
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from isotune.training.run import Result, train
 from isotune.training.session import TaskSpec
 from isotune.training.start import starts_from_probe
 from isotune.training.tasks.names import TASKS
+from isotune.training.trainer import Along
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,12 +72,14 @@ class Bench:
         recipe = self.recipe.run(unit.cell.method, unit.rate, unit.seed, output, unit.kind == "seed", steps)
         probe = self._probe(recipe)[0] if starts_from_probe(recipe) else None
         folder = RunFolder(output)
-        result = train(recipe, resume=folder.is_run(), progress=False, probe=probe, baselines=False)
+        along = self._along() if unit.kind == "seed" else None
+        go = functools.partial(train, recipe, progress=False, probe=probe, baselines=False, along=along)
+        result = go(resume=folder.is_run())
         if unit.kind == "seed" and result.model is None:  # killed after the run, before its line
-            result = train(recipe, overwrite=True, progress=False, probe=probe, baselines=False)
+            result = go(overwrite=True)
         metrics = _numbers(result.metrics)
         if unit.kind == "seed":
-            metrics |= {f"forgetting_{name}": value for name, value in self._forgotten(result).items()}
+            metrics |= self._forgotten(result.model)
             metrics |= _stored(unit, result)
         kept = unit.kind == "seed"
         curve = folder.history() if kept else []
@@ -91,7 +95,7 @@ class Bench:
         """The base model as it is, with a linear probe where the task is to classify."""
         recipe = self.recipe.run({"name": "lora"}, None, unit.seed, output, test=True)
         metrics = dict(self._probe(recipe)[1] if TASKS[recipe.task].probed else frozen_metrics(recipe))
-        metrics |= {f"forgetting_{name}": value for name, value in self._base().items()}
+        metrics |= _named(held_out.base) if (held_out := self._held_out()) else {}
         metrics |= {"adapter_bytes": 0, "export_rank": 0}
         return {"status": "done", "metrics": metrics}
 
@@ -109,13 +113,17 @@ class Bench:
             self._forgetting = Forgetting(settings, TaskSpec.of(self.recipe, []))
         return self._forgetting
 
-    def _base(self) -> dict[str, float]:
-        held_out = self._held_out()
-        return dict(held_out.base) if held_out else {}
+    def _along(self) -> Along | None:
+        """What is measured beside each validation."""
+        settings = self.recipe.compare.forgetting
+        return self._forgotten if settings is not None and settings.points else None
 
-    def _forgotten(self, result: Result) -> dict[str, float]:
-        held_out = self._held_out()
-        return held_out.measure(result.model) if held_out else {}
+    def _forgotten(self, model: Any) -> dict[str, float]:
+        return _named(held_out.measure(model)) if (held_out := self._held_out()) else {}
+
+
+def _named(measures: Mapping[str, float]) -> dict[str, float]:
+    return {f"forgetting_{name}": value for name, value in measures.items()}
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -154,6 +154,8 @@ class ComparisonRecipe(Recipe):
         training = {key: value for key, value in self.training.items() if key != "learning_rate"}
         if rate is not None:
             training["learning_rate"] = rate
+        if test and (along := self.compare.forgetting) and along.points:
+            training = {"eval_strategy": "steps", "eval_steps": 1 / along.points, "eval_on_start": True} | training
         if steps is not None:
             training |= {"max_steps": steps, "save_strategy": "no", "eval_strategy": "no"}
         data = self.data if test else self.data.model_copy(update={"test": None})

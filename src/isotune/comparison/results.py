@@ -25,6 +25,18 @@ class _Stored(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
+class EqualScore(_Stored):
+    """What a row had forgotten where its validation score was one that all rows at its budget reach."""
+
+    score: float
+    """On the validation rows: of the rows at this budget the worst mean at the end."""
+    steps: Interval
+    """When it was reached."""
+    forgetting: dict[str, Interval]
+    beyond: int = 0
+    """How many seeds were past the score at the first measurement, or never came to it; theirs is the nearest."""
+
+
 class Row(_Stored):
     """A method at a budget: its scores on the test rows at its best learning rate, and what they cost."""
 
@@ -51,6 +63,8 @@ class Row(_Stored):
     front: bool = False
     """Whether no other row is as good with fewer parameters."""
     forgetting: dict[str, Interval] = {}
+    forgetting_at: EqualScore | None = None
+    """What was forgotten by the time of a score that all methods at the budget reach."""
     seconds_per_step: float | None = None
     tokens_per_second: float | None = None
     peak_memory_bytes: float | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isotune.comparison.equal_scores import equal_scores
 from isotune.comparison.plan import Cell
 from isotune.comparison.recipe import ComparisonRecipe
 from isotune.comparison.results import FROZEN, Line, Measure, Row, Summary, Units
@@ -32,6 +33,9 @@ def summarise(
             paired(row.by_seed, others[0].by_seed, row.test_rows) if others and others[0] is not row else None
         )
         row.front = not any(_dominates(other, row, higher) for other in rows)
+    if recipe.compare.forgetting is not None and recipe.compare.forgetting.points:
+        for row, found in equal_scores(rows, lines.values(), metric, higher):
+            row.forgetting_at = found
     rows.sort(key=lambda row: row.score.mean, reverse=higher)
     done = belonging(cells, recipe, lines)
     succeeded = sum(line.done for line in done)

@@ -9,7 +9,7 @@ from isotune.report.data import Collected, Comparison, Json
 from isotune.report.figures.angles import angle_histograms
 from isotune.report.figures.curves import curve_figures, run_curves
 from isotune.report.figures.figure import Figure, styles
-from isotune.report.figures.forgetting import forgetting_figures
+from isotune.report.figures.forgetting import along_figures, forgetting_figures
 from isotune.report.figures.heatmap import heat_maps
 from isotune.report.figures.merging import merge_figures
 from isotune.report.figures.pareto import pareto_figures
@@ -85,6 +85,15 @@ def _comparison(comparison: Comparison) -> Iterator[PageSection]:
         "Forgetting",
         "How much was learned of the task, across, and how much was kept of the base model, upwards.",
         figures=forgetting_figures(comparison, style),
+    )
+    yield PageSection(
+        "forgetting-along",
+        "Forgetting at equal scores",
+        "At equal scores",
+        "One run can look forgetful only because it learned more. Lines go from the start of the runs to their end, "
+        "means over seeds; the dotted one is a score on the validation rows that all methods reach, and the table "
+        "says what each had forgotten by then.",
+        figures=along_figures(comparison, style),
     )
     yield PageSection(
         "rates",

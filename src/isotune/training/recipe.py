@@ -122,6 +122,12 @@ class ForgettingSettings(Section):
     batch_size: int = Field(default=64, ge=1, description="Rows at a time.")
     l2: float = Field(default=1e-2, gt=0, description="Regularisation of the probe, on standardised features.")
     seed: int = Field(default=0, ge=0, description="Of what is held out and sampled.")
+    points: int = Field(
+        default=0,
+        ge=0,
+        description="Measure it so many times along each seed's run, too, so that methods can be set beside each "
+        "other at equal scores; 0: at its end alone.",
+    )
 
     @field_validator("test")
     @classmethod

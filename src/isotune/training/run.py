@@ -36,7 +36,7 @@ from isotune.training.session import Session, TaskSpec
 from isotune.training.start import calibrate_on, probe_of, start_from, starts_from_probe
 from isotune.training.statistics import check_keeps_second_moments, write_second_moments
 from isotune.training.tasks.collator import Example
-from isotune.training.trainer import AdapterTrainer, StopOnInterrupt
+from isotune.training.trainer import AdapterTrainer, Along, StopOnInterrupt
 from isotune.training.weights import load_weights
 
 
@@ -85,6 +85,7 @@ def train(
     progress: bool = True,
     probe: Probe | None = None,
     baselines: bool = True,
+    along: Along | None = None,
 ) -> Result:
     """Train an adapter, or the whole model, as the recipe says, evaluate it, and leave all in its output folder.
 
@@ -97,6 +98,7 @@ def train(
         probe: For `head: probe`, one fitted before on the same rows; by default it is fitted here.
         baselines: Whether to measure what the scores are against: a probe on the test rows, or a language model
             before it is trained.
+        along: Measures the model beside each validation, for the history.
 
     Raises:
         IsotuneError: A mistake in the recipe, the data, the model or the output folder; nothing is written then.
@@ -123,7 +125,7 @@ def train(
     if starts_from_probe(recipe) and checkpoint is None:
         probe = probe or probe_of(run.session, run.examples, screen)
         start_from(run.session, probe, screen)
-    trainer = _trainer(run)
+    trainer = _trainer(run, along)
     if checkpoint is None and baselines:
         against = run.constant | measured_baselines(run.session, trainer, run.examples, probe, screen)
         if is_first_process():
@@ -220,13 +222,13 @@ def _tokenised(session: Session, splits: Splits) -> dict[str, list[Example]]:
     return {name: session.examples(part) for name, part in rows.items()}
 
 
-def _trainer(run: _Run) -> AdapterTrainer:
+def _trainer(run: _Run, along: Along | None) -> AdapterTrainer:
     callbacks: list[transformers.TrainerCallback] = [ProgressLine(run.screen)]
     arguments = training_arguments(run.recipe, run.recipe.output)
     if arguments.world_size == 1:  # launchers take Ctrl-C themselves
         callbacks.append(run.stop)
     return run.session.trainer(
-        arguments, run.examples["train"], run.examples["validation"], callbacks, run.recipe.optimizer
+        arguments, run.examples["train"], run.examples["validation"], callbacks, run.recipe.optimizer, along
     )
 
 

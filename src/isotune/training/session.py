@@ -17,7 +17,7 @@ from isotune.training.models import own_labels
 from isotune.training.recipe import Recipe
 from isotune.training.tasks.collator import Example
 from isotune.training.tasks.names import TASKS
-from isotune.training.trainer import AdapterTrainer
+from isotune.training.trainer import AdapterTrainer, Along
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class Session:
         validation: Sequence[Example] = (),
         callbacks: Sequence[transformers.TrainerCallback] = (),
         optimizer: Mapping[str, Any] | None = None,
+        along: Along | None = None,
     ) -> AdapterTrainer:
         """A trainer that measures what the task asks for, with the optimizer of a recipe."""
         return AdapterTrainer(
@@ -124,6 +125,7 @@ class Session:
             callbacks=callbacks,
             base_model=self.spec.model,
             chosen_optimizer=optimizer,
+            along=along,
             around_training=self.task.around_training,
             task_loss=lambda model, inputs: self.task.loss(model, inputs, self.spec),
         )

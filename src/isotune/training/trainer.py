@@ -25,6 +25,9 @@ from isotune.training.measure import StepTimer
 from isotune.training.optimizers import build_optimizer
 from isotune.training.weights import load_weights, save_weights
 
+Along = Callable[[Any], Mapping[str, float]]
+"""Measures a model beside each validation."""
+
 
 class AdapterTrainer(Trainer):
     """A Trainer whose checkpoints hold the adapter alone (a model without adapters whole), once they are complete."""
@@ -36,11 +39,13 @@ class AdapterTrainer(Trainer):
         task_loss: Callable[[Any, Any], tuple[Any, Any] | None],
         around_training: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
         chosen_optimizer: Mapping[str, Any] | None = None,
+        along: Along | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
         self.task_loss, self.around_training = task_loss, around_training
         self.chosen_optimizer = chosen_optimizer
+        self.along = along
         self.timer = StepTimer()
         with _as_one_with_adapters(kwargs["model"]):
             super().__init__(*args, callbacks=[self.timer, *callbacks], **kwargs)
@@ -101,6 +106,12 @@ class AdapterTrainer(Trainer):
         """As the Trainer's, without a trace on the random state: a resumed run does not repeat it."""
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with what else is measured beside each validation."""
+        if self.along is not None and "eval_loss" in logs:
+            logs = logs | {f"eval_{name}": value for name, value in self.along(self.model).items()}
+        super().log(logs, *args, **kwargs)
 
     def misses_evaluation(self) -> bool:
         """Whether a validation is due at this step by the recipe, and the history has none."""
