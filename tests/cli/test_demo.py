@@ -29,10 +29,11 @@ def test_the_demo_runs_from_the_probe_to_the_served_adapter(
     probe, hra, lora = found["rows"]
     assert probe["trainable_parameters_encoder"] == 0
     assert hra["trainable_parameters_encoder"] == lora["trainable_parameters_encoder"] == 36864
-    assert found["test_rows"] == 48
-    assert len(found["agree"]) == 4
-    assert set(found["agree"].values()) == {48}
-    assert found["export_residual"] < 1e-5
+    served = found["served"]
+    assert served["asked"] == 48
+    assert len(served["agree"]) == 4
+    assert set(served["agree"].values()) == {48}
+    assert served["residual"] < 1e-5
     # A second time, into the same folder.
     assert command("demo", "--quick", "--output", tmp_path / "demo") == 0
     assert "isotune train --model minilm" in capsys.readouterr().out

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
 import importlib.util
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from isotune.checkpoint.base import MINILM
 from isotune.checkpoint.export import export_lora
@@ -19,9 +20,9 @@ from isotune.training.export import base_of
 from isotune.training.folder import RunFolder
 from isotune.training.pretrained import frozen_probe
 from isotune.training.progress import Screen, quiet_libraries
-from isotune.training.recipe import build_recipe
+from isotune.training.recipe import Recipe, build_recipe
 from isotune.training.run import Result, train
-from isotune.training.session import Session
+from isotune.training.session import Session, TaskSpec
 from isotune.training.tasks.collator import Example
 
 METHODS: dict[str, dict[str, Any]] = {"hra": {"name": "hra", "rank": 8}, "lora": {"name": "lora", "rank": 4}}
@@ -47,17 +48,25 @@ class DemoRow:
 
 
 @dataclass(frozen=True)
+class Served:
+    """An adapter, its export as a LoRA, and what each says when it is loaded into a fresh model."""
+
+    adapter: Path
+    exported: Path
+    residual: float
+    """Largest residual of the exported LoRA over the layers."""
+    asked: int
+    agree: dict[str, int]
+    """For each way of loading it: how often it said what the trained model did, of the times `asked`."""
+
+
+@dataclass(frozen=True)
 class Demo:
     """What the demonstration found."""
 
     rows: list[DemoRow]
-    adapter: Path
-    exported: Path
-    export_residual: float
-    """Largest residual of the exported LoRA over the layers."""
-    test_rows: int
-    agree: dict[str, int]
-    """For each way of loading the result again: on how many test rows it predicts what the trained model did."""
+    served: Served
+    """HRA's adapter; its predictions are of the labels of the test rows."""
 
 
 def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> Demo:
@@ -77,37 +86,62 @@ def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> 
         name: build_recipe(flags={**settings(output / name, rows), "method": method, "training.learning_rate": 3e-3})
         for name, method in METHODS.items()
     }
-    for recipe in recipes.values():
-        RunFolder(recipe.output).check(resume=False, overwrite=True)
+    check_folders(recipes)
     screen.say("1. a linear probe on the frozen model: a strong baseline, and the start of both heads")
     frozen = frozen_probe(recipes["hra"], screen)
     session, test = frozen.session, frozen.examples["test"]
 
-    def run(name: str) -> tuple[DemoRow, Tensor]:
+    def run(name: str) -> tuple[DemoRow, list[Any]]:
         """Train, and forget the model: it would count as the next run's memory."""
         screen.say(f"{2 + list(recipes).index(name)}. {name}, rank {METHODS[name]['rank']}")
         result = train(recipes[name], overwrite=True, progress=progress, probe=frozen.probe, baselines=False)
-        return _row(name, result), _predict(result.model, session, test, screen)
+        return _row(name, result), _predict(with_model(session, result.model), test, screen)
 
     (hra, trained), (lora, _) = run("hra"), run("lora")
     screen.say("4. the HRA adapter and its export as a LoRA, each loaded into a fresh model")
-    adapter, exported = RunFolder(recipes["hra"].output).adapter, output / "hra-as-lora"
+    served = served_from(recipes["hra"], session.spec, trained, lambda fresh: _predict(fresh, test, screen))
+    return Demo([_probe_row(frozen.metrics), hra, lora], served)
+
+
+def check_folders(recipes: Mapping[str, Recipe]) -> None:
+    """Raises IsotuneError where a run's folder holds something else."""
+    for recipe in recipes.values():
+        RunFolder(recipe.output).check(resume=False, overwrite=True)
+
+
+def served_from(
+    recipe: Recipe, spec: TaskSpec, trained: Sequence[Any], ask: Callable[[Session], list[Any]]
+) -> Served:
+    """Export the adapter of a finished run as a LoRA beside it, and ask both in fresh models what `trained` has."""
+    adapter = RunFolder(recipe.output).adapter
+    exported = Path(f"{recipe.output}-as-lora")
     export = export_lora(adapter, exported, base=base_of(adapter))
-    predictions = {
-        "the model that was trained": trained,
-        "the saved HRA adapter": _predict(load(_fresh(session), adapter), session, test, screen),
-        "the exported LoRA, in isotune": _predict(load(_fresh(session), exported), session, test, screen),
+
+    def loaded(folder: Path) -> list[Any]:
+        fresh = Session(spec)
+        return ask(with_model(fresh, load(fresh.model, folder)))
+
+    said = {
+        "the model that was trained": list(trained),
+        f"the saved {recipe.method['name'].upper()} adapter": loaded(adapter),
+        "the exported LoRA, in isotune": loaded(exported),
     }
     if importlib.util.find_spec("peft"):
-        predictions["the exported LoRA, in PEFT"] = _predict(_in_peft(session, exported), session, test, screen)
-    return Demo(
-        rows=[_probe_row(frozen.metrics), hra, lora],
-        adapter=adapter,
-        exported=exported,
-        export_residual=export.residual,
-        test_rows=len(test),
-        agree={how: int((found == trained).sum()) for how, found in predictions.items()},
-    )
+        import peft
+
+        fresh = Session(spec)
+        said["the exported LoRA, in PEFT"] = ask(
+            with_model(fresh, peft.PeftModel.from_pretrained(fresh.model, str(exported)))
+        )
+    agree = {how: sum(map(operator.eq, found, trained)) for how, found in said.items()}
+    return Served(adapter, exported, export.residual, len(trained), agree)
+
+
+def with_model(session: Session, model: Any) -> Session:
+    """The session with another model of its kind."""
+    other = copy.copy(session)
+    other.model = model
+    return other
 
 
 def settings(output: Path, rows: Mapping[str, int]) -> dict[str, Any]:
@@ -129,28 +163,18 @@ def settings(output: Path, rows: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _fresh(session: Session) -> Any:
-    """The pretrained model once more, as it was before any training."""
-    return Session(session.spec).model
-
-
-def _in_peft(session: Session, exported: Path) -> nn.Module:
-    import peft
-
-    return peft.PeftModel.from_pretrained(_fresh(session), str(exported))
-
-
 @torch.no_grad()
-def _predict(model: nn.Module, session: Session, examples: list[Example], screen: Screen) -> Tensor:
-    """The predicted label of each example, shape (n,)."""
-    model.eval()
-    found = []
+def _predict(session: Session, examples: list[Example], screen: Screen) -> list[int]:
+    """The predicted label of each example."""
+    session.model.eval()
+    found: list[int] = []
     with screen.counting("predictions", len(examples)) as advance:
         for start in range(0, len(examples), 64):
             batch = session.collator(examples[start : start + 64])
-            found.append(model(batch["input_ids"], batch["attention_mask"]).logits.argmax(-1))
-            advance(len(found[-1]))
-    return torch.cat(found)
+            logits = session.model(batch["input_ids"], batch["attention_mask"]).logits
+            found += logits.argmax(-1).tolist()
+            advance(len(logits))
+    return found
 
 
 def _probe_row(measured: dict[str, float]) -> DemoRow:
