@@ -23,7 +23,7 @@ settings.register_profile(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=12,
+    max_examples=8,
     print_blob=False,
     report_multiple_bugs=False,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
@@ -43,6 +43,8 @@ def _seeded() -> Iterator[None]:
 def pytest_configure() -> None:
     # Tests are many and small: more threads than cores only get in each other's way.
     torch.set_num_threads(int(os.environ.get("ISOTUNE_TEST_THREADS", "1")))
+    # What is written for good waits for the disk, thousands of times; no test cuts the power.
+    os.fsync = lambda handle: None
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -68,7 +68,7 @@ def test_registry_finds_methods_of_installed_packages(monkeypatch: pytest.Monkey
     monkeypatch.setattr(registry, "entry_points", lambda **choice: found.select(**choice))
     assert registry.method_names()[-1] == "plugged"
     assert registry.method_class("plugged") is LoRA
-    registry._load.cache_clear()
+    registry.method_class.cache_clear()
 
 
 def test_schema_of_the_options_describes_every_field() -> None:

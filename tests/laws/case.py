@@ -118,4 +118,4 @@ def registered(method: type[Settings]) -> Iterator[None]:
         yield
     finally:
         del registry.BUILT_IN[method.name]
-        registry._load.cache_clear()
+        registry.method_class.cache_clear()

@@ -25,7 +25,7 @@ LAWS: dict[str, Law] = {law.__name__: law for law in (*statements.LAWS, *lifecyc
 
 # Examples of the laws whose examples are slow; the others get the profile's number.
 EXAMPLES = {
-    "compiles_without_a_break": 3,
+    "compiles_without_a_break": 2,
     "gradients_are_derivatives": 6,
     "layer_stays_what_and_where_it_is": 4,
     "paths_are_those_of_the_base_whatever_is_around_it": 3,

@@ -115,7 +115,7 @@ def test_dtypes_are_kept(case: Case) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_derivatives_for_all_options(name: str) -> None:
-    @profile(max_examples=12)
+    @profile(max_examples=8)
     @given(drawn_settings(method_class(name)))
     def hold(method: Settings) -> None:
         torch.manual_seed(0)

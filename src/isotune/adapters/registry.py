@@ -77,28 +77,23 @@ OLDER_NAMES = {"bone": "miss"}
 """Names under which a method was published before."""
 
 
-@cache
-def _load(name: str) -> type[Settings]:
-    if name in BUILT_IN:
-        module, _, attribute = BUILT_IN[name].partition(":")
-        return getattr(import_module(module), attribute)
-    (entry,) = entry_points(group="isotune.methods", name=name)
-    return entry.load()
-
-
 def method_names() -> list[str]:
     """The names of all methods, built-in ones first."""
     others = sorted(entry_points(group="isotune.methods").names - BUILT_IN.keys())
     return [*BUILT_IN, *others]
 
 
+@cache
 def method_class(name: str) -> type[Settings]:
     """The settings class of a method. Raises OptionError for an unknown name."""
-    names = method_names()
     name = OLDER_NAMES.get(name, name)
-    if name not in names:
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return getattr(import_module(module), attribute)
+    if name not in (names := method_names()):
         raise OptionError(f"unknown method {name!r}.{nearest(name, names)} The methods are: {', '.join(names)}.")
-    return _load(name)
+    (entry,) = entry_points(group="isotune.methods", name=name)
+    return entry.load()
 
 
 def method(name: str, **options: Any) -> Settings:
