@@ -1,7 +1,7 @@
-"""`python -m benchmarks.rates`: what each method's default learning rate reaches, of what its best one does.
+"""`python -m benchmarks.rates`: what methods reach at their default learning rates, and with `auto`, of the most.
 
-From the comparisons under docs/examples/rates, on validation rows; the part of docs/learning-rates.md between its
-marks is written anew.
+From the comparisons under docs/examples/rates, and the runs of examples/compare-rates/auto.py beside them, on
+validation rows; the part of docs/learning-rates.md between its marks is written anew.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Found:
     method: str
     scores: dict[float, float]
     frozen: float
+    auto: tuple[float, float] | None = None
+    """The rate that `learning_rate: auto` found, and its score."""
 
     @property
     def default(self) -> float:
@@ -43,10 +45,9 @@ class Found:
         """The rate with the best score."""
         return max(self.scores, key=lambda rate: self.scores[rate])
 
-    @property
-    def reached(self) -> float:
-        """The gain at the default rate as a share of that at the best one."""
-        return (self.scores[self.default] - self.frozen) / (self.scores[self.best] - self.frozen)
+    def reached(self, score: float) -> float:
+        """The gain of a score as a share of that at the best rate tried."""
+        return (score - self.frozen) / (self.scores[self.best] - self.frozen)
 
 
 def main() -> None:
@@ -60,17 +61,24 @@ def section(docs: Path) -> str:
     """The part of the page, its marks included."""
     found = {name: list(_found(docs / "examples" / "rates" / name / "results.jsonl", name)) for name in BEDS}
     methods = [one.method for one in found["scicite"]]
-    header = ["method", "default", *(f"{title}: best rate, default reaches" for title, _, _ in BEDS.values())]
+    header = ["method", "default"]
+    for title, _, _ in BEDS.values():
+        header += [f"{title}: best rate", "default reaches", "auto finds", "and reaches"]
     body = []
     for method in methods:
-        cells = [next((_cell(one) for one in rows if one.method == method), "") for rows in found.values()]
+        own = [next((one for one in rows if one.method == method), None) for rows in found.values()]
+        cells = [cell for one in own for cell in (_cells(one) if one else [""] * 4)]
         body.append([method, f"{method_class(method).learning_rate:g}", *cells])
     return "\n\n".join((BEGIN, table(header, body), END))
 
 
-def _cell(one: Found) -> str:
+def _cells(one: Found) -> list[str]:
     edge = " (edge)" if one.best in (min(one.scores), max(one.scores)) else ""
-    return f"{one.best / one.default:.2g} x{edge}, {100 * one.reached:.0f} %"
+    cells = [f"{one.best / one.default:.2g} x{edge}", f"{100 * one.reached(one.scores[one.default]):.0f} %"]
+    if one.auto is None:
+        return [*cells, "", ""]
+    rate, score = one.auto
+    return [*cells, f"{rate / one.default:.2g} x", f"{100 * one.reached(score):.0f} %"]
 
 
 def _found(path: Path, bed: str) -> Iterator[Found]:
@@ -81,7 +89,10 @@ def _found(path: Path, bed: str) -> Iterator[Found]:
     for line in lines:
         if line["kind"] == "trial" and line["status"] == "done":
             scores.setdefault(line["method"], {})[line["learning_rate"]] = line["metrics"][metric] * factor
-    return (Found(method, own, frozen) for method, own in scores.items())
+    beside = path.with_name("auto.jsonl")
+    auto = [json.loads(line) for line in beside.read_text().splitlines()] if beside.exists() else []
+    found = {line["method"]: (line["learning_rate"], line[metric] * factor) for line in auto}
+    return (Found(method, own, frozen, found.get(method)) for method, own in scores.items())
 
 
 if __name__ == "__main__":

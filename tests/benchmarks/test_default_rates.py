@@ -36,4 +36,7 @@ def test_a_rates_share_of_the_gain_is_counted_from_the_frozen_model(tmp_path: Pa
         lines = [{"method": "lora", **line} for line in lines]
         lines.append({"method": "frozen", "kind": "seed", "status": "done", "metrics": {metric: sign * 0.5}})
         (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "| lora | 0.002 | 5 x (edge), 50 % | 5 x (edge), 50 % |" in rates.section(tmp_path)
+        found = {"method": "lora", "learning_rate": 3 * default, metric: sign * 0.8}
+        (folder / "auto.jsonl").write_text(json.dumps(found) + "\n")
+    line = "| lora | 0.002 | 5 x (edge) | 50 % | 3 x | 75 % | 5 x (edge) | 50 % | 3 x | 75 % |"
+    assert line in rates.section(tmp_path)

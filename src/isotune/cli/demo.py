@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -86,34 +87,59 @@ def comparison(output: Path, quick: bool, seeds: int, model: DemoModel = DemoMod
 
 
 def _show_language_demo(demo: LanguageDemo) -> None:
-    print_table(
+    _show_rows(
         "GSM8K, solutions of the test problems",
-        ["method", "loss", "perplexity", "parameters", "seconds a step", "peak memory"],
-        [
-            [
-                row.method,
-                f"{row.test_loss:.3f}",
-                f"{row.test_perplexity:.2f}",
-                f"{row.trainable_parameters:,}",
-                *_cost(row),
-            ]
+        ["loss", "perplexity", "parameters"],
+        {
+            row: [f"{row.test_loss:.3f}", f"{row.test_perplexity:.2f}", f"{row.trainable_parameters:,}"]
             for row in demo.rows
-        ],
+        },
     )
     _show_served(demo.served, "problems answered alike, to the letter")
     print(f"\n{demo.problem}")
     for who, answer in demo.answers.items():
         print(f"\n{who}:\n{answer}")
-    print(f"\nHRA adapter:   {demo.served.adapter}\nexported LoRA: {demo.served.exported}\n\nOn your own data:\n")
-    print("  isotune train --model smollm2 --task causal-lm --data chats.jsonl --test 0.2 --output my-run")
-    print("  isotune chat my-run")
-    print("  isotune export my-run --to lora --output my-lora")
+    _show_next(
+        demo.served,
+        "isotune train --model smollm2 --task causal-lm --data chats.jsonl --test 0.2 --output my-run",
+        "isotune chat my-run",
+    )
 
 
-def _cost(row: DemoRow | LanguageRow) -> tuple[str, str]:
-    return (
-        "-" if row.seconds_per_step is None else f"{row.seconds_per_step:.3f}",
-        "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:,.0f} MiB",
+def _show_demo(demo: Demo) -> None:
+    _show_rows(
+        "SciCite, test rows",
+        ["accuracy", "macro-F1", "parameters in the encoder"],
+        {
+            row: [
+                f"{100 * row.test_accuracy:.1f}",
+                f"{100 * row.test_macro_f1:.1f}",
+                f"{row.trainable_parameters_encoder:,}",
+            ]
+            for row in demo.rows
+        },
+    )
+    _show_served(demo.served, "the same predictions on test rows")
+    _show_next(
+        demo.served,
+        "isotune train --model minilm --data train.csv --test test.csv --text text --label label --output my-run",
+        "isotune evaluate my-run --data new.csv --predictions predictions.csv",
+    )
+
+
+def _show_rows(title: str, columns: list[str], rows: Mapping[DemoRow | LanguageRow, list[str]]) -> None:
+    print_table(
+        title,
+        ["method", *columns, "seconds a step", "peak memory"],
+        [
+            [
+                row.method,
+                *cells,
+                "-" if row.seconds_per_step is None else f"{row.seconds_per_step:.3f}",
+                "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:,.0f} MiB",
+            ]
+            for row, cells in rows.items()
+        ],
     )
 
 
@@ -126,26 +152,10 @@ def _show_served(served: Served, what: str) -> None:
     )
 
 
-def _show_demo(demo: Demo) -> None:
-    print_table(
-        "SciCite, test rows",
-        ["method", "accuracy", "macro-F1", "parameters in the encoder", "seconds a step", "peak memory"],
-        [
-            [
-                row.method,
-                f"{100 * row.test_accuracy:.1f}",
-                f"{100 * row.test_macro_f1:.1f}",
-                f"{row.trainable_parameters_encoder:,}",
-                *_cost(row),
-            ]
-            for row in demo.rows
-        ],
-    )
-    _show_served(demo.served, "the same predictions on test rows")
-    print(f"\nHRA adapter:   {demo.served.adapter}\nexported LoRA: {demo.served.exported}\n\nOn your own data:\n")
-    print("  isotune train --model minilm --data train.csv --test test.csv --text text --label label --output my-run")
-    print("  isotune evaluate my-run --data new.csv --predictions predictions.csv")
-    print("  isotune export my-run --to lora --output my-lora")
+def _show_next(served: Served, *commands: str) -> None:
+    print(f"\nHRA adapter:   {served.adapter}\nexported LoRA: {served.exported}\n\nOn your own data:\n")
+    for command in (*commands, "isotune export my-run --to lora --output my-lora"):
+        print(f"  {command}")
 
 
 def register(app: typer.Typer) -> None:

@@ -82,11 +82,7 @@ def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> 
     """
     quiet_libraries()
     screen, output, rows = Screen(progress), Path(output), QUICK if quick else DEMO
-    recipes = {
-        name: build_recipe(flags={**settings(output / name, rows), "method": method, "training.learning_rate": 3e-3})
-        for name, method in METHODS.items()
-    }
-    check_folders(recipes)
+    recipes = checked_recipes(output, lambda folder: {**settings(folder, rows), "training.learning_rate": 3e-3})
     screen.say("1. a linear probe on the frozen model: a strong baseline, and the start of both heads")
     frozen = frozen_probe(recipes["hra"], screen)
     session, test = frozen.session, frozen.examples["test"]
@@ -103,10 +99,12 @@ def run_demo(output: str | Path, quick: bool = False, progress: bool = True) -> 
     return Demo([_probe_row(frozen.metrics), hra, lora], served)
 
 
-def check_folders(recipes: Mapping[str, Recipe]) -> None:
-    """Raises IsotuneError where a run's folder holds something else."""
+def checked_recipes(output: Path, fields: Callable[[Path], dict[str, Any]]) -> dict[str, Recipe]:
+    """The recipe of each method, in a folder of its own; raises IsotuneError where one holds something else."""
+    recipes = {name: build_recipe(flags={**fields(output / name), "method": own}) for name, own in METHODS.items()}
     for recipe in recipes.values():
         RunFolder(recipe.output).check(resume=False, overwrite=True)
+    return recipes
 
 
 def served_from(

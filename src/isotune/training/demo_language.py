@@ -10,10 +10,9 @@ from typing import Any
 
 from isotune.checkpoint.base import SMOLLM2
 from isotune.training.data import Row, load_splits
-from isotune.training.demo import METHODS, Served, check_folders, served_from, with_model
+from isotune.training.demo import METHODS, Served, checked_recipes, served_from, with_model
 from isotune.training.generation import generate, prompts_and_answers
 from isotune.training.progress import Screen, quiet_libraries
-from isotune.training.recipe import build_recipe
 from isotune.training.run import Result, train
 from isotune.training.session import Session, TaskSpec
 
@@ -65,11 +64,7 @@ def run_language_demo(output: str | Path, quick: bool = False, progress: bool = 
     """
     quiet_libraries()
     screen, output, rows = Screen(progress), Path(output), QUICK if quick else DEMO
-    recipes = {
-        name: build_recipe(flags={**language_settings(output / name, rows), "method": method})
-        for name, method in METHODS.items()
-    }
-    check_folders(recipes)
+    recipes = checked_recipes(output, lambda folder: language_settings(folder, rows))
     screen.say("1. the model as it comes: what it makes of the test problems")
     spec = TaskSpec.of(recipes["hra"], [])
     problems = (load_splits(recipes["hra"].data, "causal-lm", seed=0).test or [])[:ASKED]
