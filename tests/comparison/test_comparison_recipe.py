@@ -71,6 +71,7 @@ def test_a_run_is_a_recipe_of_its_own_and_a_trial_never_sees_the_test_rows() -> 
             "'hra' is several of them: hra side=in, hra side=out",
         ),
         ({"compare__trials": 0}, "compare.trials"),
+        ({"metric": "acuracy"}, "no metric 'acuracy'. Did you mean 'accuracy'?"),
         ({"compare__tirals": 3}, "trials"),
         ({"data__test": None, "data__validation": 0.2}, "data.test is needed"),
         ({"overrides": {"query": {"rank": 2}}}, "overrides belong to one method"),

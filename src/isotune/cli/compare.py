@@ -47,6 +47,7 @@ def compare_command(
     seeds: Annotated[int | None, Flag(help="Seeds at each method's best learning rate; by default 3.")] = None,
     trials: Annotated[int | None, Flag(help="Learning rates tried for each method; by default 8.")] = None,
     baseline: Annotated[str | None, Flag(help="The method that others are set against; by default lora.")] = None,
+    metric: Annotated[str | None, Flag(help="What methods are compared by; by default the task's first.")] = None,
     output: Annotated[str | None, Flag(help="Folder for the comparison.")] = None,
     sets: Annotated[
         list[str] | None, Flag("--set", help="key=value over the recipe: --set compare.span=[0.1,30].")
@@ -66,7 +67,7 @@ def compare_command(
 
     flags = {
         "compare.methods": methods, "compare.budgets": budget or None, "compare.seeds": seeds,
-        "compare.trials": trials, "compare.baseline": baseline, "output": output,
+        "compare.trials": trials, "compare.baseline": baseline, "metric": metric, "output": output,
     }  # fmt: skip
     built = build_comparison(recipe, flags, sets or ())
     from isotune.comparison.store import Store
@@ -133,7 +134,9 @@ def _show_plan(cells: Any, recipe: Any) -> None:
 
 def show(found: Summary) -> None:
     """A summary as a table on standard output, best first."""
-    percent = found.metric == "accuracy"
+    from isotune.report.words import is_share
+
+    percent = is_share(found.metric)
     print_table(
         f"{found.metric} on the test rows: mean and {found.confidence}",
         ["method", "parameters", "learning rate", found.metric, f"minus {found.baseline}", *found.forgetting,
@@ -145,7 +148,7 @@ def show(found: Summary) -> None:
                 _figure(row.learning_rate, "{:g}") + (" (edge)" if row.edge else ""),
                 _interval(row.score, percent),
                 _interval(row.difference, percent, signed=True),
-                *(_interval(row.forgetting.get(name), name != "perplexity") for name in found.forgetting),
+                *(_interval(row.forgetting.get(name), is_share(name)) for name in found.forgetting),
                 _figure(row.seconds_per_step, "{:.3f}"),
                 _figure(row.peak_memory_bytes, "{:.0f}", 1e6),
                 _figure(row.adapter_bytes, "{:.0f}", 1e3),

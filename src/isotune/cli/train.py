@@ -92,6 +92,7 @@ def train_command(
         str | None,
         Flag(help="A preset, such as attention, mlp, all-linear, norms or blocks; or a regular expression."),
     ] = None,
+    metric: Annotated[str | None, Flag(help="What the run is judged by; by default the task's first.")] = None,
     output: Annotated[str | None, Flag(help="Folder for the run.")] = None,
     seed: Annotated[int | None, Flag(help="Seed of everything random.")] = None,
     resume: Annotated[bool, Flag("--resume", help="Continue the run in the output folder.")] = False,
@@ -104,7 +105,8 @@ def train_command(
     flags = {
         "model": model, "task": task, "data.train": data, "data.test": test, "data.text": _one_or_more(text),
         "data.label": label, "data.prompt": prompt, "data.completion": completion, "data.messages": messages,
-        "method.name": method, "method.rank": rank, "targets": targets, "output": output, "seed": seed,
+        "method.name": method, "method.rank": rank, "targets": targets, "metric": metric, "output": output,
+        "seed": seed,
     }  # fmt: skip
     built = build_recipe(recipe, flags, sets or ())
     from isotune.training.run import train

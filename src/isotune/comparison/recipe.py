@@ -11,10 +11,11 @@ from pydantic import Field, field_validator, model_validator
 
 from isotune.adapters.registry import method
 from isotune.comparison.results import FROZEN, FULL
-from isotune.errors import IsotuneError
+from isotune.errors import IsotuneError, OptionError
 from isotune.recipes import Section, checked, parse_yaml
 from isotune.training.optimizers import checked_optimizer
 from isotune.training.recipe import ForgettingSettings, Recipe
+from isotune.training.tasks.names import metric_of
 
 BESIDE = ("optimizer", "targets")
 """What a method that is compared may have of its own, and otherwise has as the recipe says."""
@@ -105,6 +106,10 @@ class ComparisonRecipe(Recipe):
             raise ValueError("overrides belong to one method; give options in compare.methods")
         if self.save_second_moments:
             raise ValueError("save_second_moments belongs to isotune train")
+        try:
+            metric_of(self.task, self.metric)
+        except OptionError as error:
+            raise ValueError(f"metric: {error}") from None
         if self.compare.baseline and len(meant := self._called(self.compare.baseline)) != 1:
             what = f"is several of them: {', '.join(meant)}" if meant else (
                 f"is none of the methods: {', '.join(label(one) for one in self.methods)}"

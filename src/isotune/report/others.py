@@ -28,7 +28,7 @@ def run_verdict(runs: Sequence[RunResult]) -> Said:
     """Of runs: the scores, and that single runs rank nothing."""
     headlines, cautions = [], []
     for run in runs:
-        key = main_score(run.metrics)
+        key = main_score(run.metrics, run.recipe.get("metric"))
         value = f": {_said(key)} {words.score(key, run.metrics[key])}{_against(run.metrics, key)}" if key else ""
         count = run.metrics.get("trainable_parameters_encoder", run.metrics.get("trainable_parameters"))
         size = f" with {count:,} trainable parameters" if count else ""
@@ -55,9 +55,10 @@ def _against(metrics: Json, key: str) -> str:
     return f" ({'; '.join(found)})" if found else ""
 
 
-def main_score(metrics: Json) -> str | None:
-    """The metric that a run is known by: of the test rows where there are some."""
-    return next((key for key in _SCORES if isinstance(metrics.get(key), int | float)), None)
+def main_score(metrics: Json, metric: str | None = None) -> str | None:
+    """The metric that a run is known by, the named one before others: of the test rows where there are some."""
+    keys = (f"test_{metric}", f"validation_{metric}", *_SCORES)
+    return next((key for key in keys if isinstance(metrics.get(key), int | float)), None)
 
 
 def run_label(run: RunResult) -> str:

@@ -29,6 +29,8 @@ class Splits:
     validation: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
+    positive: str | None = None
+    """Of two labels the one that F1 is of."""
     columns: dict[str, list[str]] = field(default_factory=dict, compare=False)
     """What each key of a row was read from, in the training rows."""
 
@@ -48,6 +50,7 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     columns = TASKS[task].columns(data, source["train"].column_names)
     train = read_rows(source["train"], data, task, data.train)
     labels = TASKS[task].labels(train, data)
+    positive = TASKS[task].positive(train, labels, data)
     cut = _cut_tail if TASKS[task].is_one_document(train) else hold_out
     if isinstance(data.test, float):
         train, test = cut(train, data.test, seed)
@@ -61,7 +64,7 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     validation, test = (sample_rows(rows, data.max_eval_rows, seed) for rows in (validation, test))
     for name, rows in (("validation", validation), ("test", test)):
         TASKS[task].check(rows, labels, f"the {name} rows")
-    return Splits(train, validation, test, labels, columns)
+    return Splits(train, validation, test, labels, positive, columns)
 
 
 def sample_rows(rows: list[Row], most: int | None, seed: int) -> list[Row]:

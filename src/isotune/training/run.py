@@ -179,7 +179,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
     """Data and the model that is to be trained: all that can go wrong with the user's input goes wrong here."""
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
     transformers.set_seed(recipe.seed)
-    session = Session(TaskSpec.of(recipe, splits.labels))
+    session = Session(TaskSpec.of(recipe, splits.labels, splits.positive))
     examples = _tokenised(session, splits)
     if is_full(recipe):
         unfreeze(session.model)

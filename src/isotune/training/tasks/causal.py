@@ -65,7 +65,6 @@ class CausalLM(Task):
     rows_at_a_time = 8  # their logits are large
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "loss")
     metric = "loss"
-    higher_is_better = False
     reduced: ClassVar[Callable[..., Any] | None] = staticmethod(token_losses)
 
     def columns(self, data: DataSettings, found: Sequence[str]) -> dict[str, list[str]]:
@@ -123,7 +122,7 @@ class CausalLM(Task):
         """What the model is asked with, as `prompt_tokens`."""
         return prompt_tokens(rows, tokenizer, spec)
 
-    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
+    def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """Of the rows' `token_losses`."""
         return causal_metrics(np.asarray(prediction.predictions))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import transformers
 
+from isotune.errors import DataError
 from isotune.statistics.likelihood import Expectation
 from isotune.training.models import load_tokenizer
 from isotune.training.tasks.collator import Collator, Example
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from isotune.training.session import TaskSpec
 
 
+LOWER_IS_BETTER = ("loss", "perplexity", "rmse")
+"""Of all tasks' metrics."""
+
+
 class Task(ABC):
     """A task: the columns it reads, the model it loads, and what is measured of it."""
 
@@ -28,15 +33,13 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]]
     """What is measured, the name of the mean loss among it."""
     metric: ClassVar[str]
-    """What methods are compared by."""
-    higher_is_better: ClassVar[bool]
-    """Of `metric`."""
+    """What methods are compared by, where a recipe names no other of `metrics`."""
     named: ClassVar[bool] = True
     """Whether it has labels with names."""
     has_reference: ClassVar[bool] = False
     """Whether its `loss` asks the model without its adapter, too."""
-    counted: ClassVar[bool] = False
-    """Whether `metric` is the share of rows that are right."""
+    counted: ClassVar[tuple[str, ...]] = ()
+    """Those of `metrics` that are the share of rows that are right."""
     rows_at_a_time: ClassVar[int] = 64
     """In evaluation, where nobody says."""
     probed: ClassVar[bool] = False
@@ -55,6 +58,12 @@ class Task(ABC):
     def labels(self, rows: Sequence[Row], data: DataSettings) -> list[str]:
         """The label names in the order of their numbers. Raises DataError where the rows do not make a task."""
         return []
+
+    def positive(self, rows: Sequence[Row], labels: Sequence[str], data: DataSettings) -> str | None:
+        """Of two labels the one that `f1` is of; None where the task has no such label. Raises DataError as above."""
+        if data.positive is not None:
+            raise DataError(f"data.positive is {data.positive!r}, and this task does not tell two labels apart")
+        return None
 
     def check(self, rows: Sequence[Row], labels: Sequence[str], where: str) -> None:  # noqa: B027
         """Raise DataError for the first row whose answer the training rows, with these labels, do not know."""
@@ -93,8 +102,8 @@ class Task(ABC):
     """What the trainer keeps of each batch's logits, as a function of logits and labels; None: the logits."""
 
     @abstractmethod
-    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
-        """`metrics` of what the trainer kept; `labels` are the task's."""
+    def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
+        """`metrics` of what the trainer kept."""
 
     def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
         """What always the same answer, that of `train`, scores on the rows; keys end with the metric's name."""
@@ -109,9 +118,15 @@ class Task(ABC):
         names = [f"{prefix}_{name}" for name in self.metrics]
         return {name: found[name] for name in names if name in found}
 
-    def signed(self, value: float) -> float:
-        """A value of `metric` with the sign that makes more better."""
-        return value if self.higher_is_better else -value
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric is better."""
+    return metric not in LOWER_IS_BETTER
+
+
+def signed(metric: str, value: float) -> float:
+    """A metric's value with the sign that makes more better."""
+    return value if higher_is_better(metric) else -value
 
 
 def named_or_guessed(

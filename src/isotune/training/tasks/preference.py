@@ -39,8 +39,7 @@ class Preference(CausalLM):
     answer = "chosen"
     metrics = ("accuracy", "margin", "loss")
     metric = "accuracy"
-    higher_is_better = True
-    counted = True
+    counted = ("accuracy",)
     rows_at_a_time = 4
     has_reference = True
     reduced = None
@@ -112,7 +111,7 @@ class Preference(CausalLM):
         """Of each sequence the log-probability of its answer, shape (2 batch,)."""
         return -summed_losses(model(**inputs).logits[:, :-1], labels[:, 1:])[:, 0]
 
-    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
+    def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """How often the chosen answer gained more, by how much, and the loss."""
         margins = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
         return {

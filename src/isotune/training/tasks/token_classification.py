@@ -30,7 +30,6 @@ class TokenClassification(Task):
     answer = "label"
     metrics = ("f1", "precision", "recall", "accuracy", "loss")
     metric = "f1"
-    higher_is_better = True
 
     def columns(self, data: DataSettings, found: Sequence[str]) -> dict[str, list[str]]:
         """Words and tags."""
@@ -102,9 +101,9 @@ class TokenClassification(Task):
         )
         return torch.stack([scores.argmax(-1).double(), losses, labels.double()], dim=-1)
 
-    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
+    def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """Of the `reduced` tokens of all rows."""
-        return token_metrics(np.asarray(prediction.predictions), labels)
+        return token_metrics(np.asarray(prediction.predictions), spec.labels)
 
     def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
         """Of the commonest training tag."""
