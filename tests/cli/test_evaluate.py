@@ -34,6 +34,19 @@ def test_a_run_evaluates_to_the_metrics_it_was_left_with(
     assert found["rows"] == 15
 
 
+def test_few_labels_are_shown_one_by_one(
+    command: Callable[..., int], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("evaluate", finished) == 0
+    shown = capsys.readouterr().out
+    labels = json.loads((finished / "metrics.json").read_text())["test_labels"]
+    assert "taken for" in shown
+    for label, scores in labels.items():
+        (line,) = [line for line in shown.splitlines() if f" {label} " in line and f"{scores['f1']:.4f}" in line]
+        assert f"{scores['precision']:.4f}" in line
+        assert f"{scores['recall']:.4f}" in line
+
+
 def test_an_adapter_moved_elsewhere_predicts_rows_of_its_own(
     command: Callable[..., int], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

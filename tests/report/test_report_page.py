@@ -126,6 +126,29 @@ def test_runs_and_merges_have_their_sections(tmp_path: Path) -> None:
     assert len(plots["run-curves/curves-runs"]["training loss"]["data"]) == 2
 
 
+def test_each_label_has_its_line_and_confusions_their_map(tmp_path: Path) -> None:
+    """One run with rows of a label each, and one whose entities are confused with nothing."""
+    cat = {"support": 4, "precision": 1.0, "recall": 0.75, "f1": 6 / 7, "predicted": {"cat": 3, "dog": 1}}
+    dog = {"support": 0, "precision": 0.0, "recall": 0.0, "f1": 0.0, "predicted": {}}
+    per = {"support": 5, "precision": 0.5, "recall": 0.4, "f1": 4 / 9}
+    folders = [write_run(tmp_path / name) for name in ("one", "two")]
+    found = [{"test_labels": {"cat": cat, "dog": dog}}, {"validation_labels": {"PER": per}}]
+    for folder, labels in zip(folders, found, strict=True):
+        file = folder / "metrics.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | labels))
+    collected = collect(folders)
+    section = next(section for section in sections(collected) if section.key == "labels")
+    (table,) = section.tables
+    assert [cell.text for cell in table.rows[0]] == ["PER", "5", "50.0 %", "40.0 %", "44.4 %", ""]
+    (figure,) = section.figures
+    assert figure.table is not None
+    assert [cell.text for cell in figure.table.rows[0]] == ["cat", "4", "100 %", "75.0 %", "85.7 %", "dog 1"]
+    plots = json.loads(element(render(collected, judge(collected)), "isotune-plots"))["labels/labels-0"]
+    assert plots["share"]["data"][0]["z"] == [[75.0, 25.0], [None, None]]
+    assert plots["rows"]["data"][0]["z"] == [[3.0, 1.0], [0.0, 0.0]]
+    assert plots["rows"]["data"][0]["zmax"] == 3
+
+
 def test_a_single_validation_is_no_curve_and_stands_last(tmp_path: Path) -> None:
     plots = json.loads(element(build_text(write_run(tmp_path / "one"), tmp_path), "isotune-plots"))
     assert next(iter(plots["run-curves/curves-runs"])) == "training loss"

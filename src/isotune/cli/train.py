@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isotune.cli.output import print_table
 from isotune.cli.report import write_beside
 from isotune.errors import OptionError
 
+if TYPE_CHECKING:
+    from isotune.training.tasks.by_label import ByLabel
+
 Flag = typer.Option
+_MOST_LABELS = 20
+"""That are shown one by one; --json has them all."""
 
 _TRAIN_HELP = """Train an adapter from a recipe, from flags, or from a recipe with flags over it.
 
@@ -191,9 +197,31 @@ def _show(metrics: dict[str, Any], as_json: bool, closing: str) -> None:
         print(json.dumps(metrics))
         return
     for name, value in metrics.items():
-        print(f"{name:30} {value:.4f}" if isinstance(value, float) else f"{name:30} {value}")
+        if not isinstance(value, dict):
+            print(f"{name:30} {value:.4f}" if isinstance(value, float) else f"{name:30} {value}")
+    if 0 < len(metrics.get("labels", ())) <= _MOST_LABELS:
+        _show_labels(metrics["labels"])
     if closing:
         print(closing, file=sys.stderr)
+
+
+def _show_labels(found: ByLabel) -> None:
+    """A line for each label, as a table on standard output."""
+    from isotune.training.tasks.by_label import confused_with
+
+    print_table(
+        "Each label",
+        ["label", "support", "precision", "recall", "F1", "taken for"],
+        [
+            [
+                label,
+                str(scores["support"]),
+                *(f"{scores[name]:.4f}" for name in ("precision", "recall", "f1")),
+                confused_with(label, scores),
+            ]
+            for label, scores in found.items()
+        ],
+    )
 
 
 def register(app: typer.Typer) -> None:

@@ -69,7 +69,7 @@ def evaluate(
 
     Returns:
         Metrics with flat keys, such as `accuracy`, `macro_f1`, `loss`, `perplexity`, and `rows`; of rows that lack
-        what is to be predicted `rows` alone; of forgetting,
+        what is to be predicted `rows` alone; `labels`, what was measured of each label (`ByLabel`); of forgetting,
         `forgetting_probe_accuracy` (after) and `forgetting_base_probe_accuracy` (before), and so on.
 
     Raises:
@@ -99,7 +99,7 @@ def evaluate(
         screen.say(f"evaluating {trained or path} on {len(examples)} examples")
         with screen.console.status("evaluating"):
             found, scores = measured(session, examples, batch_size)
-        metrics = {**found, **metrics}
+        metrics = {**found, **metrics, **({"labels": session.by_label} if session.by_label else {})}
         if predictions is not None and not lines:
             lines = _predicted(rows, scores, session.spec)
     elif generate is None:

@@ -257,6 +257,8 @@ def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
     for name in ("validation", "test"):
         if run.examples[name]:
             metrics |= _measured(run, trainer, name)
+    if run.session.by_label:  # of the split that was measured last
+        metrics["test_labels" if run.examples["test"] else "validation_labels"] = run.session.by_label
     if run.examples["test"]:
         metrics["test_rows"] = len(run.examples["test"])
     metrics |= kept(run.folder)
@@ -287,6 +289,7 @@ def _measured(run: _Run, trainer: AdapterTrainer, name: str) -> dict[str, float]
     task = run.session.task
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
     current = last is not None and last["step"] == trainer.state.global_step
+    current = current and (bool(run.session.by_label) or not task.named)  # not after a restart
     if name == "validation" and last is not None and current and not trainer.args.load_best_model_at_end:
         return task.of_trainer({key.replace("eval_", f"{name}_", 1): value for key, value in last.items()}, name)
     with run.screen.console.status(f"evaluating on the {name} rows"):

@@ -15,6 +15,7 @@ from isotune.folders import TASK
 from isotune.training.data import Row
 from isotune.training.models import own_labels
 from isotune.training.recipe import Recipe
+from isotune.training.tasks.by_label import ByLabel
 from isotune.training.tasks.collator import Example
 from isotune.training.tasks.names import TASKS, metric_of
 from isotune.training.trainer import AdapterTrainer
@@ -114,6 +115,12 @@ class Session:
         self.tokenizer = self.task.processor(spec, self.model)
         self.spec = replace(spec, max_length=_max_length(spec, self.model.config))
         self.collator = self.task.collator(self.tokenizer)
+        self.by_label: ByLabel = {}  # of the rows that its trainers measured last
+
+    def measure(self, prediction: transformers.EvalPrediction) -> dict[str, float]:
+        """The task's metrics of what a trainer kept; those of each label stay in `by_label`."""
+        self.by_label = self.task.by_label(prediction, self.spec)
+        return self.task.measured(prediction, self.spec)
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenise rows for the task."""
@@ -134,7 +141,7 @@ class Session:
             data_collator=self.collator,
             train_dataset=list(train) or None,
             eval_dataset=list(validation) or None,
-            compute_metrics=lambda prediction: self.task.measured(prediction, self.spec),
+            compute_metrics=self.measure,
             preprocess_logits_for_metrics=self.task.reduced,
             callbacks=callbacks,
             base_model=self.spec.model,

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from isotune.errors import DataError
+from isotune.training.tasks.by_label import ByLabel, confusion
 from isotune.training.tasks.sequences import OnTexts
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ class Classification(OnTexts):
         """Of logits of shape (rows, classes)."""
         logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
         return classification_metrics(logits, labels, spec.positive_number)
+
+    def by_label(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> ByLabel:
+        """Of logits of shape (rows, classes)."""
+        predicted = np.asarray(prediction.predictions).argmax(-1)
+        return confusion(predicted, np.asarray(prediction.label_ids), spec.labels)
 
     def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
         """Of the commonest training label."""

@@ -13,6 +13,7 @@ import transformers
 from isotune.errors import DataError
 from isotune.statistics.likelihood import Expectation
 from isotune.training.models import load_tokenizer
+from isotune.training.tasks.by_label import ByLabel
 from isotune.training.tasks.collator import Collator, Example
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ class Task(ABC):
     @abstractmethod
     def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """`metrics` of what the trainer kept."""
+
+    def by_label(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> ByLabel:
+        """The same for each label, where the task has labels."""
+        return {}
 
     def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
         """What always the same answer, that of `train`, scores on the rows; keys end with the metric's name."""

@@ -12,6 +12,7 @@ import transformers
 
 from isotune.errors import DataError
 from isotune.training.classifiers import head_paths, load_classifier
+from isotune.training.tasks.by_label import ByLabel, scored
 from isotune.training.tasks.collator import IGNORED, Example
 from isotune.training.tasks.contract import Task, as_words, named_or_guessed
 
@@ -105,6 +106,11 @@ class TokenClassification(Task):
         """Of the `reduced` tokens of all rows."""
         return token_metrics(np.asarray(prediction.predictions), spec.labels)
 
+    def by_label(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> ByLabel:
+        """Of each kind of entity, or each tag that is none of an entity."""
+        hits, found, true = entity_counts(np.asarray(prediction.predictions), spec.labels)
+        return {kind: scored(hits[kind], found[kind], true[kind]) for kind in sorted(found | true)}
+
     def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
         """Of the commonest training tag."""
         (commonest, _), *_ = Counter(tag for row in train for tag in row["label"]).most_common(1)
@@ -135,21 +141,30 @@ def token_metrics(kept: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
 
     `kept` (rows, length, 3) is what `reduced` gives. Tags that are no BIO tags count one by one, without O.
     """
-    bio = all(tag == "O" or tag[:2] in ("B-", "I-") for tag in labels)
-    hits = found = true = 0
+    hits, found, true = (counts.total() for counts in entity_counts(kept, labels))
     known = kept[kept[..., 2] != IGNORED]
+    scores = scored(hits, found, true)
+    return {
+        **{name: scores[name] for name in ("f1", "precision", "recall")},
+        "accuracy": float((known[:, 0] == known[:, 2]).mean()),
+        "loss": float(known[:, 1].mean()),
+    }
+
+
+def entity_counts(kept: np.ndarray, labels: Sequence[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """By kind of entity how many were found where they are, were found at all, and are there.
+
+    `kept` (rows, length, 3) and tags as in `token_metrics`.
+    """
+    bio = all(tag == "O" or tag[:2] in ("B-", "I-") for tag in labels)
+    counts: tuple[Counter[str], Counter[str], Counter[str]] = (Counter(), Counter(), Counter())
     for row in kept:
         row = row[row[:, 2] != IGNORED]
         told, wanted = ([labels[int(tag)] for tag in row[:, column]] for column in (0, 2))
         one, other = (entities(tags) if bio else _single(tags) for tags in (told, wanted))
-        hits, found, true = hits + len(one & other), found + len(one), true + len(other)
-    return {
-        "f1": 2 * hits / (found + true) if found + true else 0.0,
-        "precision": hits / found if found else 0.0,
-        "recall": hits / true if true else 0.0,
-        "accuracy": float((known[:, 0] == known[:, 2]).mean()),
-        "loss": float(known[:, 1].mean()),
-    }
+        for counter, some in zip(counts, (one & other, one, other), strict=True):
+            counter.update(kind for kind, _, _ in some)
+    return counts
 
 
 def _single(tags: Sequence[str]) -> set[Entity]:
