@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import write_jsonl, write_recipe
 
+from isotune.intervals import wilson
 from isotune.training import build_recipe, train
 
 
@@ -30,6 +31,7 @@ def test_a_run_evaluates_to_the_metrics_it_was_left_with(
     left = json.loads((finished / "metrics.json").read_text())
     assert found["accuracy"] == left["test_accuracy"]
     assert found["macro_f1"] == left["test_macro_f1"]
+    assert found["accuracy_interval"] == left["test_accuracy_interval"] == list(wilson(found["accuracy"], 15))
     assert found["loss"] == pytest.approx(left["test_loss"], rel=1e-5)
     assert found["rows"] == 15
 

@@ -16,16 +16,17 @@ from test_report_data import write_adapter
 
 from isotune.comparison.results import Row, Summary
 from isotune.errors import IsotuneError
+from isotune.intervals import Interval
 from isotune.report.data import Diagnosed, collect
 from isotune.report.figures.angles import histogram
-from isotune.report.figures.figure import styles, thinned
+from isotune.report.figures.figure import error_bar, styles, thinned
 from isotune.report.figures.heatmap import place
 from isotune.report.figures.lines import log_axis
 from isotune.report.figures.pareto import Cost, apart, front
 from isotune.report.page import build, render
 from isotune.report.sections import sections
 from isotune.report.verdict import judge
-from isotune.report.words import brief, listed, memory, number, score, share
+from isotune.report.words import brief, interval, listed, memory, number, score, share
 
 CSS = (files("isotune.report") / "assets" / "page.css").read_text(encoding="utf-8")
 
@@ -126,6 +127,13 @@ def test_runs_and_merges_have_their_sections(tmp_path: Path) -> None:
     assert len(plots["run-curves/curves-runs"]["training loss"]["data"]) == 2
 
 
+def test_a_runs_accuracy_has_the_interval_that_its_rows_give_it(tmp_path: Path) -> None:
+    file = write_run(tmp_path / "one") / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"test_accuracy_interval": [0.763, 0.833]}))
+    said = judge(collect([tmp_path / "one"]))[0].headlines[0]
+    assert said.endswith("test accuracy 80.0 % (95 % interval by the draw of the rows: 76.3 to 83.3 %).")
+
+
 def test_each_label_has_its_line_and_confusions_their_map(tmp_path: Path) -> None:
     """One run with rows of a label each, and one whose entities are confused with nothing."""
     cat = {"support": 4, "precision": 1.0, "recall": 0.75, "f1": 6 / 7, "predicted": {"cat": 3, "dog": 1}}
@@ -204,6 +212,14 @@ def test_without_plotly_the_message_says_what_to_install(
         build([scicite], tmp_path / "report.html")
 
 
+def test_bars_end_where_a_metric_does() -> None:
+    even, cut = Interval(0.9, 0.05), Interval(0.98, 0.05)
+    assert error_bar("accuracy", [even], "red")["array"] == [5.0]
+    assert "arrayminus" not in error_bar("accuracy", [even, Interval(0.7)], "red")
+    bar = error_bar("accuracy", [even, cut], "red")
+    assert (bar["symmetric"], bar["array"], bar["arrayminus"]) == (False, pytest.approx([5, 2]), [5.0, 5.0])
+
+
 def test_the_front_holds_what_nothing_cheaper_beats() -> None:
     scores = {"a": (0.8, 10), "b": (0.7, 20), "c": (0.9, 30)}
     rows = [Row(method=name, values=[score], parameters=size) for name, (score, size) in scores.items()]
@@ -240,6 +256,10 @@ def test_numbers_are_written_as_people_read_them() -> None:
     assert score("accuracy", 0.8374, 0.0042) == "83.7 ± 0.4 %"
     assert score("accuracy", -0.0123, 0.004, signed=True) == "−1.2 ± 0.4 points"
     assert score("loss", 2.11, 0.02) == "2.110 ± 0.020"
+    assert score("accuracy", 0.98, 0.05) == "98.0 (93.0 to 100.0) %"
+    assert score("accuracy", 0.98, 0.05, signed=True) == "+98.0 (93.0 to 100.0) points"
+    assert interval("accuracy", Interval(0.98, 0.05)) == "93.0 to 100.0 %"
+    assert interval("accuracy", Interval(0.98)) == "–"
     assert score("perplexity", None) == "–"
     assert [number(v) for v in (None, 0, 12345, 0.6123, 1e-7, math.inf)] == [
         "–",

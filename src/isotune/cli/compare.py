@@ -134,9 +134,6 @@ def _show_plan(cells: Any, recipe: Any) -> None:
 
 def show(found: Summary) -> None:
     """A summary as a table on standard output, best first."""
-    from isotune.report.words import is_share
-
-    percent = is_share(found.metric)
     print_table(
         f"{found.metric} on the test rows: mean and {found.confidence}",
         ["method", "parameters", "learning rate", found.metric, f"minus {found.baseline}", *found.forgetting,
@@ -146,9 +143,9 @@ def show(found: Summary) -> None:
                 f"{row.method} {'*' if row.front else ''}".strip(),
                 f"{row.parameters:,}",
                 _figure(row.learning_rate, "{:g}") + (" (edge)" if row.edge else ""),
-                _interval(row.score, percent),
-                _interval(row.difference, percent, signed=True),
-                *(_interval(row.forgetting.get(name), is_share(name)) for name in found.forgetting),
+                _interval(row.score, found.metric),
+                _interval(row.difference, found.metric, signed=True),
+                *(_interval(row.forgetting.get(name), name) for name in found.forgetting),
                 _figure(row.seconds_per_step, "{:.3f}"),
                 _figure(row.peak_memory_bytes, "{:.0f}", 1e6),
                 _figure(row.adapter_bytes, "{:.0f}", 1e3),
@@ -160,12 +157,19 @@ def show(found: Summary) -> None:
     )  # fmt: skip
 
 
-def _interval(found: Interval | None, percent: bool, signed: bool = False) -> str:
+def _interval(found: Interval | None, metric: str, signed: bool = False) -> str:
+    """`98.1 ± 0.4`; with its ends in brackets where it would reach beyond what the metric can be."""
+    from isotune.report.words import is_share
+
     if found is None:
         return "-"
-    scale, digits = (100, 1) if percent else (1, 3)
-    mean = f"{scale * found.mean:{'+' if signed else ''}.{digits}f}"
-    return mean if found.half_width is None else f"{mean} ± {scale * found.half_width:.{digits}f}"
+    scale, digits = (100, 1) if is_share(metric) else (1, 3)
+    mean, ends = f"{scale * found.mean:{'+' if signed else ''}.{digits}f}", found.bounds(metric, signed)
+    if found.half_width is None or ends is None:
+        return mean
+    if found.leaves_range(metric, signed):
+        return f"{mean} [{', '.join(f'{scale * end:.{digits}f}' for end in ends)}]"
+    return f"{mean} ± {scale * found.half_width:.{digits}f}"
 
 
 def _figure(value: float | None, shape: str, unit: float = 1) -> str:

@@ -198,11 +198,18 @@ def _show(metrics: dict[str, Any], as_json: bool, closing: str) -> None:
         return
     for name, value in metrics.items():
         if not isinstance(value, dict):
-            print(f"{name:30} {value:.4f}" if isinstance(value, float) else f"{name:30} {value}")
+            print(f"{name:30} {_figure(value)}")
     if 0 < len(metrics.get("labels", ())) <= _MOST_LABELS:
         _show_labels(metrics["labels"])
     if closing:
         print(closing, file=sys.stderr)
+
+
+def _figure(value: Any) -> str:
+    """A number, an interval's two ends, or whatever else there is."""
+    if isinstance(value, list):
+        return " to ".join(map(_figure, value))
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _show_labels(found: ByLabel) -> None:

@@ -45,9 +45,11 @@ def run_verdict(runs: Sequence[RunResult]) -> Said:
 
 
 def _against(metrics: Json, key: str) -> str:
-    """` (the commonest label always: 69.3 %; a linear probe: 66.4 %)`, as far as it is known."""
+    """` (95 % interval ...; the commonest label always: 69.3 %; a linear probe: 66.4 %)`, as far as it is known."""
     split, _, metric = key.partition("_")
-    found = [
+    ends = [words.score(key, end).removesuffix(" %") for end in metrics.get(f"{key}_interval", ())]
+    found = [f"95 % interval by the draw of the rows: {' to '.join(ends)} %"] if ends else []
+    found += [
         f"{said}: {words.score(key, value)}"
         for word, said in _AGAINST.items()
         if (value := metrics.get(f"{split}_{word}_{metric}")) is not None

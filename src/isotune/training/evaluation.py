@@ -18,6 +18,7 @@ from isotune.checkpoint.files import read_adapter, write_atomically
 from isotune.checkpoint.read import holds_adapter
 from isotune.errors import DataError, IsotuneError
 from isotune.folders import TASK
+from isotune.intervals import wilson
 from isotune.training.arguments import machine_arguments
 from isotune.training.data import Row, load_rows, load_splits
 from isotune.training.folder import RunFolder, trained_folder
@@ -69,8 +70,9 @@ def evaluate(
 
     Returns:
         Metrics with flat keys, such as `accuracy`, `macro_f1`, `loss`, `perplexity`, and `rows`; of rows that lack
-        what is to be predicted `rows` alone; `labels`, what was measured of each label (`ByLabel`); of forgetting,
-        `forgetting_probe_accuracy` (after) and `forgetting_base_probe_accuracy` (before), and so on.
+        what is to be predicted `rows` alone; `accuracy_interval`, the ends of its 95 % interval over other rows, and
+        `labels`, what was measured of each label (`ByLabel`); of forgetting, `forgetting_probe_accuracy` (after) and
+        `forgetting_base_probe_accuracy` (before), and so on.
 
     Raises:
         IsotuneError: The adapter, the model or the data cannot be used.
@@ -99,6 +101,7 @@ def evaluate(
         screen.say(f"evaluating {trained or path} on {len(examples)} examples")
         with screen.console.status("evaluating"):
             found, scores = measured(session, examples, batch_size)
+        found |= session.task.intervals(found, len(examples))
         metrics = {**found, **metrics, **({"labels": session.by_label} if session.by_label else {})}
         if predictions is not None and not lines:
             lines = _predicted(rows, scores, session.spec)
@@ -122,7 +125,10 @@ def _generated(
     prompts, wanted = prompts_and_answers(rows, session)
     with screen.counting("answering", len(rows)) as advance:
         answers = generate_texts(session, prompts, most, batch_size, advance)
-    metrics = {} if wanted is None else {"exact_match": exact_match(answers, wanted, match)}
+    metrics: dict[str, Any] = {}
+    if wanted is not None:
+        share = exact_match(answers, wanted, match)
+        metrics = {"exact_match": share, "exact_match_interval": list(wilson(share, len(rows)))}
     return metrics, [{**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)]
 
 

@@ -257,6 +257,7 @@ def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
     for name in ("validation", "test"):
         if run.examples[name]:
             metrics |= _measured(run, trainer, name)
+            metrics |= run.session.task.intervals(metrics, len(run.examples[name]), f"{name}_")
     if run.session.by_label:  # of the split that was measured last
         metrics["test_labels" if run.examples["test"] else "validation_labels"] = run.session.by_label
     if run.examples["test"]:

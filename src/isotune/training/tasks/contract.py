@@ -11,6 +11,7 @@ import numpy as np
 import transformers
 
 from isotune.errors import DataError
+from isotune.intervals import wilson
 from isotune.statistics.likelihood import Expectation
 from isotune.training.models import load_tokenizer
 from isotune.training.tasks.by_label import ByLabel
@@ -105,6 +106,11 @@ class Task(ABC):
     @abstractmethod
     def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """`metrics` of what the trainer kept."""
+
+    def intervals(self, metrics: Mapping[str, Any], rows: int, prefix: str = "") -> dict[str, Any]:
+        """Of those metrics that are shares of so many rows their 95 % intervals, as `accuracy_interval`."""
+        names = [f"{prefix}{name}" for name in self.counted if f"{prefix}{name}" in metrics]
+        return {f"{name}_interval": list(wilson(metrics[name], rows)) for name in names}
 
     def by_label(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> ByLabel:
         """The same for each label, where the task has labels."""
