@@ -13,8 +13,9 @@ import transformers
 from tiny import save_tokenizer, write_jsonl
 
 from isotune.errors import DataError, IsotuneError
-from isotune.training.evaluation import evaluate, open_any
+from isotune.training.evaluation import evaluate
 from isotune.training.generation import Talk, generate, prompts_and_answers
+from isotune.training.opening import open_any
 from isotune.training.recipe import build_recipe
 from isotune.training.run import train
 

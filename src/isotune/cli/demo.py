@@ -87,7 +87,7 @@ def _show_demo(demo: Demo) -> None:
     )
     print(f"\nHRA adapter:   {demo.adapter}\nexported LoRA: {demo.exported}\n\nOn your own data:\n")
     print("  isotune train --model minilm --data train.csv --test test.csv --text text --label label --output my-run")
-    print("  isotune evaluate my-run --data new.csv --predictions predictions.csv")
+    print("  isotune predict my-run new.csv --output predictions.csv")
     print("  isotune export my-run --to lora --output my-lora")
 
 

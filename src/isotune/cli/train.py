@@ -43,15 +43,15 @@ for example --set training.num_train_epochs=1 --set training.report_to=tensorboa
 On several processes: torchrun --nproc-per-node 2 -m isotune.cli train recipe.yaml
 """
 
-_EVALUATE_HELP = """Evaluate a run, or an adapter or model that isotune wrote, and write its predictions.
+_EVALUATE_HELP = """Evaluate a run, or an adapter or model that isotune wrote, on rows that have answers.
 
-Without --data the run's own test rows are used (else its validation rows).
+Rows without them: isotune predict. Without --data the run's own test rows are used (else its validation rows).
 
 Examples:
 
   isotune evaluate runs/one
 
-  isotune evaluate runs/one --data new.csv --predictions new-predictions.csv
+  isotune evaluate runs/one --data labelled.csv --predictions told.csv
 
   isotune evaluate ./adapter --model ./base --data new.csv --json
 
@@ -62,8 +62,7 @@ Examples:
   isotune evaluate runs/one --forgetting other-task.csv --forgetting-text question --forgetting-label topic
 
 --generate lets a language model answer each prompt and counts the answers that are right. With --task, what no run of
-isotune's made is evaluated, too: a LoRA, a merged model, a pretrained one by its name. With --predictions, the rows
-may lack the labels.
+isotune's made is evaluated, too: a LoRA, a merged model, a pretrained one by its name.
 
 The last one shows what the model has forgotten: a linear probe on another task's rows, three tenths of them held out,
 with the features of the pretrained and of the trained model; of language models, the perplexity on a text.
@@ -157,8 +156,9 @@ def evaluate_command(
     forgetting_label: Annotated[str | None, Flag(help="Their column with the label.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Only the metrics, as JSON, on standard output.")] = False,
 ) -> None:
-    from isotune.training.evaluation import evaluate, find_trained
+    from isotune.training.evaluation import evaluate
     from isotune.training.forgetting import settings_for
+    from isotune.training.opening import find_trained
     from isotune.training.session import TaskSpec
 
     named = {

@@ -27,6 +27,7 @@ class Classification(OnTexts):
     metrics = ("accuracy", "f1", "macro_f1", "matthews", "loss")
     metric = "accuracy"
     counted = ("accuracy",)
+    probable = True
     expectation = "exact"
 
     def labels(self, rows: Sequence[Row], data: DataSettings) -> list[str]:
@@ -88,11 +89,19 @@ class Classification(OnTexts):
 
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
         """Each row with its most probable label and that label's probability."""
-        probabilities = torch.from_numpy(scores).double().softmax(-1).numpy()
         return [
             {**row, "prediction": spec.labels[p.argmax()], "probability": float(p.max())}
-            for row, p in zip(rows, probabilities, strict=True)
+            for row, p in zip(rows, _softmax(scores), strict=True)
         ]
+
+    def probabilities(self, scores: np.ndarray, spec: TaskSpec) -> list[dict[str, float]]:
+        """Of logits of shape (rows, classes)."""
+        return [dict(zip(spec.labels, p, strict=True)) for p in _softmax(scores).tolist()]
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    """In float64, shape (rows, classes)."""
+    return torch.from_numpy(scores).double().softmax(-1).numpy()
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray, positive: int = 1) -> dict[str, float]:

@@ -44,6 +44,10 @@ class Task(ABC):
     """Those of `metrics` that are the share of rows that are right."""
     rows_at_a_time: ClassVar[int] = 64
     """In evaluation, where nobody says."""
+    writes: ClassVar[bool] = False
+    """Whether what it predicts is text that it generates."""
+    probable: ClassVar[bool] = False
+    """Whether it gives each label a probability."""
     probed: ClassVar[bool] = False
     """Whether a linear probe on the frozen model's features is a baseline, and a start for its head."""
     expectation: ClassVar[Expectation] = "sample"
@@ -56,6 +60,10 @@ class Task(ABC):
     def cell(self, key: str, value: Any) -> Any:
         """A cell as the row has it; by default text. Raises ValueError, whose message completes "the row has ..."."""
         return as_text(value)
+
+    def open_cell(self, key: str, value: Any) -> Any:
+        """The same of a row that is to be predicted, where that asks for less."""
+        return self.cell(key, value)
 
     def labels(self, rows: Sequence[Row], data: DataSettings) -> list[str]:
         """The label names in the order of their numbers. Raises DataError where the rows do not make a task."""
@@ -123,6 +131,10 @@ class Task(ABC):
     @abstractmethod
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
         """Each row with what the model says of it; `scores` is what the trainer kept, one entry a row."""
+
+    def probabilities(self, scores: np.ndarray, spec: TaskSpec) -> list[dict[str, float]]:
+        """Those of all labels, for each row, where the task is `probable`."""
+        raise NotImplementedError
 
     def of_trainer(self, found: Mapping[str, float], prefix: str) -> dict[str, float]:
         """Of a trainer's metrics those of the task, without its timings."""

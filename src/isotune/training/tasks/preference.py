@@ -41,6 +41,7 @@ class Preference(CausalLM):
     metric = "accuracy"
     counted = ("accuracy",)
     rows_at_a_time = 4
+    writes = False
     has_reference = True
     reduced = None
 
@@ -83,6 +84,8 @@ class Preference(CausalLM):
     def _answered(self, row: Row, name: str, tokenizer: Any, spec: TaskSpec, number: int) -> Example:
         """One of the answers after the prompt."""
         assert spec.max_length is not None
+        if name not in row:
+            raise DataError(f"row {number} has no {name} answer, and a preference is between two (data.{name})")
         answer = row[name]
         if isinstance(answer, str):
             if "prompt" not in row:

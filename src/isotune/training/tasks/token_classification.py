@@ -118,12 +118,13 @@ class TokenClassification(Task):
         return {"majority_accuracy": tags.count(commonest) / len(tags)}
 
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
-        """Each row with a tag for each word; None for words beyond the longest sequence."""
+        """Each row with a tag for each word; None for words beyond the longest sequence. Of BIO tags the entities."""
         found = []
+        bio = is_bio(spec.labels)
         for row, kept in zip(rows, scores, strict=True):
             tags: list[str | None] = [spec.labels[int(tag)] for tag, _, true in kept if true != IGNORED]
             tags += [None] * (len(row["text"]) - len(tags))
-            found.append({**row, "prediction": tags})
+            found.append({**row, "prediction": tags, **({"entities": _named(row["text"], tags)} if bio else {})})
         return found
 
 
@@ -156,7 +157,7 @@ def entity_counts(kept: np.ndarray, labels: Sequence[str]) -> tuple[Counter[str]
 
     `kept` (rows, length, 3) and tags as in `token_metrics`.
     """
-    bio = all(tag == "O" or tag[:2] in ("B-", "I-") for tag in labels)
+    bio = is_bio(labels)
     counts: tuple[Counter[str], Counter[str], Counter[str]] = (Counter(), Counter(), Counter())
     for row in kept:
         row = row[row[:, 2] != IGNORED]
@@ -165,6 +166,20 @@ def entity_counts(kept: np.ndarray, labels: Sequence[str]) -> tuple[Counter[str]
         for counter, some in zip(counts, (one & other, one, other), strict=True):
             counter.update(kind for kind, _, _ in some)
     return counts
+
+
+def is_bio(labels: Sequence[str]) -> bool:
+    """Whether the tags mark entities that may be several words."""
+    return all(tag == "O" or tag[:2] in ("B-", "I-") for tag in labels)
+
+
+def _named(words: Sequence[str], tags: Sequence[str | None]) -> list[dict[str, Any]]:
+    """The entities of a row in their order, with their words; `start` and `end` are its first and last, from 0."""
+    found = sorted(entities([tag or "O" for tag in tags]), key=lambda entity: entity[1])
+    return [
+        {"kind": kind, "text": " ".join(words[start : end + 1]), "start": start, "end": end}
+        for kind, start, end in found
+    ]
 
 
 def _single(tags: Sequence[str]) -> set[Entity]:
