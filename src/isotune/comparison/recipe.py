@@ -96,6 +96,19 @@ class ComparisonRecipe(Recipe):
 
     compare: CompareSettings = Field(default=CompareSettings(), description="What is compared.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _metric_of_all(cls, raw: Any) -> Any:
+        """`compare.metric` is the recipe's `metric`: what ranks the methods also judges each of their runs."""
+        section = raw.get("compare") if isinstance(raw, dict) else None
+        if not isinstance(section, dict) or "metric" not in section:
+            return raw
+        named, own = section["metric"], raw.get("metric")
+        if own not in (None, named):
+            raise ValueError(f"metric is {own!r}, and compare.metric is {named!r}; name it once")
+        rest = {key: value for key, value in section.items() if key != "metric"}
+        return {**raw, "metric": named, "compare": rest}
+
     @model_validator(mode="after")
     def _can_be_compared(self) -> ComparisonRecipe:
         if self.data.test is None:
