@@ -117,11 +117,13 @@ class ForgettingSettings(Section):
     test: float | str = Field(
         default=0.3,
         description="Rows to measure on: a file, or for a classification a split of `train` or the fraction of its "
-        "rows to hold out; for causal-lm general text.",
+        "rows to hold out; for causal-lm general text, for seq2seq-lm another task's rows.",
     )
     subset: str | None = Field(default=None, description="Which configuration of a hub dataset.")
     text: str | list[str] | None = Field(default=None, description="Column with the text, as in data.")
     label: str | None = Field(default=None, description="Column with the label (classification), as in data.")
+    prompt: str | None = Field(default=None, description="Column with the prompt (seq2seq-lm), as in data.")
+    completion: str | None = Field(default=None, description="Column with the completion (seq2seq-lm), as in data.")
     separator: str = Field(default="\n", description="Put between joined columns.")
     max_rows: int | None = Field(
         default=None, ge=1, description="At most so many training rows and so many test rows, a seeded sample."
