@@ -157,6 +157,17 @@ def test_each_label_has_its_line_and_confusions_their_map(tmp_path: Path) -> Non
     assert plots["rows"]["data"][0]["zmax"] == 3
 
 
+def test_the_curves_of_runs_are_of_what_they_are_judged_by(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one")
+    history = [{"step": step, "eval_loss": 0.3, "eval_accuracy": 0.8, "eval_matthews": 0.6} for step in (10, 20)]
+    (folder / "history.json").write_text(json.dumps(history))
+    for line, curve in (("", "validation accuracy"), ("metric: matthews\n", "validation matthews")):
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(recipe.read_text() + line)
+        plots = json.loads(element(build_text(folder, tmp_path), "isotune-plots"))
+        assert next(iter(plots["run-curves/curves-runs"])) == curve
+
+
 def test_a_single_validation_is_no_curve_and_stands_last(tmp_path: Path) -> None:
     plots = json.loads(element(build_text(write_run(tmp_path / "one"), tmp_path), "isotune-plots"))
     assert next(iter(plots["run-curves/curves-runs"])) == "training loss"

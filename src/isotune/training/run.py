@@ -221,7 +221,7 @@ def _tokenised(session: Session, splits: Splits) -> dict[str, list[Example]]:
 
 
 def _trainer(run: _Run) -> AdapterTrainer:
-    callbacks: list[transformers.TrainerCallback] = [ProgressLine(run.screen)]
+    callbacks: list[transformers.TrainerCallback] = [ProgressLine(run.screen, run.session.spec.judged_by)]
     arguments = training_arguments(run.recipe, run.recipe.output)
     if arguments.world_size == 1:  # launchers take Ctrl-C themselves
         callbacks.append(run.stop)
