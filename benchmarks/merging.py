@@ -23,10 +23,11 @@ import torch
 from benchmarks.__main__ import rounded
 from benchmarks.machine import machine, now, versions
 from benchmarks.memory import run_child
+from benchmarks.reading import score
 from benchmarks.tables import table
 from isotune.checkpoint.base import MINILM
 from isotune.checkpoint.files import STATISTICS
-from isotune.intervals import half_width
+from isotune.intervals import Interval, half_width
 from isotune.merging.adapters.merge import merge
 from isotune.merging.reversible.adapters import compress_adapters, recover_adapter
 from isotune.training.folder import RunFolder
@@ -356,12 +357,11 @@ def _mean(cell: dict[str, Any]) -> float:
 def _row(
     title: str, found: list[dict[str, Any]], alone: list[dict[str, Any]], cost: dict[str, float] | None = None
 ) -> list[str]:
-    accuracy = [100 * _mean(cell) for cell in found]
     relative = [
         100 * statistics.fmean(cell["accuracy"][name] / own["accuracy"][name] for name in own["accuracy"])
         for cell, own in zip(found, alone, strict=True)
     ]
-    row = [title, f"{statistics.fmean(accuracy):.1f} ± {half_width(accuracy):.1f}"]
+    row = [title, score(Interval.of([_mean(cell) for cell in found]), "accuracy")]
     row.append(f"{statistics.fmean(relative):.1f} ± {half_width(relative):.1f}")
     if cost is None:
         return [*row, "", "", "", "", ""]

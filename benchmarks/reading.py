@@ -90,12 +90,17 @@ def _against(baseline: Row, rows: Sequence[Row], higher_is_better: bool) -> str:
 
 
 def score(found: Interval | None, metric: str, signed: bool = False) -> str:
-    """Mean and 95 % t-interval; the mean alone for one value; nothing for None."""
+    """Mean and 95 % t-interval, its ends where it would leave the metric's range; the mean alone for one value."""
     if found is None:
         return ""
     sign = ("+" if found.mean >= 0 else "-") if signed else ""
     mean = sign + number(abs(found.mean) if signed else found.mean, metric)
-    return mean if found.half_width is None else f"{mean} ± {number(found.half_width, metric)}"
+    ends = found.bounds(metric, signed)
+    if found.half_width is None or ends is None:
+        return mean
+    if found.leaves_range(metric, signed):
+        return f"{mean} ({' to '.join(number(end, metric) for end in ends)})"
+    return f"{mean} ± {number(found.half_width, metric)}"
 
 
 def number(value: float, metric: str) -> str:

@@ -1,4 +1,11 @@
-"""Means over seeds with their 95 % t-intervals, and differences paired by seed."""
+"""Means over seeds with their 95 % t-intervals, differences paired by seed, and shares of rows.
+
+A t-interval knows nothing of what a metric can be: three seeds of an accuracy of 98 % may give 98 ± 5. What is shown
+of it ends at 100 %: no mean lies beyond, so that the part left out takes nothing from its coverage. On a scale of log
+odds it would stay within the range, too, but a seed without an error has no place there. A single run's share of its
+rows has Wilson's interval, which is within 0 and 1 by itself; it says what other rows would give, and nothing about
+other seeds.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +37,20 @@ class Interval:
         """Whether zero lies in the interval; without an interval nothing excludes it."""
         return self.half_width is None or abs(self.mean) <= self.half_width
 
+    def bounds(self, metric: str, difference: bool = False) -> tuple[float, float] | None:
+        """The ends of the interval within what the metric, or a difference of two, can be; None without one."""
+        if self.half_width is None:
+            return None
+        low, high = range_of(metric)
+        if difference:
+            low, high = low - high, high - low
+        return max(low, self.mean - self.half_width), min(high, self.mean + self.half_width)
+
+    def leaves_range(self, metric: str, difference: bool = False) -> bool:
+        """Whether `bounds` had to cut it, so that it is not the mean plus or minus something."""
+        uncut = None if self.half_width is None else (self.mean - self.half_width, self.mean + self.half_width)
+        return self.bounds(metric, difference) != uncut
+
     def __neg__(self) -> Interval:
         return Interval(-self.mean, self.half_width, [-value for value in self.values])
 
@@ -49,6 +70,28 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], rows: int | N
         return found
     least = statistics.NormalDist().inv_cdf(0.975) * math.sqrt(max(abs(found.mean) - found.mean**2, 0.0) / rows)
     return Interval(found.mean, max(found.half_width, least), found.values)
+
+
+def range_of(metric: str) -> tuple[float, float]:
+    """The least and the most that a metric can be, by its name."""
+    if any(word in metric for word in ("accuracy", "f1", "precision", "recall", "exact_match")):
+        return 0.0, 1.0
+    if any(word in metric for word in ("similarity", "matthews", "pearson", "spearman")):
+        return -1.0, 1.0
+    if "perplexity" in metric:
+        return 1.0, math.inf
+    return (0.0 if metric.endswith(("loss", "rmse")) else -math.inf), math.inf
+
+
+def wilson(share: float, rows: int) -> tuple[float, float]:
+    """The 95 % interval of the chance of a row to be right, where a share of so many rows (1 or more) is.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
+    half = z * math.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2)) / (1 + z**2 / rows)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -63,6 +63,12 @@ def test_methods_whose_difference_may_be_zero_are_ties() -> None:
     assert "end of the range of rates, so perhaps better than shown: `oft`." in said
 
 
+def test_an_interval_is_shown_by_its_ends_where_it_leaves_the_metrics_range() -> None:
+    assert reading.score(Interval(0.98, 0.05), "accuracy") == "98.0 (93.0 to 100.0)"
+    assert reading.score(Interval(0.9, 0.05), "accuracy") == "90.0 ± 5.0"
+    assert reading.score(Interval(0.02, 0.05), "accuracy", signed=True) == "+2.0 ± 5.0"
+
+
 def test_one_seed_tells_nothing_apart() -> None:
     said = said_of(summary(row("lora", [0.8]), row("hra", [0.9])))
     assert "nothing is told apart" in said

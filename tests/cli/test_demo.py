@@ -52,13 +52,16 @@ def test_seeds_compare_hra_and_lora_of_one_size_with_the_same_search(tmp_path: P
 def test_a_comparison_is_shown_as_isotune_compare_shows_it(
     command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [Row(method=name, parameters=36_864, seeds=[1, 2], values=[0.8, 0.9]) for name in ("hra", "lora")]
+    values = {"hra": [0.8, 0.9], "lora": [0.80, 0.81]}
+    rows = [Row(method=name, parameters=36_864, seeds=[1, 2], values=own) for name, own in values.items()]
     found = Summary(metric="accuracy", baseline="lora", rows=rows)
     monkeypatch.setattr(run, "compare", lambda recipe: found if recipe.output == str(tmp_path) else None)
     assert command("demo", "--seeds", 2, "--output", tmp_path, "--json") == 0
     assert json.loads(capsys.readouterr().out) == found.model_dump()
     assert command("demo", "--seeds", 2, "--output", tmp_path) == 0
-    assert "85.0 ± 63.5" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "85.0 [21.5, 100.0]" in shown
+    assert "80.5 ± 6.4" in shown
 
 
 def test_a_foreign_folder_is_left_alone(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import write_jsonl, write_recipe
 
+from isotune.intervals import wilson
 from isotune.training import build_recipe, train
 
 
@@ -30,8 +31,22 @@ def test_a_run_evaluates_to_the_metrics_it_was_left_with(
     left = json.loads((finished / "metrics.json").read_text())
     assert found["accuracy"] == left["test_accuracy"]
     assert found["macro_f1"] == left["test_macro_f1"]
+    assert found["accuracy_interval"] == left["test_accuracy_interval"] == list(wilson(found["accuracy"], 15))
     assert found["loss"] == pytest.approx(left["test_loss"], rel=1e-5)
     assert found["rows"] == 15
+
+
+def test_few_labels_are_shown_one_by_one(
+    command: Callable[..., int], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("evaluate", finished) == 0
+    shown = capsys.readouterr().out
+    labels = json.loads((finished / "metrics.json").read_text())["test_labels"]
+    assert "taken for" in shown
+    for label, scores in labels.items():
+        (line,) = [line for line in shown.splitlines() if f" {label} " in line and f"{scores['f1']:.4f}" in line]
+        assert f"{scores['precision']:.4f}" in line
+        assert f"{scores['recall']:.4f}" in line
 
 
 def test_an_adapter_moved_elsewhere_predicts_rows_of_its_own(

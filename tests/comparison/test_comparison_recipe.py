@@ -34,6 +34,13 @@ def test_by_default_the_recipes_method_is_set_against_lora() -> None:
     assert build(compare__methods=one_side, compare__baseline="hra").baseline == "hra side=out"
 
 
+def test_the_metric_may_stand_in_the_section_and_judges_the_runs_too() -> None:
+    found = build(compare__metric="matthews")
+    assert found.metric == build(metric="matthews").metric == "matthews"
+    assert found == build(compare__metric="matthews", metric="matthews")
+    assert found.run({"name": "hra"}, 1e-3, 2, Path("x"), test=True).metric == "matthews"
+
+
 def test_a_resolved_comparison_is_read_back_the_same() -> None:
     found = build(compare__methods="hra,lora", compare__budgets="40k").resolved()
     assert comparison_from(found.to_yaml()) == found
@@ -71,6 +78,9 @@ def test_a_run_is_a_recipe_of_its_own_and_a_trial_never_sees_the_test_rows() -> 
             "'hra' is several of them: hra side=in, hra side=out",
         ),
         ({"compare__trials": 0}, "compare.trials"),
+        ({"metric": "acuracy"}, "no metric 'acuracy'. Did you mean 'accuracy'?"),
+        ({"compare__metric": "f2"}, "no metric 'f2'"),
+        ({"metric": "f1", "compare__metric": "loss"}, "metric is 'f1', and compare.metric is 'loss'; name it once"),
         ({"compare__tirals": 3}, "trials"),
         ({"data__test": None, "data__validation": 0.2}, "data.test is needed"),
         ({"overrides": {"query": {"rank": 2}}}, "overrides belong to one method"),

@@ -52,6 +52,24 @@ def run_all(of: ComparisonRecipe, order: int = 0, diverging: str = "") -> dict[s
     return lines
 
 
+def test_rates_and_rows_are_ranked_by_the_metric_that_the_recipe_names() -> None:
+    """A loss that is the accuracy itself turns every order around."""
+    by_loss = recipe().model_copy(update={"metric": "loss"})
+    lines: dict[str, Line] = {}
+    while waiting := next(ready(CELLS, by_loss, lines), None):
+        line = result(waiting)
+        own = {key.replace("accuracy", "loss"): value for key, value in line.metrics.items()}
+        lines[waiting.name] = line.model_copy(update={"metrics": own})
+    found = summarise(CELLS, by_loss, lines, {})
+    assert (found.metric, found.higher_is_better) == ("loss", False)
+    assert [row.method for row in found.rows] == sorted(BEST, key=lambda name: found.reference(name).mean)
+    assert all(row.test_rows is None for row in found.rows)
+    for row in found.rows:
+        if row.learning_rates:
+            assert row.learning_rates[f"{row.learning_rate:g}"] == max(row.learning_rates.values())
+            assert max(row.learning_rates.values()) < 0
+
+
 def test_every_method_gets_the_same_trials_and_seeds_that_took_no_part_in_them() -> None:
     lines = run_all(recipe())
     assert len(lines) == planned(CELLS, recipe()) == 3 * (4 + 3 + 1) + 3

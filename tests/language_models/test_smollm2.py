@@ -13,9 +13,9 @@ import torch
 
 from examples import ROOT, blocks, run_isotune
 from isotune.checkpoint.base import SMOLLM2, local_folder
-from isotune.training.evaluation import open_any
 from isotune.training.generation import Talk
 from isotune.training.models import load_causal, load_tokenizer
+from isotune.training.opening import open_any
 
 pytestmark = pytest.mark.models
 REFERENCE = Path(__file__).with_name("smollm2_llama_cpp.json")

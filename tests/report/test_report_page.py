@@ -16,16 +16,17 @@ from test_report_data import write_adapter
 
 from isotune.comparison.results import Row, Summary
 from isotune.errors import IsotuneError
+from isotune.intervals import Interval
 from isotune.report.data import Diagnosed, collect
 from isotune.report.figures.angles import histogram
-from isotune.report.figures.figure import styles, thinned
+from isotune.report.figures.figure import error_bar, styles, thinned
 from isotune.report.figures.heatmap import place
 from isotune.report.figures.lines import log_axis
 from isotune.report.figures.pareto import Cost, apart, front
 from isotune.report.page import build, render
 from isotune.report.sections import sections
 from isotune.report.verdict import judge
-from isotune.report.words import brief, listed, memory, number, score, share
+from isotune.report.words import brief, interval, listed, memory, number, score, share
 
 CSS = (files("isotune.report") / "assets" / "page.css").read_text(encoding="utf-8")
 
@@ -126,6 +127,47 @@ def test_runs_and_merges_have_their_sections(tmp_path: Path) -> None:
     assert len(plots["run-curves/curves-runs"]["training loss"]["data"]) == 2
 
 
+def test_a_runs_accuracy_has_the_interval_that_its_rows_give_it(tmp_path: Path) -> None:
+    file = write_run(tmp_path / "one") / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"test_accuracy_interval": [0.763, 0.833]}))
+    said = judge(collect([tmp_path / "one"]))[0].headlines[0]
+    assert said.endswith("test accuracy 80.0 % (95 % interval by the draw of the rows: 76.3 to 83.3 %).")
+
+
+def test_each_label_has_its_line_and_confusions_their_map(tmp_path: Path) -> None:
+    """One run with rows of a label each, and one whose entities are confused with nothing."""
+    cat = {"support": 4, "precision": 1.0, "recall": 0.75, "f1": 6 / 7, "predicted": {"cat": 3, "dog": 1}}
+    dog = {"support": 0, "precision": 0.0, "recall": 0.0, "f1": 0.0, "predicted": {}}
+    per = {"support": 5, "precision": 0.5, "recall": 0.4, "f1": 4 / 9}
+    folders = [write_run(tmp_path / name) for name in ("one", "two")]
+    found = [{"test_labels": {"cat": cat, "dog": dog}}, {"validation_labels": {"PER": per}}]
+    for folder, labels in zip(folders, found, strict=True):
+        file = folder / "metrics.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | labels))
+    collected = collect(folders)
+    section = next(section for section in sections(collected) if section.key == "labels")
+    (table,) = section.tables
+    assert [cell.text for cell in table.rows[0]] == ["PER", "5", "50.0 %", "40.0 %", "44.4 %", ""]
+    (figure,) = section.figures
+    assert figure.table is not None
+    assert [cell.text for cell in figure.table.rows[0]] == ["cat", "4", "100 %", "75.0 %", "85.7 %", "dog 1"]
+    plots = json.loads(element(render(collected, judge(collected)), "isotune-plots"))["labels/labels-0"]
+    assert plots["share"]["data"][0]["z"] == [[75.0, 25.0], [None, None]]
+    assert plots["rows"]["data"][0]["z"] == [[3.0, 1.0], [0.0, 0.0]]
+    assert plots["rows"]["data"][0]["zmax"] == 3
+
+
+def test_the_curves_of_runs_are_of_what_they_are_judged_by(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one")
+    history = [{"step": step, "eval_loss": 0.3, "eval_accuracy": 0.8, "eval_matthews": 0.6} for step in (10, 20)]
+    (folder / "history.json").write_text(json.dumps(history))
+    for line, curve in (("", "validation accuracy"), ("metric: matthews\n", "validation matthews")):
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(recipe.read_text() + line)
+        plots = json.loads(element(build_text(folder, tmp_path), "isotune-plots"))
+        assert next(iter(plots["run-curves/curves-runs"])) == curve
+
+
 def test_a_single_validation_is_no_curve_and_stands_last(tmp_path: Path) -> None:
     plots = json.loads(element(build_text(write_run(tmp_path / "one"), tmp_path), "isotune-plots"))
     assert next(iter(plots["run-curves/curves-runs"])) == "training loss"
@@ -181,6 +223,14 @@ def test_without_plotly_the_message_says_what_to_install(
         build([scicite], tmp_path / "report.html")
 
 
+def test_bars_end_where_a_metric_does() -> None:
+    even, cut = Interval(0.9, 0.05), Interval(0.98, 0.05)
+    assert error_bar("accuracy", [even], "red")["array"] == [5.0]
+    assert "arrayminus" not in error_bar("accuracy", [even, Interval(0.7)], "red")
+    bar = error_bar("accuracy", [even, cut], "red")
+    assert (bar["symmetric"], bar["array"], bar["arrayminus"]) == (False, pytest.approx([5, 2]), [5.0, 5.0])
+
+
 def test_the_front_holds_what_nothing_cheaper_beats() -> None:
     scores = {"a": (0.8, 10), "b": (0.7, 20), "c": (0.9, 30)}
     rows = [Row(method=name, values=[score], parameters=size) for name, (score, size) in scores.items()]
@@ -217,6 +267,10 @@ def test_numbers_are_written_as_people_read_them() -> None:
     assert score("accuracy", 0.8374, 0.0042) == "83.7 ± 0.4 %"
     assert score("accuracy", -0.0123, 0.004, signed=True) == "−1.2 ± 0.4 points"
     assert score("loss", 2.11, 0.02) == "2.110 ± 0.020"
+    assert score("accuracy", 0.98, 0.05) == "98.0 (93.0 to 100.0) %"
+    assert score("accuracy", 0.98, 0.05, signed=True) == "+98.0 (93.0 to 100.0) points"
+    assert interval("accuracy", Interval(0.98, 0.05)) == "93.0 to 100.0 %"
+    assert interval("accuracy", Interval(0.98)) == "–"
     assert score("perplexity", None) == "–"
     assert [number(v) for v in (None, 0, 12345, 0.6123, 1e-7, math.inf)] == [
         "–",

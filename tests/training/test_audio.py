@@ -20,6 +20,7 @@ from isotune.errors import DataError, IsotuneError, IsotuneWarning
 from isotune.training.data import load_splits
 from isotune.training.evaluation import evaluate
 from isotune.training.export import export_merged
+from isotune.training.prediction import predict
 from isotune.training.recipe import DataSettings, build_recipe
 from isotune.training.run import train
 from isotune.training.session import Session, TaskSpec
@@ -105,7 +106,7 @@ def test_predictions_name_the_files_and_need_no_labels(models: dict[str, Path], 
     files = sorted(str(file) for file in (tones / "test").rglob("*.wav"))
     (tmp_path / "bare.jsonl").write_text("".join(json.dumps({"path": file}) + "\n" for file in files))
     lines = tmp_path / "told.jsonl"
-    assert evaluate(result.output, str(tmp_path / "bare.jsonl"), predictions=lines, progress=False) == {"rows": 12}
+    assert predict(result.output, str(tmp_path / "bare.jsonl"), lines, progress=False) == 12
     told = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [one["audio"] for one in told] == files
     assert sum(one["prediction"] == Path(one["audio"]).parent.name for one in told) > 9
@@ -209,7 +210,7 @@ def test_what_is_no_sound_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_sounds_alone_has_no_labels(models: dict[str, Path], tones: Path, tmp_path: Path) -> None:
     result = train(build_recipe(None, flags(models["ast"], tones, tmp_path / "run")), progress=False)
     lines = tmp_path / "told.jsonl"
-    assert evaluate(result.output, str(tones / "test" / "low"), predictions=lines, progress=False) == {"rows": 6}
+    assert predict(result.output, str(tones / "test" / "low"), lines, progress=False) == 6
     with pytest.raises(DataError, match=r"no column 'label' \(data.label\)"):
         evaluate(result.output, str(tones / "test" / "low"), progress=False)
     (tmp_path / "mixed" / "low").mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ def test_an_untouched_adapter_is_the_base_and_a_trained_one_is_not(bert: Path, p
     assert after["similarity"] < 0.9999
     with isotune.disabled(model):
         assert probing.measure(model) == probing.base
+
+
+def test_a_regression_is_probed_on_labels_like_a_classification(
+    bert: Path, words: ForgettingSettings, probing: Forgetting
+) -> None:
+    spec = replace(spec_of(bert, "regression"), labels=[])
+    forgetting = Forgetting(words, spec)
+    assert forgetting.base == probing.base
+    assert forgetting.measure(Session(spec).model) == probing.base
 
 
 def test_a_damaged_encoder_is_worse(bert: Path, probing: Forgetting) -> None:

@@ -17,8 +17,10 @@ from isotune.adapters.low_rank.lora import LoRA
 from isotune.errors import DataError, IsotuneError, OptionError
 from isotune.merging.models.merge import merge_checkpoints
 from isotune.merging.registry import rule
-from isotune.training.evaluation import evaluate, open_any
+from isotune.training.evaluation import evaluate
 from isotune.training.generation import Talk, exact_match, generate, last_number, prompts_and_answers
+from isotune.training.opening import open_any
+from isotune.training.prediction import predict
 from isotune.training.recipe import build_recipe
 from isotune.training.run import train
 
@@ -65,13 +67,9 @@ def test_evaluate_counts_the_answers_that_are_right(run: Path, tmp_path: Path) -
 def test_prompts_without_answers_are_answered(run: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "x.jsonl", [{"prompt": row["prompt"]} for row in ROWS])
     lines = tmp_path / "answers.csv"
-    columns = {"prompt": "prompt", "completion": "completion"}
     with pytest.raises(DataError, match="no column 'completion'"):
-        evaluate(run, str(rows), columns=columns, progress=False)
-    with pytest.raises(DataError, match="let them be answered: --generate"):
-        evaluate(run, str(rows), columns=columns, predictions=lines, progress=False)
-    assert not lines.exists()
-    assert evaluate(run, str(rows), columns=columns, generate=8, predictions=lines, progress=False) == {"rows": 3}
+        evaluate(run, str(rows), progress=False)
+    assert predict(run, str(rows), lines, max_new_tokens=8, progress=False) == 3
     assert lines.read_text().splitlines()[1] == "the cat,sees a dog"
 
 
@@ -145,7 +143,7 @@ def test_rows_without_labels_are_predicted(bert: Path, tmp_path: Path) -> None:
     flags = {"model": str(bert), "data.train": str(rows), "output": str(tmp_path / "run"), "training.max_steps": 1}
     output = train(build_recipe(None, flags), progress=False).output
     bare, lines = write_jsonl(tmp_path / "bare.jsonl", [{"text": "cat"}, {"text": "oak"}]), tmp_path / "told.jsonl"
-    assert evaluate(output, str(bare), predictions=lines, progress=False) == {"rows": 2}
+    assert predict(output, str(bare), lines, progress=False) == 2
     assert [json.loads(line)["prediction"] for line in lines.read_text().splitlines()] == ["cat", "oak"]
     with pytest.raises(DataError, match="no column 'label'"):
         evaluate(output, str(bare), progress=False)

@@ -20,6 +20,7 @@ from isotune.training.data import load_splits
 from isotune.training.evaluation import evaluate
 from isotune.training.export import export_merged
 from isotune.training.models import load_image_processor
+from isotune.training.prediction import predict
 from isotune.training.recipe import DataSettings, build_recipe
 from isotune.training.run import train
 from isotune.training.session import Session, TaskSpec
@@ -87,10 +88,13 @@ def test_predictions_name_the_images_and_need_no_labels(vit: Path, pictures: Pat
     files = sorted(str(file) for file in (pictures / "test").rglob("*.png"))
     (tmp_path / "bare.jsonl").write_text("".join(json.dumps({"path": file}) + "\n" for file in files))
     lines = tmp_path / "told.jsonl"
-    assert evaluate(result.output, str(tmp_path / "bare.jsonl"), predictions=lines, progress=False) == {"rows": 12}
+    assert predict(result.output, str(tmp_path / "bare.jsonl"), lines, progress=False) == 12
     told = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [one["image"] for one in told] == files
     assert sum(one["prediction"] == Path(one["image"]).parent.name for one in told) > 9
+    assert predict(result.output, str(pictures / "test" / "red"), lines, batch_size=1, progress=False) == 6
+    told = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [one["image"] for one in told] == sorted(str(file) for file in (pictures / "test" / "red").iterdir())
 
 
 def test_parquet_with_images_in_it_gives_the_same_images(pictures: Path, tmp_path: Path) -> None:

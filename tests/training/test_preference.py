@@ -19,8 +19,9 @@ from trl import DPOConfig, DPOTrainer
 import isotune
 from isotune import LoRA
 from isotune.errors import DataError, OptionError
-from isotune.training.evaluation import evaluate, open_any
+from isotune.training.evaluation import evaluate
 from isotune.training.models import load_tokenizer
+from isotune.training.opening import open_any
 from isotune.training.recipe import build_recipe
 from isotune.training.run import train
 

@@ -12,9 +12,11 @@ import torch
 import transformers
 from tiny import save_tokenizer, write_jsonl
 
-from isotune.errors import DataError, IsotuneError
-from isotune.training.evaluation import evaluate, open_any
+from isotune.errors import DataError, IsotuneError, OptionError
+from isotune.training.evaluation import evaluate
+from isotune.training.forgetting import Forgetting, ForgettingSettings
 from isotune.training.generation import Talk, generate, prompts_and_answers
+from isotune.training.opening import open_any
 from isotune.training.recipe import build_recipe
 from isotune.training.run import train
 
@@ -71,6 +73,24 @@ def test_the_loss_is_the_models_own(t5: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         assert found["loss"] == pytest.approx(session.model.eval()(**batch).loss.item(), rel=1e-5)
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+
+
+def test_what_is_forgotten_is_the_perplexity_of_other_completions(t5: Path, tmp_path: Path) -> None:
+    renamed = [{"asked": row["source"], "told": row["target"]} for row in ROWS]
+    other = write_jsonl(tmp_path / "other.jsonl", renamed)
+    settings = ForgettingSettings(test=str(other), prompt="asked", completion="told", max_length=32, batch_size=2)
+    session = open_any(t5, "seq2seq-lm")
+    forgetting = Forgetting(settings, session.spec)
+    rows = write_jsonl(tmp_path / "x.jsonl", ROWS)
+    expected = evaluate(t5, str(rows), task="seq2seq-lm", progress=False)
+    assert forgetting.base == {"perplexity": pytest.approx(expected["perplexity"], rel=1e-5)}
+    assert forgetting.measure(session.model) == forgetting.base
+    with torch.no_grad():
+        for parameter in session.model.parameters():
+            parameter.mul_(2)  # surer of the same random words
+    assert forgetting.measure(session.model)["perplexity"] > 1.1 * forgetting.base["perplexity"]
+    with pytest.raises(OptionError, match="of a seq2seq-lm, prompts and completions"):
+        Forgetting(ForgettingSettings(train=str(other)), session.spec)
 
 
 def test_an_adapter_on_the_whole_model_trains_and_resumes_its_task(t5: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from isotune.cli import chat, compare, demo, export, merge, methods, optimizers, report, rules, train
+from isotune.cli import chat, compare, demo, export, merge, methods, optimizers, predict, report, rules, train
 from isotune.cli import inspect as inspecting
 from isotune.errors import IsotuneError, IsotuneWarning
 from isotune.version import __version__
@@ -68,6 +68,7 @@ def _options(
 
 
 train.register(app)
+predict.register(app)
 chat.register(app)
 compare.register(app)
 methods.register(app)

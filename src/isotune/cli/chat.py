@@ -33,8 +33,8 @@ def chat_command(
     force: Annotated[bool, Flag("--force", help="Accept a base model unlike the adapter's own.")] = False,
 ) -> None:
     import isotune
-    from isotune.training.evaluation import open_any
     from isotune.training.generation import Talk
+    from isotune.training.opening import open_any
     from isotune.training.progress import quiet_libraries
 
     quiet_libraries()

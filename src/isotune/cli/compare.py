@@ -47,6 +47,7 @@ def compare_command(
     seeds: Annotated[int | None, Flag(help="Seeds at each method's best learning rate; by default 3.")] = None,
     trials: Annotated[int | None, Flag(help="Learning rates tried for each method; by default 8.")] = None,
     baseline: Annotated[str | None, Flag(help="The method that others are set against; by default lora.")] = None,
+    metric: Annotated[str | None, Flag(help="What methods are compared by; by default the task's first.")] = None,
     output: Annotated[str | None, Flag(help="Folder for the comparison.")] = None,
     sets: Annotated[
         list[str] | None, Flag("--set", help="key=value over the recipe: --set compare.span=[0.1,30].")
@@ -66,7 +67,7 @@ def compare_command(
 
     flags = {
         "compare.methods": methods, "compare.budgets": budget or None, "compare.seeds": seeds,
-        "compare.trials": trials, "compare.baseline": baseline, "output": output,
+        "compare.trials": trials, "compare.baseline": baseline, "metric": metric, "output": output,
     }  # fmt: skip
     built = build_comparison(recipe, flags, sets or ())
     from isotune.comparison.store import Store
@@ -133,7 +134,6 @@ def _show_plan(cells: Any, recipe: Any) -> None:
 
 def show(found: Summary) -> None:
     """A summary as a table on standard output, best first."""
-    percent = found.metric == "accuracy"
     print_table(
         f"{found.metric} on the test rows: mean and {found.confidence}",
         ["method", "parameters", "learning rate", found.metric, f"minus {found.baseline}", *found.forgetting,
@@ -143,9 +143,9 @@ def show(found: Summary) -> None:
                 f"{row.method} {'*' if row.front else ''}".strip(),
                 f"{row.parameters:,}",
                 _figure(row.learning_rate, "{:g}") + (" (edge)" if row.edge else ""),
-                _interval(row.score, percent),
-                _interval(row.difference, percent, signed=True),
-                *(_interval(row.forgetting.get(name), name != "perplexity") for name in found.forgetting),
+                _interval(row.score, found.metric),
+                _interval(row.difference, found.metric, signed=True),
+                *(_interval(row.forgetting.get(name), name) for name in found.forgetting),
                 _figure(row.seconds_per_step, "{:.3f}"),
                 _figure(row.peak_memory_bytes, "{:.0f}", 1e6),
                 _figure(row.adapter_bytes, "{:.0f}", 1e3),
@@ -157,12 +157,19 @@ def show(found: Summary) -> None:
     )  # fmt: skip
 
 
-def _interval(found: Interval | None, percent: bool, signed: bool = False) -> str:
+def _interval(found: Interval | None, metric: str, signed: bool = False) -> str:
+    """`98.1 ± 0.4`; with its ends in brackets where it would reach beyond what the metric can be."""
+    from isotune.report.words import is_share
+
     if found is None:
         return "-"
-    scale, digits = (100, 1) if percent else (1, 3)
-    mean = f"{scale * found.mean:{'+' if signed else ''}.{digits}f}"
-    return mean if found.half_width is None else f"{mean} ± {scale * found.half_width:.{digits}f}"
+    scale, digits = (100, 1) if is_share(metric) else (1, 3)
+    mean, ends = f"{scale * found.mean:{'+' if signed else ''}.{digits}f}", found.bounds(metric, signed)
+    if found.half_width is None or ends is None:
+        return mean
+    if found.leaves_range(metric, signed):
+        return f"{mean} [{', '.join(f'{scale * end:.{digits}f}' for end in ends)}]"
+    return f"{mean} ± {scale * found.half_width:.{digits}f}"
 
 
 def _figure(value: float | None, shape: str, unit: float = 1) -> str:

@@ -123,7 +123,7 @@ def _show_demo(demo: Demo) -> None:
     _show_next(
         demo.served,
         "isotune train --model minilm --data train.csv --test test.csv --text text --label label --output my-run",
-        "isotune evaluate my-run --data new.csv --predictions predictions.csv",
+        "isotune predict my-run new.csv --output predictions.csv",
     )
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isotune.cli.output import print_table
 from isotune.cli.report import write_beside
 from isotune.errors import OptionError
 
+if TYPE_CHECKING:
+    from isotune.training.tasks.by_label import ByLabel
+
 Flag = typer.Option
+_MOST_LABELS = 20
+"""That are shown one by one; --json has them all."""
 
 _TRAIN_HELP = """Train an adapter from a recipe, from flags, or from a recipe with flags over it.
 
@@ -37,15 +43,15 @@ for example --set training.num_train_epochs=1 --set training.report_to=tensorboa
 On several processes: torchrun --nproc-per-node 2 -m isotune.cli train recipe.yaml
 """
 
-_EVALUATE_HELP = """Evaluate a run, or an adapter or model that isotune wrote, and write its predictions.
+_EVALUATE_HELP = """Evaluate a run, or an adapter or model that isotune wrote, on rows that have answers.
 
-Without --data the run's own test rows are used (else its validation rows).
+Rows without them: isotune predict. Without --data the run's own test rows are used (else its validation rows).
 
 Examples:
 
   isotune evaluate runs/one
 
-  isotune evaluate runs/one --data new.csv --predictions new-predictions.csv
+  isotune evaluate runs/one --data labelled.csv --predictions told.csv
 
   isotune evaluate ./adapter --model ./base --data new.csv --json
 
@@ -56,8 +62,7 @@ Examples:
   isotune evaluate runs/one --forgetting other-task.csv --forgetting-text question --forgetting-label topic
 
 --generate lets a language model answer each prompt and counts the answers that are right. With --task, what no run of
-isotune's made is evaluated, too: a LoRA, a merged model, a pretrained one by its name. With --predictions, the rows
-may lack the labels.
+isotune's made is evaluated, too: a LoRA, a merged model, a pretrained one by its name.
 
 The last one shows what the model has forgotten: a linear probe on another task's rows, three tenths of them held out,
 with the features of the pretrained and of the trained model; of language models, the perplexity on a text.
@@ -92,6 +97,7 @@ def train_command(
         str | None,
         Flag(help="A preset, such as attention, mlp, all-linear, norms or blocks; or a regular expression."),
     ] = None,
+    metric: Annotated[str | None, Flag(help="What the run is judged by; by default the task's first.")] = None,
     output: Annotated[str | None, Flag(help="Folder for the run.")] = None,
     seed: Annotated[int | None, Flag(help="Seed of everything random.")] = None,
     resume: Annotated[bool, Flag("--resume", help="Continue the run in the output folder.")] = False,
@@ -104,7 +110,8 @@ def train_command(
     flags = {
         "model": model, "task": task, "data.train": data, "data.test": test, "data.text": _one_or_more(text),
         "data.label": label, "data.prompt": prompt, "data.completion": completion, "data.messages": messages,
-        "method.name": method, "method.rank": rank, "targets": targets, "output": output, "seed": seed,
+        "method.name": method, "method.rank": rank, "targets": targets, "metric": metric, "output": output,
+        "seed": seed,
     }  # fmt: skip
     built = build_recipe(recipe, flags, sets or ())
     from isotune.training.run import train
@@ -149,8 +156,9 @@ def evaluate_command(
     forgetting_label: Annotated[str | None, Flag(help="Their column with the label.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Only the metrics, as JSON, on standard output.")] = False,
 ) -> None:
-    from isotune.training.evaluation import evaluate, find_trained
+    from isotune.training.evaluation import evaluate
     from isotune.training.forgetting import settings_for
+    from isotune.training.opening import find_trained
     from isotune.training.session import TaskSpec
 
     named = {
@@ -189,9 +197,38 @@ def _show(metrics: dict[str, Any], as_json: bool, closing: str) -> None:
         print(json.dumps(metrics))
         return
     for name, value in metrics.items():
-        print(f"{name:30} {value:.4f}" if isinstance(value, float) else f"{name:30} {value}")
+        if not isinstance(value, dict):
+            print(f"{name:30} {_figure(value)}")
+    if 0 < len(metrics.get("labels", ())) <= _MOST_LABELS:
+        _show_labels(metrics["labels"])
     if closing:
         print(closing, file=sys.stderr)
+
+
+def _figure(value: Any) -> str:
+    """A number, an interval's two ends, or whatever else there is."""
+    if isinstance(value, list):
+        return " to ".join(map(_figure, value))
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _show_labels(found: ByLabel) -> None:
+    """A line for each label, as a table on standard output."""
+    from isotune.training.tasks.by_label import confused_with
+
+    print_table(
+        "Each label",
+        ["label", "support", "precision", "recall", "F1", "taken for"],
+        [
+            [
+                label,
+                str(scores["support"]),
+                *(f"{scores[name]:.4f}" for name in ("precision", "recall", "f1")),
+                confused_with(label, scores),
+            ]
+            for label, scores in found.items()
+        ],
+    )
 
 
 def register(app: typer.Typer) -> None:

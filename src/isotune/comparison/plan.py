@@ -63,7 +63,7 @@ def make_plan(recipe: ComparisonRecipe) -> list[Cell]:
     Raises IsotuneError where a method cannot adapt the target layers, or the data or the model cannot be used.
     """
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
-    session = Session(TaskSpec.of(recipe, splits.labels))
+    session = Session(TaskSpec.of(recipe, splits.labels, splits.positive))
     model = session.model
     trained = [*session.head, *recipe.train_also]
 

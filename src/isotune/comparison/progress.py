@@ -16,8 +16,8 @@ from isotune.training.progress import Screen
 class SweepView:
     """A bar over all runs with the time left, and a line for each that runs; in a log, a line for each result."""
 
-    def __init__(self, screen: Screen, total: int, done: int) -> None:
-        self.screen, self.total, self.done = screen, total, done
+    def __init__(self, screen: Screen, total: int, done: int, metric: str) -> None:
+        self.screen, self.total, self.done, self.metric = screen, total, done, metric
         self.already, self.since = done, time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -52,7 +52,9 @@ class SweepView:
         self.done += 1
         self.bar.remove_task(self.tasks.pop(unit.name))
         self.refresh()
-        self.screen.say(f"{self.done}/{self.total} {unit.name}: {_said(line)} in {line.seconds:.0f} s{self._left()}")
+        self.screen.say(
+            f"{self.done}/{self.total} {unit.name}: {_said(line, self.metric)} in {line.seconds:.0f} s{self._left()}"
+        )
 
     def refresh(self) -> None:
         """Show the time that is left."""
@@ -66,10 +68,10 @@ class SweepView:
         return f"; {timedelta(seconds=round(each * (self.total - self.done)))} left"
 
 
-def _said(line: Line) -> str:
+def _said(line: Line, metric: str) -> str:
     if not line.done:
         return f"failed ({line.error})"
     found = line.metrics
-    names = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "seconds_per_step")
+    names = (f"test_{metric}", f"validation_{metric}", "seconds_per_step")
     name = next((name for name in names if name in found), None)
     return f"{name.replace('_', ' ')} {found[name]:.4f}" if name else "done"

@@ -11,10 +11,11 @@ from pydantic import Field, field_validator, model_validator
 
 from isotune.adapters.registry import method
 from isotune.comparison.results import FROZEN, FULL
-from isotune.errors import IsotuneError
+from isotune.errors import IsotuneError, OptionError
 from isotune.recipes import Section, checked, parse_yaml
 from isotune.training.optimizers import checked_optimizer
 from isotune.training.recipe import ForgettingSettings, Recipe
+from isotune.training.tasks.names import metric_of
 
 BESIDE = ("optimizer", "targets")
 """What a method that is compared may have of its own, and otherwise has as the recipe says."""
@@ -95,6 +96,19 @@ class ComparisonRecipe(Recipe):
 
     compare: CompareSettings = Field(default=CompareSettings(), description="What is compared.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _metric_of_all(cls, raw: Any) -> Any:
+        """`compare.metric` is the recipe's `metric`: what ranks the methods also judges each of their runs."""
+        section = raw.get("compare") if isinstance(raw, dict) else None
+        if not isinstance(section, dict) or "metric" not in section:
+            return raw
+        named, own = section["metric"], raw.get("metric")
+        if own not in (None, named):
+            raise ValueError(f"metric is {own!r}, and compare.metric is {named!r}; name it once")
+        rest = {key: value for key, value in section.items() if key != "metric"}
+        return {**raw, "metric": named, "compare": rest}
+
     @model_validator(mode="after")
     def _can_be_compared(self) -> ComparisonRecipe:
         if self.data.test is None:
@@ -105,6 +119,10 @@ class ComparisonRecipe(Recipe):
             raise ValueError("overrides belong to one method; give options in compare.methods")
         if self.save_second_moments:
             raise ValueError("save_second_moments belongs to isotune train")
+        try:
+            metric_of(self.task, self.metric)
+        except OptionError as error:
+            raise ValueError(f"metric: {error}") from None
         if self.compare.baseline and len(meant := self._called(self.compare.baseline)) != 1:
             what = f"is several of them: {', '.join(meant)}" if meant else (
                 f"is none of the methods: {', '.join(label(one) for one in self.methods)}"

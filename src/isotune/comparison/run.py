@@ -23,6 +23,7 @@ from isotune.comparison.units import Unit, planned, ready
 from isotune.comparison.workers import InProcess, Processes, RayWorkers, Workers
 from isotune.errors import IsotuneError
 from isotune.training.progress import Screen, quiet_libraries
+from isotune.training.tasks.names import metric_of
 
 
 def compare(
@@ -117,7 +118,7 @@ class _Sweep:
         self.lines = {n: line for n, line in store.lines().items() if line.done or not retry}
         self.running: dict[Future[Line], Unit] = {}
         done = len(belonging(cells, recipe, self.lines))
-        self.view = SweepView(screen, planned(cells, recipe), done)
+        self.view = SweepView(screen, planned(cells, recipe), done, metric_of(recipe.task, recipe.metric))
 
     def run(self) -> None:
         """Until nothing is left."""

@@ -13,7 +13,8 @@ from isotune.comparison.results import FROZEN, Line, Measure, Row, Summary, Unit
 from isotune.comparison.units import chosen, costs, planned, search_of
 from isotune.intervals import Interval, paired
 from isotune.training.forgetting import HIGHER_IS_BETTER
-from isotune.training.tasks.names import TASKS
+from isotune.training.tasks.contract import higher_is_better
+from isotune.training.tasks.names import TASKS, metric_of
 
 COSTS = ("seconds_per_step", "tokens_per_second", "peak_memory_bytes")
 """Measured alone, when all runs are done."""
@@ -24,9 +25,9 @@ def summarise(
     cells: Sequence[Cell], recipe: ComparisonRecipe, lines: Mapping[str, Line], environment: Mapping[str, Any]
 ) -> Summary:
     """The summary of what is known so far; rows come best first."""
-    task = TASKS[recipe.task]
-    metric, higher = task.metric, task.higher_is_better
-    rows = [row for cell in cells if (row := _row(cell, recipe, lines, f"test_{metric}")) is not None]
+    metric = metric_of(recipe.task, recipe.metric)
+    higher = higher_is_better(metric)
+    rows = [row for cell in cells if (row := _row(cell, recipe, lines, metric)) is not None]
     for row in rows:
         others = [one for one in rows if one.method == recipe.baseline and one.budget == row.budget]
         row.difference = (
@@ -78,8 +79,8 @@ def _row(cell: Cell, recipe: ComparisonRecipe, lines: Mapping[str, Line], metric
         learning_rates={f"{tried:g}": score for tried, score in search.scores.items()} if search else {},
         edge=search is not None and len(search.scores) > 1 and rate in (min(search.scores), max(search.scores)),
         seeds=[line.seed for line in done],
-        values=[line.metrics[metric] for line in done],
-        test_rows=done[-1].metrics.get("test_rows") if TASKS[recipe.task].counted else None,
+        values=[line.metrics[f"test_{metric}"] for line in done],
+        test_rows=done[-1].metrics.get("test_rows") if metric in TASKS[recipe.task].counted else None,
         forgetting={
             name.removeprefix("forgetting_"): Interval.of([line.metrics[name] for line in done]) for name in kept
         },

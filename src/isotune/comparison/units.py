@@ -10,7 +10,8 @@ from isotune.comparison.plan import Cell
 from isotune.comparison.rates import tried
 from isotune.comparison.recipe import ComparisonRecipe
 from isotune.comparison.results import Kind, Line
-from isotune.training.tasks.names import TASKS
+from isotune.training.tasks.contract import signed
+from isotune.training.tasks.names import metric_of
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,12 @@ class Search:
 
 def search_of(cell: Cell, recipe: ComparisonRecipe, lines: Mapping[str, Line]) -> Search:
     """The state of a cell's search in the results `lines`."""
-    task = TASKS[recipe.task]
+    metric = metric_of(recipe.task, recipe.metric)
 
     def score(line: Line) -> float | None:
         """What a trial is chosen by; None where it diverged."""
-        value = line.metrics.get(f"validation_{task.metric}")
-        return None if value is None else task.signed(value)
+        value = line.metrics.get(f"validation_{metric}")
+        return None if value is None else signed(metric, value)
 
     own = {
         line.learning_rate: score(line)

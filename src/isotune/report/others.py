@@ -28,7 +28,7 @@ def run_verdict(runs: Sequence[RunResult]) -> Said:
     """Of runs: the scores, and that single runs rank nothing."""
     headlines, cautions = [], []
     for run in runs:
-        key = main_score(run.metrics)
+        key = main_score(run.metrics, run.recipe.get("metric"))
         value = f": {_said(key)} {words.score(key, run.metrics[key])}{_against(run.metrics, key)}" if key else ""
         count = run.metrics.get("trainable_parameters_encoder", run.metrics.get("trainable_parameters"))
         size = f" with {count:,} trainable parameters" if count else ""
@@ -45,9 +45,11 @@ def run_verdict(runs: Sequence[RunResult]) -> Said:
 
 
 def _against(metrics: Json, key: str) -> str:
-    """` (the commonest label always: 69.3 %; a linear probe: 66.4 %)`, as far as it is known."""
+    """` (95 % interval ...; the commonest label always: 69.3 %; a linear probe: 66.4 %)`, as far as it is known."""
     split, _, metric = key.partition("_")
-    found = [
+    ends = [words.score(key, end).removesuffix(" %") for end in metrics.get(f"{key}_interval", ())]
+    found = [f"95 % interval by the draw of the rows: {' to '.join(ends)} %"] if ends else []
+    found += [
         f"{said}: {words.score(key, value)}"
         for word, said in _AGAINST.items()
         if (value := metrics.get(f"{split}_{word}_{metric}")) is not None
@@ -55,9 +57,10 @@ def _against(metrics: Json, key: str) -> str:
     return f" ({'; '.join(found)})" if found else ""
 
 
-def main_score(metrics: Json) -> str | None:
-    """The metric that a run is known by: of the test rows where there are some."""
-    return next((key for key in _SCORES if isinstance(metrics.get(key), int | float)), None)
+def main_score(metrics: Json, metric: str | None = None) -> str | None:
+    """The metric that a run is known by, the named one before others: of the test rows where there are some."""
+    keys = (f"test_{metric}", f"validation_{metric}", *_SCORES)
+    return next((key for key in keys if isinstance(metrics.get(key), int | float)), None)
 
 
 def run_label(run: RunResult) -> str:

@@ -11,6 +11,7 @@ from isotune.report.figures.curves import curve_figures, run_curves
 from isotune.report.figures.figure import Figure, styles
 from isotune.report.figures.forgetting import along_figures, forgetting_figures
 from isotune.report.figures.heatmap import heat_maps
+from isotune.report.figures.labels import label_figures, label_tables
 from isotune.report.figures.merging import merge_figures
 from isotune.report.figures.pareto import pareto_figures
 from isotune.report.figures.range_tests import range_test_figures
@@ -116,6 +117,15 @@ def _comparison(comparison: Comparison) -> Iterator[PageSection]:
 def _runs(collected: Collected) -> Iterator[PageSection]:
     if collected.runs:
         yield PageSection("runs", "Runs", "Runs", "", [run_table(collected.runs)])
+        yield PageSection(
+            "labels",
+            "What the runs do with each label",
+            "Labels",
+            "Support is how often a label is the true one. In a map each line is a true label, and shares are of its "
+            "rows; what is off the diagonal is wrong.",
+            label_tables(collected.runs),
+            label_figures(collected.runs),
+        )
         yield PageSection(
             "run-curves", "Learning curves of the runs", "Curves", "", figures=run_curves(collected.runs)
         )

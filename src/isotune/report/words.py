@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from isotune.comparison.results import FROZEN, FULL, Row
+from isotune.intervals import Interval
 
 NAMES = {FULL: "full fine-tuning", FROZEN: "frozen base"}
 
@@ -40,16 +41,33 @@ def number(value: float | int | None, digits: int = 3) -> str:
 
 
 def score(metric: str, value: float | None, half_width: float | None = None, signed: bool = False) -> str:
-    """`83.8 ± 0.4 %`, or `12.3 ± 0.2` for what is no share; with `signed`, a difference in points."""
+    """`83.8 ± 0.4 %`, or `12.3 ± 0.2` for what is no share; with `signed`, a difference in points.
+
+    Where the interval would reach beyond what the metric can be, its ends: `98.0 (93.0 to 100.0) %`.
+    """
     if value is None or not math.isfinite(value):
         return "–"
-    share = is_share(metric)
+    share, found = is_share(metric), Interval(value, half_width)
     scale, unit = (100, " points" if signed else " %") if share else (1, "")
     size = max(abs(value), half_width or 0) * scale
     decimals = 1 if share else max(0, 3 - (math.floor(math.log10(size)) if size else 0))
-    shown = f"{scale * value:{'+' if signed else ''}.{decimals}f}"
-    spread = "" if half_width is None else f" ± {scale * half_width:.{decimals}f}"
+    shown, ends = f"{scale * value:{'+' if signed else ''}.{decimals}f}", found.bounds(metric, signed)
+    if half_width is None or ends is None:
+        spread = ""
+    elif found.leaves_range(metric, signed):
+        spread = f" ({' to '.join(f'{scale * end:.{decimals}f}' for end in ends)})"
+    else:
+        spread = f" ± {scale * half_width:.{decimals}f}"
     return f"{shown}{spread}{unit}".replace("-", "−")
+
+
+def interval(metric: str, found: Interval) -> str:
+    """`93.0 to 100.0 %`; `–` where there is none."""
+    ends = found.bounds(metric)
+    if ends is None:
+        return "–"
+    low, high = (score(metric, end) for end in ends)
+    return f"{low.removesuffix(' %')} to {high}"
 
 
 def share(value: float | None) -> str:

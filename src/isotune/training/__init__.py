@@ -16,6 +16,7 @@ _HOMES = {
     "Interrupted": "run",
     "train": "run",
     "evaluate": "evaluation",
+    "predict": "prediction",
     "fit_probe": "probe",
     "Federated": "federated",
     "dirichlet_split": "federated",
@@ -34,6 +35,7 @@ __all__ = [
     "evaluate",
     "federated_rounds",
     "fit_probe",
+    "predict",
     "train",
 ]
 

@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 
 from isotune.errors import IsotuneError, nearest
 from isotune.training.recipe import Recipe
+from isotune.training.tasks.contract import higher_is_better
+from isotune.training.tasks.names import metric_of
 
 AUTO = "auto"
 """As `learning_rate`: to be found on the training rows."""
@@ -51,7 +53,8 @@ def resolve_training(recipe: Recipe, hint: float) -> Recipe:
         hint: The method's own learning rate, used where the recipe gives none.
 
     Raises:
-        IsotuneError: An unknown field (with the nearest known one) or a value of the wrong kind.
+        IsotuneError: An unknown field (with the nearest known one), a value of the wrong kind, or a metric that the
+            task does not measure.
     """
     types = typing.get_type_hints(TrainingArguments)
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -63,10 +66,18 @@ def resolve_training(recipe: Recipe, hint: float) -> Recipe:
         if (name, value) != ("learning_rate", AUTO):
             _check(name, value, types[name])
     evaluates = {"eval_strategy": "epoch" if recipe.data.validation is not None else "no"}
-    training = {**DEFAULTS, **evaluates, "learning_rate": hint, **recipe.training}
+    training = {**DEFAULTS, **evaluates, **_best_by(recipe), "learning_rate": hint, **recipe.training}
     if recipe.data.validation is None and training["eval_strategy"] != "no":
         raise IsotuneError("training.eval_strategy needs validation rows, and data.validation is null")
     return recipe.model_copy(update={"training": training})
+
+
+def _best_by(recipe: Recipe) -> dict[str, Any]:
+    """By what the best checkpoint is chosen, where one is asked for and the recipe names a metric; else the loss."""
+    metric = metric_of(recipe.task, recipe.metric)
+    if recipe.metric is None or not recipe.training.get("load_best_model_at_end"):
+        return {}
+    return {"metric_for_best_model": metric, "greater_is_better": higher_is_better(metric)}
 
 
 def training_arguments(recipe: Recipe, output: str) -> TrainingArguments:

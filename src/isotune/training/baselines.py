@@ -51,7 +51,7 @@ def _probe_scores(
     session: Session, probe: Probe, examples: Mapping[str, list[Example]], screen: Screen
 ) -> dict[str, float]:
     """What the linear probe scores, as it was on the validation rows, and on the features of the test rows."""
-    metric = session.task.metric
+    metric = session.spec.judged_by
     found = {f"validation_probe_{metric}": probe.validation[metric]} if probe.validation else {}
     if examples["test"]:
         with isotune.disabled(session.model):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ class Splits:
     validation: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
+    positive: str | None = None
+    """Of two labels the one that F1 is of."""
     columns: dict[str, list[str]] = field(default_factory=dict, compare=False)
     """What each key of a row was read from, in the training rows."""
 
@@ -48,6 +51,7 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     columns = TASKS[task].columns(data, source["train"].column_names)
     train = read_rows(source["train"], data, task, data.train)
     labels = TASKS[task].labels(train, data)
+    positive = TASKS[task].positive(train, labels, data)
     cut = _cut_tail if TASKS[task].is_one_document(train) else hold_out
     if isinstance(data.test, float):
         train, test = cut(train, data.test, seed)
@@ -61,7 +65,7 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     validation, test = (sample_rows(rows, data.max_eval_rows, seed) for rows in (validation, test))
     for name, rows in (("validation", validation), ("test", test)):
         TASKS[task].check(rows, labels, f"the {name} rows")
-    return Splits(train, validation, test, labels, columns)
+    return Splits(train, validation, test, labels, positive, columns)
 
 
 def sample_rows(rows: list[Row], most: int | None, seed: int) -> list[Row]:
@@ -71,16 +75,32 @@ def sample_rows(rows: list[Row], most: int | None, seed: int) -> list[Row]:
     return [rows[index] for index in _permutation(len(rows), seed)[:most]]
 
 
-def load_rows(source: str, data: DataSettings, task: str, unanswered: bool = False) -> list[Row]:
-    """The rows of one file (or split `test`, else `train`, of a source with several splits).
+def load_rows(source: str, data: DataSettings, task: str) -> list[Row]:
+    """The rows of one file (or split `test`, else `train`, of a source with several splits)."""
+    return read_rows(_only_split(source, data), data, task, source)
 
-    With `unanswered`, the column with what is to be learnt may be missing.
+
+def unanswered_rows(source: str, data: DataSettings, task: str, size: int) -> tuple[int, Iterator[list[Row]]]:
+    """How many rows there are, and so many of them at a time; what is to be learnt may be missing.
+
+    The first are read here, the others as they are taken. Raises DataError as `read_rows` does.
     """
+    dataset = _only_split(source, data)
+    count = len(dataset)
+
+    def read(start: int) -> list[Row]:
+        part = dataset.select(range(start, min(start + size, count)))
+        return read_rows(part, data, task, source, unanswered=True, first=start + 1)
+
+    head = read(0)
+    return count, chain([head], (read(start) for start in range(size, count, size)))
+
+
+def _only_split(source: str, data: DataSettings) -> datasets.Dataset:
     from isotune.training.sources import open_source
 
     splits = open_source(source, data.subset, data.quoting)
-    name = "test" if "test" in splits else next(iter(splits))
-    return read_rows(splits[name], data, task, source, unanswered)
+    return splits["test" if "test" in splits else next(iter(splits))]
 
 
 def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -109,9 +129,22 @@ def _cut_tail(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], l
 
 
 def read_rows(
-    dataset: datasets.Dataset, data: DataSettings, task: str, where: str, unanswered: bool = False
+    dataset: datasets.Dataset,
+    data: DataSettings,
+    task: str,
+    where: str,
+    unanswered: bool = False,
+    first: int = 1,
 ) -> list[Row]:
     """The columns that the task needs; every row is checked.
+
+    Args:
+        dataset: The rows.
+        data: The columns' names.
+        task: The task's name.
+        where: What the rows are called in messages.
+        unanswered: Whether what is to be learnt may be missing.
+        first: The number of the first row.
 
     Raises:
         DataError: An unknown column, or a row in which one of them is missing or blank.
@@ -125,8 +158,10 @@ def read_rows(
     for key, names in columns.items():
         for name in names:
             _check_column(name, "text" if key == "pair" else key, found, where)
+    cell = kind.open_cell if unanswered else kind.cell
     read = {
-        key: _cells(dataset, names, partial(kind.cell, key), data.separator, where) for key, names in columns.items()
+        key: _cells(dataset, names, partial(cell, key), data.separator, where, first)
+        for key, names in columns.items()
     }
     return [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
 
@@ -139,13 +174,13 @@ def _check_column(name: str, key: str, found: list[str], where: str) -> None:
 
 
 def _cells(
-    dataset: datasets.Dataset, names: list[str], read: Callable[[Any], Any], separator: str, where: str
+    dataset: datasets.Dataset, names: list[str], read: Callable[[Any], Any], separator: str, where: str, first: int
 ) -> list[Any]:
     """The cells of a column; of several, their texts joined."""
     parts: list[list[Any]] = []
     for name in names:
         parts.append([])
-        for number, value in enumerate(dataset[name][:], start=1):
+        for number, value in enumerate(dataset[name][:], start=first):
             try:
                 parts[-1].append(read(value))
             except ValueError as error:

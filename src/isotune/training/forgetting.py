@@ -2,7 +2,7 @@
 
 Of an encoder: the test accuracy of a linear probe, fitted anew on the model's features of another task's rows, and
 how much its embeddings of the test texts are like the base's. Of a causal language model: its perplexity on general
-text.
+text. Of an encoder-decoder: that of another task's completions.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Forgetting:
         """
         quiet_libraries()
         self.settings, self.task, self.name = settings, spec.task, spec.model
+        if TASKS[spec.task].probed and not TASKS[spec.task].named:  # a probe tells labels apart, whatever was learnt
+            spec = replace(spec, task="classification")
         train, test, labels = _read(settings, spec.task)
         spec = replace(spec, labels=labels, max_length=settings.max_length, separator=settings.separator)
         with torch.random.fork_rng():  # of a head that nothing uses
@@ -85,7 +87,7 @@ class Forgetting:
         """
         probed = TASKS[self.task].probed
         if is_classifier(model) != probed:
-            wanted = "a classifier" if probed else "a causal language model"
+            wanted = "a classifier" if probed else "a language model"
             raise IsotuneError(
                 f"forgetting of a {self.task} run is measured on {wanted}, which {type(model).__name__} is not"
             )
@@ -113,6 +115,7 @@ class Forgetting:
 
     def _perplexity(self, model: Any) -> float:
         device = next(model.parameters()).device
+        reduced = TASKS[self.task].reduced or token_losses
         # Rows of one length side by side need no padding.
         examples = sorted(self._test, key=lambda example: len(example["input_ids"]))
         sums = []
@@ -121,8 +124,10 @@ class Forgetting:
                 batch = self._collator(examples[start : start + self.settings.batch_size])
                 labels = batch.pop("labels").to(device)
                 tokens(model, batch.get("attention_mask"))
-                logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-                sums.append(token_losses(logits, labels).cpu())
+                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                if model.config.is_encoder_decoder:  # the decoder reads them, one place later
+                    inputs["labels"] = labels
+                sums.append(reduced(model(**inputs).logits, labels).cpu())
         found = np.asarray(torch.cat(sums))
         if not np.isfinite(found).all():
             raise DivergedError("the model's losses are not finite any more; it cannot be measured")
@@ -130,7 +135,7 @@ class Forgetting:
 
 
 def _read(settings: ForgettingSettings, task: str) -> tuple[list[Row], list[Row], list[str]]:
-    """Rows to fit a probe on, rows to measure on, and the label names; of causal-lm the rows to measure on alone."""
+    """Rows to fit a probe on, rows to measure on, and the label names; of what writes, rows to measure on alone."""
     data = DataSettings(
         train=settings.train or str(settings.test),
         validation=None if isinstance(settings.test, str) else settings.test,
@@ -138,6 +143,8 @@ def _read(settings: ForgettingSettings, task: str) -> tuple[list[Row], list[Row]
         subset=settings.subset,
         text=settings.text,
         label=settings.label,
+        prompt=settings.prompt,
+        completion=settings.completion,
         separator=settings.separator,
         max_train_rows=settings.max_rows,
         max_eval_rows=settings.max_rows,
@@ -147,8 +154,8 @@ def _read(settings: ForgettingSettings, task: str) -> tuple[list[Row], list[Row]
         raise OptionError("forgetting.train is missing: a classifier is probed on another task's rows with labels")
     if not probed and (settings.train is not None or not isinstance(settings.test, str)):
         raise OptionError(
-            "forgetting of a causal-lm run is its perplexity on general text: forgetting.test names the text, and "
-            "there is no forgetting.train"
+            f"forgetting of a {task} run is its perplexity on other rows: forgetting.test names the text (of a "
+            "seq2seq-lm, prompts and completions), and there is no forgetting.train"
         )
     try:
         if not probed:

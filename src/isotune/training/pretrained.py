@@ -53,6 +53,6 @@ def frozen_metrics(recipe: Recipe) -> dict[str, Any]:
 def _prepared(recipe: Recipe) -> tuple[Session, dict[str, list[Example]]]:
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
     transformers.set_seed(recipe.seed)
-    session = Session(TaskSpec.of(recipe, splits.labels))
+    session = Session(TaskSpec.of(recipe, splits.labels, splits.positive))
     rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return session, {name: session.examples(part) for name, part in rows.items() if part}

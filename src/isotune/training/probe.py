@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Probe:
     bias: Tensor
     l2: float
     validation: dict[str, float]
+    positive: int = 1
+    """Of two classes the one that F1 is of."""
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores of shape (n, classes) for features of shape (n, hidden)."""
@@ -36,8 +38,10 @@ class Probe:
 
     def metrics(self, features: Tensor, labels: Tensor) -> dict[str, float]:
         """What the task measures, on features of shape (n, hidden)."""
-        measure = regression_metrics if labels.is_floating_point() else classification_metrics
-        return measure(self.logits(features).numpy(), labels.numpy())
+        scores, true = self.logits(features).numpy(), labels.numpy()
+        if labels.is_floating_point():
+            return regression_metrics(scores, true)
+        return classification_metrics(scores, true, self.positive)
 
 
 def extract_features(
@@ -81,6 +85,7 @@ def fit_probe(
     validation: tuple[Tensor, Tensor] | None = None,
     strengths: Sequence[float] | None = None,
     bias: bool = True,
+    positive: int = 1,
 ) -> Probe:
     """Regressions from the strongest L2 to the weakest, logistic or by least squares; the validation rows choose one.
 
@@ -91,6 +96,7 @@ def fit_probe(
         validation: Features and labels to choose by (accuracy, then loss).
         strengths: The L2 strengths to try, strongest first; by default `STRENGTHS`, or without validation rows 1e-3.
         bias: Whether the scores have one; without, that of the probe is zero.
+        positive: Of two classes the one that F1 is of.
     """
     if strengths is None:
         strengths = STRENGTHS if validation is not None else (1e-3,)
@@ -109,9 +115,8 @@ def fit_probe(
         else:
             parameters = _logistic_regression(standard, labels, strength, parameters, bias)
         weight = parameters[:, :-1] / scale
-        probe = Probe(weight, parameters[:, -1] - weight @ mean, strength, {})
-        metrics = probe.metrics(*validation) if validation is not None else {}
-        fitted.append(Probe(probe.weight, probe.bias, strength, metrics))
+        probe = Probe(weight, parameters[:, -1] - weight @ mean, strength, {}, positive)
+        fitted.append(replace(probe, validation=probe.metrics(*validation) if validation is not None else {}))
     return max(fitted, key=lambda probe: (probe.validation.get("accuracy", 0), -probe.validation.get("loss", 0)))
 
 

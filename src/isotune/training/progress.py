@@ -70,8 +70,8 @@ class Screen:
 class ProgressLine(TrainerCallback):
     """Steps, loss and remaining time: a bar on a terminal, otherwise a line at each logging step."""
 
-    def __init__(self, screen: Screen) -> None:
-        self.screen = screen
+    def __init__(self, screen: Screen, metric: str = "accuracy") -> None:
+        self.screen, self.metric = screen, metric
         self.bar = screen.bar()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ class ProgressLine(TrainerCallback):
                 remaining = f", {timedelta(seconds=round(left))} left" if left else ""
                 self.screen.say(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}{remaining}")
         elif logs and "eval_loss" in logs:
-            names = ("accuracy", "macro_f1", "perplexity", "loss")
+            names = dict.fromkeys((self.metric, "accuracy", "macro_f1", "perplexity", "loss"))
             shown = [f"{name} {logs[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in logs]
             self.screen.say(f"step {state.global_step}: validation {', '.join(shown)}")
 

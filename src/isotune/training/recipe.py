@@ -51,6 +51,11 @@ class DataSettings(Section):
     label: str | None = Field(
         default=None, description="Column with the label, the number, or the tags; by default one of the usual names."
     )
+    positive: str | None = Field(
+        default=None,
+        description="Of two labels the one whose F1 is the metric f1 (classification); by default the rarer of the "
+        "training rows, the second where both are as common.",
+    )
     prompt: str | None = Field(default=None, description="Column with the prompt (causal-lm); not trained on.")
     completion: str | None = Field(default=None, description="Column with the completion (causal-lm).")
     chosen: str | None = Field(default=None, description="Column with the better answer (preference).")
@@ -87,6 +92,11 @@ class DataSettings(Section):
         default=None, ge=1, description="Validate and test on a seeded sample of the rows each."
     )
 
+    @field_validator("positive", mode="before")
+    @classmethod
+    def _as_label(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
     @field_validator("validation", "test", mode="before")
     @classmethod
     def _share(cls, value: Any) -> Any:
@@ -107,11 +117,13 @@ class ForgettingSettings(Section):
     test: float | str = Field(
         default=0.3,
         description="Rows to measure on: a file, or for a classification a split of `train` or the fraction of its "
-        "rows to hold out; for causal-lm general text.",
+        "rows to hold out; for causal-lm general text, for seq2seq-lm another task's rows.",
     )
     subset: str | None = Field(default=None, description="Which configuration of a hub dataset.")
     text: str | list[str] | None = Field(default=None, description="Column with the text, as in data.")
     label: str | None = Field(default=None, description="Column with the label (classification), as in data.")
+    prompt: str | None = Field(default=None, description="Column with the prompt (seq2seq-lm), as in data.")
+    completion: str | None = Field(default=None, description="Column with the completion (seq2seq-lm), as in data.")
     separator: str = Field(default="\n", description="Put between joined columns.")
     max_rows: int | None = Field(
         default=None, ge=1, description="At most so many training rows and so many test rows, a seeded sample."
@@ -157,6 +169,11 @@ class Recipe(Section):
         "seq2seq-lm",
         "preference",
     ] = Field(default="classification", description="What to learn.")
+    metric: str | None = Field(
+        default=None,
+        description="What runs are judged by: methods compared, the report's headline, and the best checkpoint with "
+        "training.load_best_model_at_end; by default the first of the task's metrics.",
+    )
     data: DataSettings = Field(description="The rows and their columns.")
     method: dict[str, Any] = Field(
         default={"name": "hra"}, description="The method's name and its options; `full` trains the whole model."

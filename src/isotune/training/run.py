@@ -181,7 +181,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, screen: Screen) -> _Run:
     """Data and the model that is to be trained: all that can go wrong with the user's input goes wrong here."""
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
     transformers.set_seed(recipe.seed)
-    session = Session(TaskSpec.of(recipe, splits.labels))
+    session = Session(TaskSpec.of(recipe, splits.labels, splits.positive))
     examples = _tokenised(session, splits)
     if is_full(recipe):
         unfreeze(session.model)
@@ -223,7 +223,7 @@ def _tokenised(session: Session, splits: Splits) -> dict[str, list[Example]]:
 
 
 def _trainer(run: _Run, along: Along | None) -> AdapterTrainer:
-    callbacks: list[transformers.TrainerCallback] = [ProgressLine(run.screen)]
+    callbacks: list[transformers.TrainerCallback] = [ProgressLine(run.screen, run.session.spec.judged_by)]
     arguments = training_arguments(run.recipe, run.recipe.output)
     if arguments.world_size == 1:  # launchers take Ctrl-C themselves
         callbacks.append(run.stop)
@@ -259,6 +259,9 @@ def _finish(run: _Run, trainer: AdapterTrainer) -> Result:
     for name in ("validation", "test"):
         if run.examples[name]:
             metrics |= _measured(run, trainer, name)
+            metrics |= run.session.task.intervals(metrics, len(run.examples[name]), f"{name}_")
+    if run.session.by_label:  # of the split that was measured last
+        metrics["test_labels" if run.examples["test"] else "validation_labels"] = run.session.by_label
     if run.examples["test"]:
         metrics["test_rows"] = len(run.examples["test"])
     metrics |= kept(run.folder)
@@ -289,6 +292,7 @@ def _measured(run: _Run, trainer: AdapterTrainer, name: str) -> dict[str, float]
     task = run.session.task
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
     current = last is not None and last["step"] == trainer.state.global_step
+    current = current and (bool(run.session.by_label) or not task.named)  # not after a restart
     if name == "validation" and last is not None and current and not trainer.args.load_best_model_at_end:
         return task.of_trainer({key.replace("eval_", f"{name}_", 1): value for key, value in last.items()}, name)
     with run.screen.console.status(f"evaluating on the {name} rows"):

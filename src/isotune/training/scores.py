@@ -30,6 +30,7 @@ from isotune.training.folder import RunFolder, adapter_folder
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.session import Session, TaskSpec
 from isotune.training.tasks.collator import Example
+from isotune.training.tasks.contract import signed
 from isotune.training.weight_search import search_weights
 
 _TRIAL = "isotune-merged"
@@ -69,6 +70,7 @@ class TaskRows:
     name: str
     session: Session
     """Shared by all tasks of one base model."""
+    spec: TaskSpec
     examples: list[Example]
     trained: State
 
@@ -107,6 +109,7 @@ class Tasks:
                     fold(load(session.model, adapter, name=_TRIAL))
                 try:
                     for task in (task for task in self.tasks if task.session is session):
+                        session.spec = task.spec
                         with _modules(session.model, task.trained):
                             found[task.name], _ = measured(session, task.examples)
                 finally:
@@ -115,10 +118,10 @@ class Tasks:
         return {task.name: found[task.name] for task in self.tasks}
 
     def score(self, adapter: str | Path | None) -> float:
-        """The mean over the tasks: of the accuracy, or of minus the loss for language models."""
+        """The mean over the tasks of what each run is judged by: its accuracy, minus its loss, ..."""
         found = self.metrics(adapter)
-        kinds = {rows.name: rows.session.task for rows in self.tasks}
-        return statistics.fmean(kind.signed(found[name][kind.metric]) for name, kind in kinds.items())
+        judged = {rows.name: rows.spec.judged_by for rows in self.tasks}
+        return statistics.fmean(signed(metric, found[name][metric]) for name, metric in judged.items())
 
 
 def _task(run: str | Path, name: str, split: str, count: int | None, sessions: dict[str, Session]) -> TaskRows:
@@ -132,12 +135,13 @@ def _task(run: str | Path, name: str, split: str, count: int | None, sessions: d
     if count is not None and count < len(rows):
         rows = [rows[index * len(rows) // count] for index in range(count)]
     spec = TaskSpec.read(adapter)
-    key = replace(spec, labels=[]).to_json()
+    key = replace(spec, labels=[], positive=None, metric=None).to_json()
     session = sessions.setdefault(key, Session(spec)) if key not in sessions else sessions[key]
-    examples = session.task.examples(rows, session.tokenizer, replace(session.spec, labels=spec.labels))
+    spec = replace(session.spec, labels=spec.labels, positive=spec.positive, metric=spec.metric)
+    examples = session.task.examples(rows, session.tokenizer, spec)
     # Rows of one length side by side need no padding.
     examples = sorted(examples, key=lambda example: len(example.get("input_ids", ())))
-    return TaskRows(name, session, examples, read_stored(adapter).trained)
+    return TaskRows(name, session, spec, examples, read_stored(adapter).trained)
 
 
 @contextmanager

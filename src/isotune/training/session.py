@@ -15,8 +15,9 @@ from isotune.folders import TASK
 from isotune.training.data import Row
 from isotune.training.models import own_labels
 from isotune.training.recipe import Recipe
+from isotune.training.tasks.by_label import ByLabel
 from isotune.training.tasks.collator import Example
-from isotune.training.tasks.names import TASKS
+from isotune.training.tasks.names import TASKS, metric_of
 from isotune.training.trainer import AdapterTrainer, Along
 
 
@@ -45,14 +46,19 @@ class TaskSpec:
     """Height and width of images in pixels; None: what the image processor makes of them."""
     max_seconds: float | None = None
     """Where clips of sound are cut."""
+    positive: str | None = None
+    """Of two labels the one that F1 is of; None: the second."""
+    metric: str | None = None
+    """What the run is judged by; None: the task's own."""
 
     @classmethod
-    def of(cls, recipe: Recipe, labels: list[str]) -> TaskSpec:
-        """The part of a recipe that outlives the training."""
+    def of(cls, recipe: Recipe, labels: list[str], positive: str | None = None) -> TaskSpec:
+        """The part of a recipe that outlives the training. Raises OptionError for a metric that is none."""
         data = recipe.data
         return cls(
             recipe.task, recipe.model, labels, recipe.pooling, data.max_length, data.separator, recipe.dtype, None,
             recipe.quantization, recipe.dpo_beta, data.packing, True, data.image_size, data.max_seconds,
+            positive, metric_of(recipe.task, recipe.metric),
         )  # fmt: skip
 
     @classmethod
@@ -85,6 +91,16 @@ class TaskSpec:
             raise IsotuneError(f"{file} names the task {spec.task!r}; isotune knows: {', '.join(TASKS)}")
         return spec
 
+    @property
+    def positive_number(self) -> int:
+        """The place of `positive` among the labels."""
+        return 1 if self.positive is None else self.labels.index(self.positive)
+
+    @property
+    def judged_by(self) -> str:
+        """The name of the metric."""
+        return metric_of(self.task, self.metric)
+
     def to_json(self) -> str:
         """The file's text."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -99,6 +115,12 @@ class Session:
         self.tokenizer = self.task.processor(spec, self.model)
         self.spec = replace(spec, max_length=_max_length(spec, self.model.config))
         self.collator = self.task.collator(self.tokenizer)
+        self.by_label: ByLabel = {}  # of the rows that its trainers measured last
+
+    def measure(self, prediction: transformers.EvalPrediction) -> dict[str, float]:
+        """The task's metrics of what a trainer kept; those of each label stay in `by_label`."""
+        self.by_label = self.task.by_label(prediction, self.spec)
+        return self.task.measured(prediction, self.spec)
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenise rows for the task."""
@@ -120,7 +142,7 @@ class Session:
             data_collator=self.collator,
             train_dataset=list(train) or None,
             eval_dataset=list(validation) or None,
-            compute_metrics=lambda prediction: self.task.measured(prediction, self.spec.labels),
+            compute_metrics=self.measure,
             preprocess_logits_for_metrics=self.task.reduced,
             callbacks=callbacks,
             base_model=self.spec.model,

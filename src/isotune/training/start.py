@@ -34,7 +34,10 @@ def probe_of(session: Session, examples: dict[str, list[Example]], screen: Scree
 def session_probe(session: Session, features: dict[str, tuple[Tensor, Tensor]]) -> Probe:
     """A probe that the head of the session's model can hold, from features of `split_features`."""
     bias = logits_layer(session.model).bias is not None
-    return fit_probe(*features["train"], len(session.spec.labels), features.get("validation"), bias=bias)
+    spec = session.spec
+    return fit_probe(
+        *features["train"], len(spec.labels), features.get("validation"), bias=bias, positive=spec.positive_number
+    )
 
 
 def split_features(
@@ -55,7 +58,7 @@ def start_from(session: Session, probe: Probe, screen: Screen) -> None:
         head.weight.copy_(probe.weight)
         if head.bias is not None:
             head.bias.copy_(probe.bias)
-    metric = session.task.metric
+    metric = session.spec.judged_by
     shown = f": validation {metric} {probe.validation[metric]:.4f}" if probe.validation else ""
     screen.say(f"the head starts from a linear probe{shown}")
 

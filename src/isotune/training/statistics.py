@@ -14,8 +14,8 @@ from isotune.statistics.likelihood import Expectation
 from isotune.statistics.second_moment import second_moments
 from isotune.statistics.stored import write_statistic
 from isotune.statistics.whole_model import parameter_fisher
-from isotune.training.evaluation import find_trained, rows_for
 from isotune.training.model_folder import is_model_folder, open_trained
+from isotune.training.opening import find_trained, rows_for
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.recipe import Recipe
 from isotune.training.session import TaskSpec

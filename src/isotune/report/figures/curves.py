@@ -39,7 +39,8 @@ def run_curves(runs: Sequence[RunResult]) -> list[Figure]:
         return []
     own = styles([run.name for run in logged])
     known = {key for run in logged for entry in run.history for key in entry}
-    metric = "accuracy" if "eval_accuracy" in known else "perplexity"
+    named = [run.recipe["metric"] for run in logged if run.recipe.get("metric")]
+    metric = next((m for m in (*named, "accuracy", "pearson") if f"eval_{m}" in known), "perplexity")
     lines = {run.name: (own[run.name], [run.history]) for run in logged}
     return [_figure("curves-runs", "Learning curves", metric, lines)]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isotune.comparison.results import FROZEN, FULL
+from isotune.intervals import Interval, range_of
 from isotune.report.tables import Table
 
 Plot = dict[str, Any]
@@ -64,9 +65,14 @@ def layout(x: str, y: str, height: int = 360, **more: Any) -> Plot:
     }
 
 
-def error_bar(half_widths: Sequence[float | None], colour: str) -> Plot:
-    """Intervals; none is drawn where it is not known."""
-    return {"type": "data", "array": [h or 0 for h in half_widths], "color": colour, "thickness": 1.5, "width": 4}
+def error_bar(metric: str, found: Sequence[Interval], colour: str) -> Plot:
+    """Intervals within what the metric can be; none is drawn where it is not known."""
+    least, most = range_of(metric)
+    halves = [one.half_width or 0 for one in found]
+    up = [scale(metric) * min(half, max(0.0, most - one.mean)) for one, half in zip(found, halves, strict=True)]
+    down = [scale(metric) * min(half, max(0.0, one.mean - least)) for one, half in zip(found, halves, strict=True)]
+    bar: Plot = {"type": "data", "array": up, "color": colour, "thickness": 1.5, "width": 4}
+    return bar if up == down else {**bar, "symmetric": False, "arrayminus": down}
 
 
 def rounded(value: float | None, digits: int = 5) -> float | None:

@@ -35,8 +35,8 @@ def _figure(comparison: Comparison, key: str, measure: Measure, style: dict[str,
                 "type": "scatter", "mode": "markers", "name": name,
                 "x": [rounded(across * (gain.mean - start)) for gain in gains],
                 "y": [rounded(up * value.mean) for value in values],
-                "error_x": error_bar([across * (gain.half_width or 0) for gain in gains], own.colour),
-                "error_y": error_bar([up * (value.half_width or 0) for value in values], own.colour),
+                "error_x": error_bar(metric, gains, own.colour),
+                "error_y": error_bar(key, values, own.colour),
                 "marker": {"color": own.colour, "symbol": own.symbol, "size": 10},
                 "text": [
                     f"{words.row_name(row)}: {words.score(metric, gain.mean - start, signed=bool(frozen))}, "
@@ -52,14 +52,14 @@ def _figure(comparison: Comparison, key: str, measure: Measure, style: dict[str,
     plot = {"data": data, "layout": layout(gain_axis, kept_axis, 420, **level_lines(levels, x=0.0))}
     table = simple(
         f"Forgetting, {measure.label}",
-        ["method", "budget", gain_axis, measure.label, "± (95 %)"],
+        ["method", "budget", gain_axis, measure.label, "95 % interval"],
         [
             [
                 words.method_name(row.method),
                 TableCell(words.number(row.budget), row.budget),
                 TableCell(words.score(metric, row.score.mean - start, signed=bool(frozen)), row.score.mean - start),
                 TableCell(words.score(key, value.mean), value.mean),
-                TableCell(words.score(key, value.half_width), value.half_width),
+                TableCell(words.interval(key, value), value.half_width),
             ]
             for row, value in ((row, row.forgetting[key]) for row in rows)
         ],
@@ -120,13 +120,13 @@ def _along(
     shown = axis_name(axis) if across == 100 else axis
     table = simple(
         f"{words.sentence(measure.label)}, where the {axis} is {words.score(metric, equal[0].score)}",
-        ["method", "at step", measure.label, "± (95 %)", "seeds that do not pass there"],
+        ["method", "at step", measure.label, "95 % interval", "seeds that do not pass there"],
         [
             [
                 words.method_name(row.method),
                 TableCell(words.number(found.steps.mean), found.steps.mean),
                 TableCell(words.score(key, value.mean), value.mean),
-                TableCell(words.score(key, value.half_width), value.half_width),
+                TableCell(words.interval(key, value), value.half_width),
                 TableCell(f"{found.beyond} of {len(value.values)}", found.beyond),
             ]
             for row, found in zip(rows, equal, strict=True)

@@ -90,7 +90,7 @@ def _plot(comparison: Comparison, rows: list[Row], cost: Cost, style: dict[str, 
             {
                 "type": "scatter", "mode": "markers", "name": name,
                 "x": [rounded(at[near.index(row)], 6) for row in mine], "y": [rounded(times * f.mean) for f in found],
-                "error_y": error_bar([times * (f.half_width or 0) for f in found], own.colour),
+                "error_y": error_bar(metric, found, own.colour),
                 "marker": {"color": own.colour, "symbol": own.symbol, "size": 10},
                 "text": [
                     f"{name}: {words.score(metric, f.mean, f.half_width)}, {cost.said(cost.of(row))}"
@@ -132,13 +132,13 @@ def _table(comparison: Comparison, rows: list[Row], cost: Cost) -> Table:
     best = front(rows, cost, higher)
     return simple(
         f"Score over {cost.axis}",
-        ["method", cost.axis, axis_name(metric), "± (95 %)", "on the front"],
+        ["method", cost.axis, axis_name(metric), "95 % interval", "on the front"],
         [
             [
                 words.method_name(row.method),
                 TableCell(cost.said(cost.of(row)), cost.of(row)),
                 TableCell(words.score(metric, row.score.mean), row.score.mean),
-                TableCell(words.score(metric, row.score.half_width), row.score.half_width),
+                TableCell(words.interval(metric, row.score), row.score.half_width),
                 "yes" if row in best else "no",
             ]
             for row in sorted(rows, key=lambda r: cost.of(r))

@@ -15,14 +15,14 @@ def score_figures(comparison: Comparison, style: dict[str, Style]) -> list[Figur
     beside = [row for row in (comparison.summary.reference(FULL), comparison.summary.reference(FROZEN)) if row]
     found = comparison.summary.groups
     sets = [(group.budget, [s.row for s in group.standings]) for group in found] or [(None, [])]
-    limits = _limits([row for _, rows in sets for row in (*rows, *beside)], scale(metric))
+    limits = _limits([row for _, rows in sets for row in (*rows, *beside)], metric)
     figures = []
     for budget, rows in sets:
         ordered = [s.row for s in ranked([*rows, *beside], comparison.summary.higher_is_better)]
         at = f" at {budget:,} parameters" if budget is not None else ""
         table = simple(
             f"Scores{at}",
-            ["method", axis_name(metric), "± (95 %)", "each seed"],
+            ["method", axis_name(metric), "95 % interval", "each seed"],
             [_line(row, metric) for row in ordered],
         )
         plot = _plot(ordered, metric, style, limits)
@@ -45,7 +45,7 @@ def _plot(rows: list[Row], metric: str, style: dict[str, Style], limits: list[fl
             {
                 "type": "scatter", "mode": "markers", "x": [rounded(times * found.mean)], "y": [name],
                 "marker": {"color": own.colour, "symbol": own.symbol, "size": 11},
-                "error_x": error_bar([times * (found.half_width or 0)], own.colour),
+                "error_x": error_bar(metric, [found], own.colour),
                 "hovertemplate": f"{name}: {words.score(metric, found.mean, found.half_width)}<extra></extra>",
             }
         )  # fmt: skip
@@ -58,20 +58,20 @@ def _plot(rows: list[Row], metric: str, style: dict[str, Style], limits: list[fl
     }
 
 
-def _limits(rows: list[Row], times: float) -> list[float]:
+def _limits(rows: list[Row], metric: str) -> list[float]:
     """A range that all figures share, so that budgets can be compared."""
-    low = min(min(*row.values, row.score.mean - (row.score.half_width or 0)) for row in rows)
-    high = max(max(*row.values, row.score.mean + (row.score.half_width or 0)) for row in rows)
+    times = scale(metric)
+    shown = [value for row in rows for value in (*row.values, *(row.score.bounds(metric) or ()))]
+    low, high = min(shown), max(shown)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
     return [round(times * (low - margin), 4), round(times * (high + margin), 4)]
 
 
 def _line(row: Row, metric: str) -> list[TableCell | str]:
     found = row.score
-    half = found.half_width
     return [
         words.method_name(row.method),
         TableCell(words.score(metric, found.mean), found.mean),
-        TableCell("–" if half is None else words.score(metric, half), half),
+        TableCell(words.interval(metric, found), found.half_width),
         TableCell(", ".join(words.score(metric, value) for value in row.values), found.mean),
     ]

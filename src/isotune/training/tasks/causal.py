@@ -63,20 +63,22 @@ class CausalLM(Task):
     answer = "completion"
     named = False
     rows_at_a_time = 8  # their logits are large
+    writes = True
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "loss")
     metric = "loss"
-    higher_is_better = False
     reduced: ClassVar[Callable[..., Any] | None] = staticmethod(token_losses)
 
     def columns(self, data: DataSettings, found: Sequence[str]) -> dict[str, list[str]]:
         """Prompt and completion, chats, or text: as named, else as the columns are called."""
-        if data.prompt is not None and data.completion is not None:
-            return {"prompt": [data.prompt], "completion": [data.completion]}
+        if data.prompt is not None:
+            return {"prompt": [data.prompt], "completion": [data.completion or "completion"]}
         if data.text is not None:
             return {"text": named_or_guessed(data.text, found, ())}
         if data.messages is not None:
             return {"messages": [data.messages]}
         usual = named_or_guessed(None, found, _USUAL)
+        if usual[0] not in found:
+            usual = asked_alone(found, _USUAL) or usual
         keys = ("prompt", "completion") if len(usual) == 2 else ("messages",) if usual[0] in _CHATS else ("text",)
         return {key: [name] for key, name in zip(keys, usual, strict=True)}
 
@@ -87,6 +89,10 @@ class CausalLM(Task):
         if isinstance(value, (list, dict)):
             raise ValueError(f"a {type(value).__name__} and no text (chats are named with data.messages)")
         return super().cell(key, value)
+
+    def open_cell(self, key: str, value: Any) -> Any:
+        """A chat may be one in which nothing is answered yet."""
+        return as_chat(value, answered=False) if key == "messages" else self.cell(key, value)
 
     def is_one_document(self, rows: Sequence[Row]) -> bool:
         """A single row of text."""
@@ -123,13 +129,18 @@ class CausalLM(Task):
         """What the model is asked with, as `prompt_tokens`."""
         return prompt_tokens(rows, tokenizer, spec)
 
-    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
+    def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """Of the rows' `token_losses`."""
         return causal_metrics(np.asarray(prediction.predictions))
 
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
         """Each row with its loss."""
         return [{**row, "loss": float(s[0] / max(s[1], 1))} for row, s in zip(rows, scores, strict=True)]
+
+
+def asked_alone(found: Sequence[str], usual: Sequence[str | tuple[str, ...]]) -> list[str] | None:
+    """The first of the usual pairs of which the prompt is there, as in rows that are to be answered."""
+    return next((list(pair) for pair in usual if isinstance(pair, tuple) and pair[0] in found), None)
 
 
 def prompt_tokens(rows: Sequence[Row], tokenizer: Any, spec: TaskSpec) -> list[list[int]]:
@@ -164,8 +175,10 @@ def completions(rows: Sequence[Row], tokenizer: Any, max_length: int, separator:
     return examples
 
 
-def as_chat(value: Any) -> list[dict[str, str]]:
-    """A cell as a chat, whose messages have a role and a content. Raises ValueError where it is none."""
+def as_chat(value: Any, answered: bool = True) -> list[dict[str, str]]:
+    """A cell as a chat, whose messages have a role and a content. Raises ValueError where it is none, or `answered`
+    by nobody.
+    """
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"a {type(value).__name__} and no list of messages")
     found = []
@@ -176,7 +189,7 @@ def as_chat(value: Any) -> list[dict[str, str]]:
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"a message without role and content ({', '.join(message) or 'empty'})")
         found.append({"role": _ROLES.get(role, role), "content": content})
-    if not any(message["role"] == "assistant" for message in found):
+    if answered and not any(message["role"] == "assistant" for message in found):
         raise ValueError("a chat without a turn of the assistant's")
     return found
 

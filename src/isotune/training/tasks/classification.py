@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from isotune.errors import DataError
+from isotune.training.tasks.by_label import ByLabel, confusion
 from isotune.training.tasks.sequences import OnTexts
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 class Classification(OnTexts):
     """One of several labels for a text, or a pair."""
 
-    metrics = ("accuracy", "macro_f1", "matthews", "loss")
+    metrics = ("accuracy", "f1", "macro_f1", "matthews", "loss")
     metric = "accuracy"
-    counted = True
-    higher_is_better = True
+    counted = ("accuracy",)
+    probable = True
     expectation = "exact"
 
     def labels(self, rows: Sequence[Row], data: DataSettings) -> list[str]:
@@ -45,6 +46,18 @@ class Classification(OnTexts):
             )
         return labels
 
+    def positive(self, rows: Sequence[Row], labels: Sequence[str], data: DataSettings) -> str | None:
+        """The one that the recipe names, else the rarer of two (the second of two as common), and of more none."""
+        if data.positive is None:
+            counts = Counter(row["label"] for row in rows)
+            return min(reversed(labels), key=counts.__getitem__) if len(labels) == 2 else None
+        if len(labels) != 2 or data.positive not in labels:
+            raise DataError(
+                f"data.positive is {data.positive!r}, which has to be one of two labels; the training rows have: "
+                f"{', '.join(labels)}"
+            )
+        return data.positive
+
     def check(self, rows: Sequence[Row], labels: Sequence[str], where: str) -> None:
         """Raise DataError for the first row whose label is not among `labels`; rows without labels pass."""
         known = set(labels)
@@ -59,9 +72,15 @@ class Classification(OnTexts):
         """The label's place among the task's."""
         return spec.labels.index(label)
 
-    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
+    def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """Of logits of shape (rows, classes)."""
-        return classification_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+        logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        return classification_metrics(logits, labels, spec.positive_number)
+
+    def by_label(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> ByLabel:
+        """Of logits of shape (rows, classes)."""
+        predicted = np.asarray(prediction.predictions).argmax(-1)
+        return confusion(predicted, np.asarray(prediction.label_ids), spec.labels)
 
     def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
         """Of the commonest training label."""
@@ -70,24 +89,37 @@ class Classification(OnTexts):
 
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
         """Each row with its most probable label and that label's probability."""
-        probabilities = torch.from_numpy(scores).double().softmax(-1).numpy()
         return [
             {**row, "prediction": spec.labels[p.argmax()], "probability": float(p.max())}
-            for row, p in zip(rows, probabilities, strict=True)
+            for row, p in zip(rows, _softmax(scores), strict=True)
         ]
 
+    def probabilities(self, scores: np.ndarray, spec: TaskSpec) -> list[dict[str, float]]:
+        """Of logits of shape (rows, classes)."""
+        return [dict(zip(spec.labels, p, strict=True)) for p in _softmax(scores).tolist()]
 
-def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, macro-F1 (over the classes in labels or predictions), Matthews' correlation, mean cross entropy."""
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    """In float64, shape (rows, classes)."""
+    return torch.from_numpy(scores).double().softmax(-1).numpy()
+
+
+def classification_metrics(logits: np.ndarray, labels: np.ndarray, positive: int = 1) -> dict[str, float]:
+    """Accuracy, F1, macro-F1 (over the classes in labels or predictions), Matthews' correlation, mean cross entropy.
+
+    F1 is that of the class `positive` of two (0 where it is neither told nor true), and of more the macro-F1.
+    """
     predicted = logits.argmax(-1)
-    scores = []
+    scores = {}
     for label in np.union1d(labels, predicted):
         hits = int(((predicted == label) & (labels == label)).sum())
-        scores.append(2 * hits / int((predicted == label).sum() + (labels == label).sum()))
+        scores[int(label)] = 2 * hits / int((predicted == label).sum() + (labels == label).sum())
     loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels))
+    macro = float(np.mean(list(scores.values())))
     return {
         "accuracy": float((predicted == labels).mean()),
-        "macro_f1": float(np.mean(scores)),
+        "f1": scores.get(positive, 0.0) if logits.shape[-1] == 2 else macro,
+        "macro_f1": macro,
         "matthews": matthews(predicted, labels, logits.shape[-1]),
         "loss": loss.item(),
     }

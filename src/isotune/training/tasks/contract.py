@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import transformers
 
+from isotune.errors import DataError
+from isotune.intervals import wilson
 from isotune.statistics.likelihood import Expectation
 from isotune.training.models import load_tokenizer
+from isotune.training.tasks.by_label import ByLabel
 from isotune.training.tasks.collator import Collator, Example
 
 if TYPE_CHECKING:
     from isotune.training.data import Row
     from isotune.training.recipe import DataSettings
     from isotune.training.session import TaskSpec
+
+
+LOWER_IS_BETTER = ("loss", "perplexity", "rmse")
+"""Of all tasks' metrics."""
 
 
 class Task(ABC):
@@ -28,17 +35,19 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]]
     """What is measured, the name of the mean loss among it."""
     metric: ClassVar[str]
-    """What methods are compared by."""
-    higher_is_better: ClassVar[bool]
-    """Of `metric`."""
+    """What methods are compared by, where a recipe names no other of `metrics`."""
     named: ClassVar[bool] = True
     """Whether it has labels with names."""
     has_reference: ClassVar[bool] = False
     """Whether its `loss` asks the model without its adapter, too."""
-    counted: ClassVar[bool] = False
-    """Whether `metric` is the share of rows that are right."""
+    counted: ClassVar[tuple[str, ...]] = ()
+    """Those of `metrics` that are the share of rows that are right."""
     rows_at_a_time: ClassVar[int] = 64
     """In evaluation, where nobody says."""
+    writes: ClassVar[bool] = False
+    """Whether what it predicts is text that it generates."""
+    probable: ClassVar[bool] = False
+    """Whether it gives each label a probability."""
     probed: ClassVar[bool] = False
     """Whether a linear probe on the frozen model's features is a baseline, and a start for its head."""
     expectation: ClassVar[Expectation] = "sample"
@@ -52,9 +61,19 @@ class Task(ABC):
         """A cell as the row has it; by default text. Raises ValueError, whose message completes "the row has ..."."""
         return as_text(value)
 
+    def open_cell(self, key: str, value: Any) -> Any:
+        """The same of a row that is to be predicted, where that asks for less."""
+        return self.cell(key, value)
+
     def labels(self, rows: Sequence[Row], data: DataSettings) -> list[str]:
         """The label names in the order of their numbers. Raises DataError where the rows do not make a task."""
         return []
+
+    def positive(self, rows: Sequence[Row], labels: Sequence[str], data: DataSettings) -> str | None:
+        """Of two labels the one that `f1` is of; None where the task has no such label. Raises DataError as above."""
+        if data.positive is not None:
+            raise DataError(f"data.positive is {data.positive!r}, and this task does not tell two labels apart")
+        return None
 
     def check(self, rows: Sequence[Row], labels: Sequence[str], where: str) -> None:  # noqa: B027
         """Raise DataError for the first row whose answer the training rows, with these labels, do not know."""
@@ -93,8 +112,17 @@ class Task(ABC):
     """What the trainer keeps of each batch's logits, as a function of logits and labels; None: the logits."""
 
     @abstractmethod
-    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
-        """`metrics` of what the trainer kept; `labels` are the task's."""
+    def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
+        """`metrics` of what the trainer kept."""
+
+    def intervals(self, metrics: Mapping[str, Any], rows: int, prefix: str = "") -> dict[str, Any]:
+        """Of those metrics that are shares of so many rows their 95 % intervals, as `accuracy_interval`."""
+        names = [f"{prefix}{name}" for name in self.counted if f"{prefix}{name}" in metrics]
+        return {f"{name}_interval": list(wilson(metrics[name], rows)) for name in names}
+
+    def by_label(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> ByLabel:
+        """The same for each label, where the task has labels."""
+        return {}
 
     def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
         """What always the same answer, that of `train`, scores on the rows; keys end with the metric's name."""
@@ -104,14 +132,24 @@ class Task(ABC):
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
         """Each row with what the model says of it; `scores` is what the trainer kept, one entry a row."""
 
+    def probabilities(self, scores: np.ndarray, spec: TaskSpec) -> list[dict[str, float]]:
+        """Those of all labels, for each row, where the task is `probable`."""
+        raise NotImplementedError
+
     def of_trainer(self, found: Mapping[str, float], prefix: str) -> dict[str, float]:
         """Of a trainer's metrics those of the task, without its timings."""
         names = [f"{prefix}_{name}" for name in self.metrics]
         return {name: found[name] for name in names if name in found}
 
-    def signed(self, value: float) -> float:
-        """A value of `metric` with the sign that makes more better."""
-        return value if self.higher_is_better else -value
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric is better."""
+    return metric not in LOWER_IS_BETTER
+
+
+def signed(metric: str, value: float) -> float:
+    """A metric's value with the sign that makes more better."""
+    return value if higher_is_better(metric) else -value
 
 
 def named_or_guessed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from isotune.errors import OptionError, nearest
 from isotune.training.tasks.audio_classification import AudioClassification
 from isotune.training.tasks.causal import CausalLM
 from isotune.training.tasks.classification import Classification
@@ -23,3 +24,14 @@ TASKS: dict[str, Task] = {
     "preference": Preference(),
 }
 """Recipes and task.json name them; both are checked when they are read."""
+
+
+def metric_of(task: str, named: str | None) -> str:
+    """What runs of a task are judged by: the metric that is named, else the task's own.
+
+    Raises OptionError for a metric that the task does not measure.
+    """
+    known = TASKS[task].metrics
+    if named is None or named in known:
+        return named or TASKS[task].metric
+    raise OptionError(f"{task} has no metric {named!r}.{nearest(named, known)} Its metrics are: {', '.join(known)}")

@@ -39,9 +39,9 @@ class Preference(CausalLM):
     answer = "chosen"
     metrics = ("accuracy", "margin", "loss")
     metric = "accuracy"
-    higher_is_better = True
-    counted = True
+    counted = ("accuracy",)
     rows_at_a_time = 4
+    writes = False
     has_reference = True
     reduced = None
 
@@ -84,6 +84,8 @@ class Preference(CausalLM):
     def _answered(self, row: Row, name: str, tokenizer: Any, spec: TaskSpec, number: int) -> Example:
         """One of the answers after the prompt."""
         assert spec.max_length is not None
+        if name not in row:
+            raise DataError(f"row {number} has no {name} answer, and a preference is between two (data.{name})")
         answer = row[name]
         if isinstance(answer, str):
             if "prompt" not in row:
@@ -112,7 +114,7 @@ class Preference(CausalLM):
         """Of each sequence the log-probability of its answer, shape (2 batch,)."""
         return -summed_losses(model(**inputs).logits[:, :-1], labels[:, 1:])[:, 0]
 
-    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
+    def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """How often the chosen answer gained more, by how much, and the loss."""
         margins = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
         return {

@@ -22,9 +22,8 @@ class Regression(OnTexts):
     """A number for a text, or a pair, by least squares."""
 
     named = False
-    metrics = ("pearson", "spearman", "rmse", "loss")
+    metrics = ("pearson", "spearman", "pearson_spearman", "rmse", "loss")
     metric = "pearson"
-    higher_is_better = True
     expectation = "empirical"
 
     def cell(self, key: str, value: Any) -> Any:
@@ -37,7 +36,7 @@ class Regression(OnTexts):
             raise DataError(f"{data.train}: every training row has the number {rows[0]['label']:g}; nothing to learn")
         return []
 
-    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
+    def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """Of outputs of shape (rows, 1)."""
         return regression_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
 
@@ -52,12 +51,14 @@ class Regression(OnTexts):
 
 
 def regression_metrics(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Pearson's and Spearman's correlation, the root of the mean squared error, and that error as the loss."""
+    """Pearson's and Spearman's correlation, their mean, the mean squared error as the loss, and its root."""
     found, true = outputs.reshape(-1).astype(np.float64), labels.reshape(-1).astype(np.float64)
     error = float(np.square(found - true).mean())
+    linear, ranked = pearson(found, true), pearson(_ranks(found), _ranks(true))
     return {
-        "pearson": pearson(found, true),
-        "spearman": pearson(_ranks(found), _ranks(true)),
+        "pearson": linear,
+        "spearman": ranked,
+        "pearson_spearman": (linear + ranked) / 2,
         "rmse": error**0.5,
         "loss": error,
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isotune.errors import DataError
 from isotune.training.models import load_seq2seq
-from isotune.training.tasks.causal import CausalLM, summed_losses
+from isotune.training.tasks.causal import CausalLM, asked_alone, summed_losses
 from isotune.training.tasks.collator import IGNORED, Collator, Example, padded
 from isotune.training.tasks.contract import named_or_guessed
 
@@ -31,8 +31,11 @@ class Seq2SeqLM(CausalLM):
         """Prompt and completion, as named or by their usual names. Raises DataError for chats and plain text."""
         if data.text is not None or data.messages is not None:
             raise DataError("a seq2seq-lm reads prompts and writes completions; name data.prompt and data.completion")
-        named = [data.prompt, data.completion] if data.prompt and data.completion else None
-        prompt, completion = named or named_or_guessed(None, found, _USUAL)
+        prompt, completion = named_or_guessed(None, found, _USUAL)
+        if data.prompt is not None:
+            prompt, completion = data.prompt, data.completion or completion
+        elif prompt not in found:
+            prompt, completion = asked_alone(found, _USUAL) or (prompt, completion)
         return {"prompt": [prompt], "completion": [completion]}
 
     def load(self, spec: TaskSpec) -> tuple[Any, list[str], TaskSpec]:

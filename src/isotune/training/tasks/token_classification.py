@@ -12,6 +12,7 @@ import transformers
 
 from isotune.errors import DataError
 from isotune.training.classifiers import head_paths, load_classifier
+from isotune.training.tasks.by_label import ByLabel, scored
 from isotune.training.tasks.collator import IGNORED, Example
 from isotune.training.tasks.contract import Task, as_words, named_or_guessed
 
@@ -30,7 +31,6 @@ class TokenClassification(Task):
     answer = "label"
     metrics = ("f1", "precision", "recall", "accuracy", "loss")
     metric = "f1"
-    higher_is_better = True
 
     def columns(self, data: DataSettings, found: Sequence[str]) -> dict[str, list[str]]:
         """Words and tags."""
@@ -102,9 +102,14 @@ class TokenClassification(Task):
         )
         return torch.stack([scores.argmax(-1).double(), losses, labels.double()], dim=-1)
 
-    def measured(self, prediction: transformers.EvalPrediction, labels: Sequence[str]) -> dict[str, float]:
+    def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """Of the `reduced` tokens of all rows."""
-        return token_metrics(np.asarray(prediction.predictions), labels)
+        return token_metrics(np.asarray(prediction.predictions), spec.labels)
+
+    def by_label(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> ByLabel:
+        """Of each kind of entity, or each tag that is none of an entity."""
+        hits, found, true = entity_counts(np.asarray(prediction.predictions), spec.labels)
+        return {kind: scored(hits[kind], found[kind], true[kind]) for kind in sorted(found | true)}
 
     def constant(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
         """Of the commonest training tag."""
@@ -113,12 +118,13 @@ class TokenClassification(Task):
         return {"majority_accuracy": tags.count(commonest) / len(tags)}
 
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
-        """Each row with a tag for each word; None for words beyond the longest sequence."""
+        """Each row with a tag for each word; None for words beyond the longest sequence. Of BIO tags the entities."""
         found = []
+        bio = is_bio(spec.labels)
         for row, kept in zip(rows, scores, strict=True):
             tags: list[str | None] = [spec.labels[int(tag)] for tag, _, true in kept if true != IGNORED]
             tags += [None] * (len(row["text"]) - len(tags))
-            found.append({**row, "prediction": tags})
+            found.append({**row, "prediction": tags, **({"entities": _named(row["text"], tags)} if bio else {})})
         return found
 
 
@@ -136,21 +142,44 @@ def token_metrics(kept: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
 
     `kept` (rows, length, 3) is what `reduced` gives. Tags that are no BIO tags count one by one, without O.
     """
-    bio = all(tag == "O" or tag[:2] in ("B-", "I-") for tag in labels)
-    hits = found = true = 0
+    hits, found, true = (counts.total() for counts in entity_counts(kept, labels))
     known = kept[kept[..., 2] != IGNORED]
+    scores = scored(hits, found, true)
+    return {
+        **{name: scores[name] for name in ("f1", "precision", "recall")},
+        "accuracy": float((known[:, 0] == known[:, 2]).mean()),
+        "loss": float(known[:, 1].mean()),
+    }
+
+
+def entity_counts(kept: np.ndarray, labels: Sequence[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """By kind of entity how many were found where they are, were found at all, and are there.
+
+    `kept` (rows, length, 3) and tags as in `token_metrics`.
+    """
+    bio = is_bio(labels)
+    counts: tuple[Counter[str], Counter[str], Counter[str]] = (Counter(), Counter(), Counter())
     for row in kept:
         row = row[row[:, 2] != IGNORED]
         told, wanted = ([labels[int(tag)] for tag in row[:, column]] for column in (0, 2))
         one, other = (entities(tags) if bio else _single(tags) for tags in (told, wanted))
-        hits, found, true = hits + len(one & other), found + len(one), true + len(other)
-    return {
-        "f1": 2 * hits / (found + true) if found + true else 0.0,
-        "precision": hits / found if found else 0.0,
-        "recall": hits / true if true else 0.0,
-        "accuracy": float((known[:, 0] == known[:, 2]).mean()),
-        "loss": float(known[:, 1].mean()),
-    }
+        for counter, some in zip(counts, (one & other, one, other), strict=True):
+            counter.update(kind for kind, _, _ in some)
+    return counts
+
+
+def is_bio(labels: Sequence[str]) -> bool:
+    """Whether the tags mark entities that may be several words."""
+    return all(tag == "O" or tag[:2] in ("B-", "I-") for tag in labels)
+
+
+def _named(words: Sequence[str], tags: Sequence[str | None]) -> list[dict[str, Any]]:
+    """The entities of a row in their order, with their words; `start` and `end` are its first and last, from 0."""
+    found = sorted(entities([tag or "O" for tag in tags]), key=lambda entity: entity[1])
+    return [
+        {"kind": kind, "text": " ".join(words[start : end + 1]), "start": start, "end": end}
+        for kind, start, end in found
+    ]
 
 
 def _single(tags: Sequence[str]) -> set[Entity]:
