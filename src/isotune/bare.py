@@ -43,4 +43,12 @@ def own_forward(layer: nn.Module) -> Any:
 def bare_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the layer's own forward, without adapters and hooks."""
     own = own_forward(layer)
-    return bare_class(layer).forward(layer, *args, **kwargs) if own is None else own(*args, **kwargs)
+    if own is not None:
+        return own(*args, **kwargs)
+    if bare_class(layer).forward is not nn.Sequential.forward:
+        return bare_class(layer).forward(layer, *args, **kwargs)
+    (x,) = (*args, *kwargs.values())  # its own forward would run its adapters as one of its modules
+    for name, module in layer._modules.items():
+        if name != HOME and module is not None:
+            x = module(x)
+    return x

@@ -124,6 +124,26 @@ def test_a_module_trained_in_full_answers_with_its_copy_and_runs_its_hooks_once(
     assert_same_output(compiled(x), model.pooler(x))
 
 
+def test_a_sequence_of_modules_is_trained_in_full_and_adapted_as_a_block() -> None:
+    torch.manual_seed(0)
+    shared = nn.Tanh()  # twice in the sequence, and to be run twice
+    model = nn.ModuleDict(
+        {"layer": nn.Linear(6, 6), "head": nn.Sequential(nn.Linear(6, 6), shared, nn.Linear(6, 4), shared)}
+    )
+    x = torch.randn(3, 6)
+    y = model["head"](x)
+    isotune.adapt(model, HRA(rank=2), ["layer"], train_also=["head"], seed=0)
+    with isotune.disabled(model):
+        assert torch.equal(model["head"](x), y)
+        assert torch.equal(model["head"](input=x), y)
+    move(model)
+    assert not torch.equal(model["head"](x), y)
+    isotune.remove(model)
+    assert torch.equal(model["head"](x), y)
+    isotune.adapt(model, isotune.method("houlsby", rank=2), ["head"], seed=0)
+    assert torch.equal(model["head"](x), y)
+
+
 def _without_hooks(model: Any) -> Any:
     model.pooler._forward_hooks.clear()
     return model

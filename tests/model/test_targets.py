@@ -120,6 +120,33 @@ def test_all_linear_without_blocks_is_all_but_the_last() -> None:
     assert list(find_targets(nn.Sequential(nn.Linear(2, 2)), "all-linear")) == ["0"]
 
 
+class Mixed(nn.Module):
+    """A block of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 4)
+
+
+def test_a_sequence_of_modules_of_one_class_is_a_stack_of_blocks_as_in_timms_models() -> None:
+    model = nn.ModuleDict(
+        {"blocks": nn.Sequential(Mixed(), Mixed()), "head": nn.Linear(4, 2), "more": nn.Linear(4, 2)}
+    )
+    layers = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("fc1", "fc2")]
+    assert list(find_targets(model, "all-linear")) == layers
+    assert list(find_targets(model, "blocks", kinds={"block"})) == ["blocks.0", "blocks.1"]
+    isotune.adapt(model, HRA(rank=2), "all-linear")
+    assert list(find_targets(model, "all-linear")) == layers
+
+
+def test_a_sequence_of_layers_is_no_stack_of_blocks_with_adapters_or_without() -> None:
+    model = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "head": nn.Linear(4, 2)})
+    for _ in range(2):
+        with pytest.raises(TargetError, match="'blocks' match no layer"):
+            find_targets(model, "blocks", kinds={"block"})
+        isotune.adapt(model, HRA(rank=2), ["0", "1"], name=f"a{len(list(model.modules()))}")
+
+
 def test_suffixes_match_whole_names_only() -> None:
     llama = model("llama")
     assert len(find_targets(llama, ["q_proj"])) == 2

@@ -1,5 +1,6 @@
 """Fixtures of the training tests."""
 
+from coloured import pictures
 from tiny import bert, llama, prompts, rows
 
-__all__ = ["bert", "llama", "prompts", "rows"]
+__all__ = ["bert", "llama", "pictures", "prompts", "rows"]

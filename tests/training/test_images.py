@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from coloured import COLOURS, flags, picture
 from fsspec.implementations.local import LocalFileSystem
-from PIL import Image
 
 from isotune.errors import DataError, IsotuneError
 from isotune.training.data import load_splits
@@ -24,15 +24,6 @@ from isotune.training.prediction import predict
 from isotune.training.recipe import DataSettings, build_recipe
 from isotune.training.run import train
 from isotune.training.session import Session, TaskSpec
-
-COLOURS = {"red": 0, "blue": 2}
-
-
-def picture(label: str, draw: np.random.Generator) -> Image.Image:
-    """Noise with more of a colour."""
-    pixels = draw.integers(0, 160, (12, 14, 3))
-    pixels[..., COLOURS[label]] += 90
-    return Image.fromarray(pixels.astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +37,6 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.ViTModel(config).save_pretrained(folder)
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of images named for their labels, under train and test."""
-    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for split, count in (("train", 20), ("test", 6)):
-        for label in COLOURS:
-            (folder / split / label).mkdir(parents=True)
-            for number in range(count):
-                picture(label, draw).save(folder / split / label / f"{number}.png")
-    return folder
-
-
-def flags(vit: Path, data: Path, output: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model": str(vit), "task": "image-classification", "data.train": str(data), "output": str(output),
-        "training.max_steps": 4, "training.report_to": "none", "method.rank": 4, **more,
-    }  # fmt: skip
 
 
 def test_a_run_on_folders_of_images_goes_to_its_export(vit: Path, pictures: Path, tmp_path: Path) -> None:
@@ -81,6 +53,26 @@ def test_a_run_on_folders_of_images_goes_to_its_export(vit: Path, pictures: Path
     assert evaluate(merged, str(pictures), progress=False)["loss"] == pytest.approx(again["loss"], rel=1e-4)
     told = transformers.pipeline("image-classification", str(merged))(str(pictures / "test" / "red" / "0.png"))
     assert {one["label"] for one in told} == COLOURS.keys()
+
+
+def test_a_convolutional_net_keeps_its_running_statistics_and_its_head_is_a_sequence(
+    pictures: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    base = transformers.ResNetModel(config)
+    base.save_pretrained(tmp_path / "model")
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    asked = {"targets": ".*convolution", "data.test": "test"}
+    recipe = build_recipe(None, flags(tmp_path / "model", pictures, tmp_path / "run", **asked))
+    result = train(recipe, progress=False)
+    assert result.model.isotune_head.trained == ["classifier"]  # a Flatten and a Linear
+    statistics = {name: t for name, t in result.model.resnet.named_buffers() if "running" in name}
+    assert len(statistics) >= 6
+    for name, buffer in base.named_buffers():
+        assert "running" not in name or torch.equal(statistics[name], buffer), name
+    again = evaluate(result.output, progress=False)
+    assert again["loss"] == pytest.approx(result.metrics["test_loss"], rel=1e-5)
 
 
 def test_predictions_name_the_images_and_need_no_labels(vit: Path, pictures: Path, tmp_path: Path) -> None:

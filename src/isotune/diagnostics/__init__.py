@@ -33,11 +33,14 @@ _HOMES = {
     "attention_bounds": "norm_bound",
     "scale_to_bound": "norm_bound",
     "attention_norms": "measured_norms",
+    "IntrinsicDimension": "intrinsic",
+    "intrinsic_dimension": "intrinsic",
 }
 
 __all__ = [
     "AttentionBound",
     "Diagnosis",
+    "IntrinsicDimension",
     "Intruders",
     "Mitigated",
     "Overlap",
@@ -49,6 +52,7 @@ __all__ = [
     "attention_norms",
     "diagnose",
     "effective_rank",
+    "intrinsic_dimension",
     "intruder_counts",
     "intruder_dimensions",
     "mitigate",

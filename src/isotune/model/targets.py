@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from isotune.bare import bare, bare_class
+from isotune.bare import HOME, bare, bare_class
 from isotune.errors import TargetError, nearest
 from isotune.matrix import Matrix
 from isotune.model.adapted import Trained
@@ -134,7 +134,7 @@ def _matcher(
 
 def _preset(layers: dict[str, nn.Module], preset: str, model: nn.Module) -> set[str]:
     if preset == "blocks":
-        return {path for path in layers if isinstance(layers.get(path.rpartition(".")[0]), nn.ModuleList)}
+        return {path for path in layers if _is_stack(layers.get(path.rpartition(".")[0]))}
     if preset == "stack":
         stacks = {path for path, module in layers.items() if path and _reads_tokens(module)}
         return {path for path in stacks if not any(other.startswith(f"{path}.") for other in stacks)}
@@ -156,7 +156,7 @@ def _around(linear: set[str], preset: str, layers: dict[str, nn.Module]) -> set[
     """In each repeated block the module around all of these layers of it."""
     inside: dict[str, list[list[str]]] = {}
     for path in sorted(linear):
-        blocks = [p for p in _parents(path) if isinstance(layers.get(p.rpartition(".")[0]), nn.ModuleList)]
+        blocks = [p for p in _parents(path) if _is_stack(layers.get(p.rpartition(".")[0]))]
         inside.setdefault(blocks[-1] if blocks else "", []).append(path.split(".")[:-1])
     around = {block: ".".join(_common(parents)) for block, parents in inside.items()}
     if lost := [block or "the model" for block, path in around.items() if path == block]:
@@ -208,7 +208,16 @@ def _parents(path: str) -> list[str]:
 
 
 def _in_blocks(path: str, layers: dict[str, nn.Module]) -> bool:
-    return any(isinstance(layers[parent], nn.ModuleList) for parent in _parents(path))
+    return any(_is_stack(layers[parent]) for parent in _parents(path))
+
+
+def _is_stack(module: nn.Module | None) -> bool:
+    """Whether its children are blocks: a ModuleList, or a Sequential of two or more of one class, none a layer."""
+    if not isinstance(module, nn.Sequential):
+        return isinstance(module, nn.ModuleList)
+    blocks = [child for name, child in module._modules.items() if name != HOME and child is not None]
+    have_parts = all(block._modules and site_of(block) is None for block in blocks)
+    return len(blocks) > 1 and have_parts and len({bare_class(block) for block in blocks}) == 1
 
 
 def _in_attention(path: str, layers: dict[str, nn.Module]) -> bool:

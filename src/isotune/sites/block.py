@@ -31,11 +31,7 @@ class Block(Site):
         return nn.Sequential(LinearSite.hollow(weight))
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if bare_class(self.layer).forward is not nn.Sequential.forward:
-            return bare_forward(self.layer, x, *args, **kwargs)
-        for name, module in self.layer.named_children():  # its own forward would run its adapters as one of them
-            x = x if name == HOME else module(x)
-        return x
+        return bare_forward(self.layer, x, *args, **kwargs)
 
     @property
     def in_features(self) -> int:

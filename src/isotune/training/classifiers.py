@@ -128,7 +128,11 @@ def load_classifier_of(
     config = read_config(name, path)
     if config.model_type not in known:
         raise IsotuneError(f"{name}: transformers has no class of {config.model_type} models that classifies {what}")
-    return _own_class(kind, name, path, dtype, quantization, _named(labels))
+    said = {**_named(labels), "num_labels": len(labels)}  # which configurations of timm's models do not count
+    model = _own_class(kind, name, path, dtype, quantization, said)
+    if hasattr(model.config, "label_names"):  # timm's models are saved with these, and not with id2label
+        model.config.label_names = list(labels)
+    return model
 
 
 def is_classifier(model: nn.Module) -> bool:
@@ -178,7 +182,9 @@ def _check_drawn(model: Any, drawn: Sequence[str], name: str) -> None:
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     if not prefix and hasattr(model, "encoder"):  # Whisper's classifier of sound, which has it beside its head
         prefix = "encoder."
-    check_whole(name, [key for key in drawn if key.startswith(prefix) and "pooler." not in key])
+    head = f"{_head_within(model)}."
+    below = [key for key in drawn if key.startswith(prefix) and not key.startswith(head)]
+    check_whole(name, [key for key in below if "pooler." not in key])
 
 
 def _marked(model: Any, drawn: Sequence[str]) -> Any:
@@ -197,7 +203,27 @@ def _highest(name: str, names: Sequence[str], new: set[str]) -> str:
     return path
 
 
+def _head_within(model: Any) -> str:
+    """The path of the head where it is a part of the backbone, as in timm's models; empty where it lies above.
+
+    Raises IsotuneError where it is no one linear layer.
+    """
+    ask = getattr(model.base_model, "get_classifier", None)
+    if ask is None:
+        return ""
+    head = ask()
+    if not isinstance(head, nn.Linear):
+        found = "several heads" if isinstance(head, tuple) else f"a {type(head).__name__}"
+        raise IsotuneError(
+            f"a {type(model.base_model).__name__} classifies by {found}, where this task needs one linear layer as "
+            "its head; choose another architecture"
+        )
+    return next(path for path, module in model.named_modules() if module is head)
+
+
 def _logits_path(model: Any) -> str:
+    if head := _head_within(model):
+        return head
     inside = f"{model.base_model_prefix}." if not isinstance(model, PooledForSequenceClassification) else "."
     return [
         path

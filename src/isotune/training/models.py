@@ -46,9 +46,13 @@ def load_image_processor(name: str, size: int | None = None) -> Any:
     path = locate(name)
     options = {} if size is None else {"size": {"height": size, "width": size}, "do_center_crop": False}
     try:
-        return transformers.AutoImageProcessor.from_pretrained(path, **options)
+        found = transformers.AutoImageProcessor.from_pretrained(path, **options)
+        if size is not None and (of_timm := getattr(found, "data_config", None)) is not None:
+            stretched = {"input_size": (3, size, size), "crop_pct": 1.0, "crop_mode": "squash"}
+            return type(found)({**of_timm, **stretched})
     except Exception as error:  # as many kinds as there are processors
         raise IsotuneError(f"{name}: the image processor cannot be loaded: {_first(error)}") from None
+    return found
 
 
 def load_feature_extractor(name: str, **options: Any) -> Any:
@@ -133,6 +137,8 @@ def read_config(name: str, path: str) -> Any:
     """The configuration in a model's folder. Raises IsotuneError where there is none that can be read."""
     try:
         return transformers.AutoConfig.from_pretrained(path)
+    except ImportError as error:  # timm's models need timm
+        raise IsotuneError(f"{name}: {_first(error)}") from None
     except (OSError, ValueError, KeyError) as error:
         raise IsotuneError(f"{name}: not a model folder here, nor a model the hub gave: {_first(error)}") from None
 

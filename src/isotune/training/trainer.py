@@ -20,6 +20,7 @@ import isotune
 from isotune.errors import CheckpointError, DivergedError
 from isotune.integrations.transformers import AfterStep
 from isotune.model.rates import treatments
+from isotune.model.running import frozen_statistics
 from isotune.training.folder import mark_complete, mark_incomplete, resume_command
 from isotune.training.measure import StepTimer
 from isotune.training.optimizers import build_optimizer
@@ -50,6 +51,7 @@ class AdapterTrainer(Trainer):
         with _as_one_with_adapters(kwargs["model"]):
             super().__init__(*args, callbacks=[self.timer, *callbacks], **kwargs)
         self.base_model = base_model
+        self.kept_as_they_are = frozen_statistics(self.model)
         self.remove_callback(PrinterCallback)
         self.add_callback(_AdapterSteps())
         self.add_callback(_MissedEvaluation(self))
@@ -76,6 +78,8 @@ class AdapterTrainer(Trainer):
     ) -> Any:
         """The task's loss, by default the model's own, and in training the adapters' penalty."""
         isotune.tokens(self.model, _token_mask(inputs))
+        for norm in self.kept_as_they_are:
+            norm.eval()  # the Trainer sets the whole model to training before each step
         loss, outputs = self.task_loss(model, inputs) or super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )

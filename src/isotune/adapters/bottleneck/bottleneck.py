@@ -63,8 +63,12 @@ class BottleneckSettings(PlacedSettings):
     norm: Norm = Field("none", description="A LayerNorm on what the adapter reads (in), or on its change (out).")
 
     def build(self, site: Site, generator: torch.Generator) -> Bottleneck:
+        return Bottleneck(*self.start(site, generator), self)
+
+    def start(self, site: Site, generator: torch.Generator) -> tuple[Tensor, int]:
+        """D (rank x in), drawn, and out."""
         n_in, n_out = self.sides(site)
-        return Bottleneck(uniform((self.rank, n_in), 1 / math.sqrt(n_in), generator), n_out, self)
+        return uniform((self.rank, n_in), 1 / math.sqrt(n_in), generator), n_out
 
     def parameter_count(self, site: Site) -> int:
         n_in, n_out = self.sides(site)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isotune.errors import IsotuneError
+from isotune.errors import IsotuneError, OptionError
 from isotune.training.classifiers import head_paths, load_classifier_of
 from isotune.training.models import load_image_processor
 from isotune.training.tasks.classification import Classification
@@ -43,6 +43,7 @@ class ImageClassification(Classification):
     def load(self, spec: TaskSpec) -> tuple[Any, list[str], TaskSpec]:
         """The architecture's own classifier of images; with `image_size` it interpolates its positions to that."""
         model = load_classifier_of("images", spec.model, spec.labels, spec.dtype, spec.quantization)
+        _check_size(model, spec)
         if spec.image_size is not None and _INTERPOLATE in inspect.signature(model.forward).parameters:
             model.register_forward_pre_hook(_interpolating, with_kwargs=True)
         return model, head_paths(model), spec
@@ -88,6 +89,18 @@ class ImageCollator:
 
 def _interpolating(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return given, {_INTERPOLATE: True, **named}
+
+
+def _check_size(model: Any, spec: TaskSpec) -> None:
+    """Raise OptionError where one of timm's models reads images of one size only, and another is asked for."""
+    patches = getattr(model.base_model, "patch_embed", None)
+    if spec.image_size is None or not getattr(patches, "strict_img_size", False):
+        return
+    if (own := patches.img_size) != (spec.image_size, spec.image_size):  # type: ignore[union-attr]
+        raise OptionError(
+            f"data.image_size is {spec.image_size}, but {spec.model} reads {own[0]} x {own[1]} pixels only; "
+            'leave it out, or set "dynamic_img_size": true in the model_args of its config.json'
+        )
 
 
 def as_image(value: Any) -> Any:
