@@ -95,6 +95,25 @@ def test_reflections_of_any_length_get_the_rate_that_suits_them(tmp_path: Path) 
     assert [how.rate for how in treatments(again).values()] == pytest.approx([5 * math.sqrt(384 / 64)] * 12, rel=1e-3)
 
 
+ADDED = ["lora", "dora", "loraplus", "pissa", "hydra", "vera", "randlora", "loha", "kadaptation", "shira", "ssf",
+         "ia3", "miss", "bat", "sppara"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_first_step_changes_a_weight_of_any_width_by_the_same_share(name: str) -> None:
+    """`|W' - W| / |W|`, at the method's default options and rate."""
+    found = []
+    for width in (384, 64, 768):
+        model = adapted(1, width, name)
+        with torch.no_grad():
+            model[0].weight.normal_(std=width**-0.5, generator=torch.Generator().manual_seed(1))
+        rate = isotune.method(name).learning_rate
+        optimizer = torch.optim.Adam(isotune.parameter_groups(model, lr=rate), eps=1e-30)
+        found.append(turned(model, optimizer) / math.sqrt(width))
+    assert found[0] > 1e-4
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=0.25)
+
+
 def test_large_matrices_trained_in_full_take_small_steps() -> None:
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 3))
     isotune.adapt(model, isotune.method("lora"), ["0"], train_also=["1", "2"], seed=0)

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import Parts, WeightAdapter
+from isotune.adapters.contract import Parts, Treatment, WeightAdapter
 from isotune.adapters.settings import Settings
 from isotune.errors import OptionError, TargetError
 from isotune.linalg.precision import autocast
@@ -57,7 +57,7 @@ class BAT(Settings):
                     "bat: the forward pass needs the layer's weight, which is packed in a way that is not known; use "
                     "the method miss, or the unquantised base model"
                 ) from None
-        return BATAdapter(torch.zeros(site.out_features // self.rank, self.rank, self.rank))
+        return BATAdapter(torch.zeros(site.out_features // self.rank, self.rank, self.rank), site.in_features)
 
     def parameter_count(self, site: Site) -> int:
         return self.rank * site.out_features
@@ -69,9 +69,15 @@ class BATAdapter(WeightAdapter):
     method = "bat"
     parts: Parts = MappingProxyType({"block": "matrices"})
 
-    def __init__(self, block: Tensor) -> None:
+    def __init__(self, block: Tensor, n_in: int) -> None:
         super().__init__()
         self.block = nn.Parameter(block)
+        self.n_in = n_in
+
+    def parameter_groups(self) -> dict[str, Treatment]:
+        # |ΔW| / |W| of a step goes with the root of r for what is multiplied, of n_in for what is added.
+        r = self.block.shape[-1]
+        return {"block": Treatment(rate=math.sqrt((r + 384) / (r + self.n_in)))}
 
     def weight(self, W: Tensor) -> Tensor:
         with without_autocast(W):

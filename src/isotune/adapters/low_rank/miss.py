@@ -12,6 +12,7 @@ Cost for n rows: n in additions and 2 n r out flops, half of LoRA's.
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isotune.adapters.contract import LowRank, Parts
+from isotune.adapters.contract import LowRank, Parts, Treatment
 from isotune.adapters.settings import Settings, check_rank
 from isotune.errors import OptionError
 from isotune.linalg.shards import shard_columns, shard_sum
@@ -66,6 +67,10 @@ class MiSSAdapter(LowRank):
         super().__init__(dropout)
         self.block = nn.Parameter(block)
         self.n_in, self.n_out = n_in, n_out
+
+    def parameter_groups(self) -> dict[str, Treatment]:
+        # A number of D stands for n_in / r of the change: |ΔW| / |W| of a step goes with the root of n_in.
+        return {"block": Treatment(rate=math.sqrt(384 / self.n_in))}
 
     def change(self) -> tuple[Tensor, Tensor]:
         r, width = self.block.shape

@@ -13,6 +13,7 @@ the size of W in each pass.
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from isotune.adapters.contract import Treatment
 from isotune.adapters.sparse.channels import channels
 from isotune.adapters.sparse.structured import ChannelMasked, ChannelPruning
 from isotune.linalg.random_bases import uniform
@@ -59,6 +61,10 @@ class SPPaRAAdapter(ChannelMasked):
     def __init__(self, P: Tensor, site: Site, settings: SPPaRA) -> None:
         super().__init__(site, settings)
         self.P = nn.Parameter(P)
+
+    def parameter_groups(self) -> dict[str, Treatment]:
+        # Every number of W moves: |ΔW| / |W| of a step goes with the root of its inputs.
+        return {"P": Treatment(rate=math.sqrt(384 / self.P.shape[1]))}
 
     def change(self) -> Tensor:
         return self.P
