@@ -20,7 +20,6 @@ from examples import ROOT
 
 PAPER = ROOT / "examples" / "paper"
 DIGITS, STABLE = PAPER / "digits", PAPER / "stable_diffusion"
-pytest.importorskip("sklearn")
 
 
 @contextmanager
@@ -50,6 +49,7 @@ def run(script: Path, *arguments: object) -> None:
 @pytest.fixture
 def digits() -> Iterator[ModuleType]:
     """A module with the names of all files of the example on digits."""
+    pytest.importorskip("sklearn")
     found = ModuleType("digits")
     with on_path(DIGITS):
         for name in ("unet", "looks", "diffusion", "subject", "condition", "tables"):
@@ -58,6 +58,7 @@ def digits() -> Iterator[ModuleType]:
 
 
 def test_both_experiments_on_digits_run_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
     run(DIGITS, "--quick", "--output", tmp_path, "--methods", "hra", "ortha")
     first = capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())

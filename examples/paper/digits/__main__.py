@@ -31,7 +31,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "digits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="folder of the base and the results")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/digits"),
+        help="folder, one for each set of options",
+    )
     parser.add_argument("--only", nargs="+", choices=("subject", "condition"), default=("subject", "condition"))
     parser.add_argument("--methods", nargs="+", choices=(*SIZES, FULL), default=(*SIZES, FULL), metavar="METHOD")
     parser.add_argument(

@@ -78,7 +78,8 @@ def overlap(ours: Tensor, given: Tensor) -> float:
 
 def run(base: Base, asked: Asked, results: Results) -> None:
     """Each method's rate by the first test pictures; then, seed by seed, the base and all methods by the others."""
-    choose, report = Pictures(base.test_on.x[:CHOOSE], base.test_on.digits[:CHOOSE]), reported(base, asked)
+    few = min(CHOOSE, 4 * asked.samples)
+    choose, report = Pictures(base.test_on.x[:few], base.test_on.digits[:few]), reported(base, asked)
     methods = (ALONE, *(method for method in METHODS if method in asked.methods))
 
     def make(method: str, multiple: float, seed: int, real: Pictures) -> Row:
