@@ -26,7 +26,7 @@ FAMILIES = {
     "orthogonal": "Orthogonal", "low_rank": "Low rank", "spectral": "Spectral", "sparse": "Sparse",
     "bottleneck": "Beside a block", "mixture": "Mixtures",
 }  # fmt: skip
-SHOWN = (".md", ".css", ".html")
+SHOWN = (".md", ".css", ".html", ".png")
 """What of docs/ belongs to the site."""
 REFERENCES = ("methods.md", "optimizers.md")
 """Tables with sections that have pages of their own in the site."""

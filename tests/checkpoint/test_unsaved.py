@@ -114,3 +114,16 @@ def test_statistics_that_stay_or_are_stored_are_not(way: str, tmp_path: Path) ->
         network[1].eval()
     network(torch.randn(4, 3, 8, 8))
     isotune.save(network, tmp_path / "adapter")
+
+
+def test_a_model_of_diffusers_with_a_layer_put_around_its_own_is_saved(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    kind, blocks = diffusers.UNet2DModel, {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    kind(4, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks).save_pretrained(
+        tmp_path / "base"
+    )
+    model = kind.from_pretrained(tmp_path / "base")
+    model.conv_in = nn.Sequential(model.conv_in)
+    isotune.adapt(model, LoRA(rank=2), ["conv_out"])
+    isotune.save(model, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()

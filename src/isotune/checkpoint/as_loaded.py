@@ -83,8 +83,10 @@ def laid_out_as(kind: type, config: Any) -> Any:
     if config is None:
         return None
     try:
-        import transformers.conversion_mapping  # noqa: F401 (absent before transformers 5)
+        import transformers.conversion_mapping  # (absent before transformers 5)
 
+        if not issubclass(kind, transformers.PreTrainedModel):  # diffusers' models have configs, too
+            return None
         with torch.device("meta"):
             return kind(copy.deepcopy(config))
     except Exception:  # as many kinds as there are models: their code runs here

@@ -36,7 +36,7 @@ class Adapters(nn.ModuleDict):
 
     def __init__(self, own_forward: Any = None, first: str = "input") -> None:
         super().__init__()
-        self.first = first  # the name of the forward's first argument
+        self.first_argument = first  # the name of the forward's first argument
         self.active: tuple[str, ...] = ()
         # Where the rows of a batch use different adapters: which of `active`.
         self.routing: Routing | None = None
@@ -100,7 +100,7 @@ class Adapted(InPlace):
         elif adapters.inference is not None:
             adapters.inference = None
         if not args:
-            args = (kwargs.pop(adapters.first),)
+            args = (kwargs.pop(adapters.first_argument),)
         if adapters.routing is not None and adapters.enabled:
             return mixed_forward(args[0], require_site(self, ""), adapters.running(), adapters.routing)
         return adapted_site(self)(*args, **kwargs)
