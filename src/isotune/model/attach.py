@@ -192,8 +192,8 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
 def _check_name(model: nn.Module, name: str) -> None:
     if not name or "." in name or hasattr(Adapters(), name):
         raise OptionError(
-            f"adapter name {name!r} is not usable: it must not be empty, contain a dot, or be what `layer.isotune` has "
-            "already, as keys and active are"
+            f"adapter name {name!r} is not usable: it must not be empty, contain a dot, or be what `layer.isotune` "
+            "has already, as keys and active are"
         )
     if name in adapter_names(model):
         raise OptionError(f"the model already has an adapter {name!r}; choose another name, or remove that one first")
