@@ -100,14 +100,17 @@ def read_images(folder: Path) -> Images:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images) -> float:
+def accuracy(model: nn.Module, images: Images, bf16: bool = False) -> float:
     """Share of the images whose class the model finds, in evaluation mode."""
     model.eval()
-    found = torch.cat([model(x).argmax(1) for x in images[0].split(250)])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found = torch.cat([model(x).argmax(1) for x in images[0].split(250)])
     return float((found == images[1]).float().mean())
 
 
-def train(model: nn.Module, images: Images, epochs: int, groups: Iterable[Any], seed: int) -> float:
+def train(
+    model: nn.Module, images: Images, epochs: int, groups: Iterable[Any], seed: int, bf16: bool = False
+) -> float:
     """Batches of 64, mirrored at random, AdamW with rates that fall to zero; gives the seconds that it took.
 
     `groups` is what AdamW takes, with the rates. Batch norms that train follow the batches' statistics, too.
@@ -128,7 +131,9 @@ def train(model: nn.Module, images: Images, epochs: int, groups: Iterable[Any], 
         x = images[0][chosen]
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x).contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
-        F.cross_entropy(model(x), images[1][chosen]).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # anew each step: it keeps what it has cast
+            loss = F.cross_entropy(model(x), images[1][chosen])
+        loss.backward()
         optimizer.step()
         falling.step()
         isotune.after_step(model, (step + 1) / steps, optimizer)

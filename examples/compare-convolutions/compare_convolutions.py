@@ -82,14 +82,15 @@ def prepared(name: str, rate: float, seed: int, budget: int) -> tuple[nn.Module,
 def measured(name: str, rate: float, seed: int, asked: argparse.Namespace, old: Parts, new: Parts) -> Line:
     """Train, and see what is right afterwards; of a trial (seed 0), on the validation rows alone."""
     line: Line = {"options": {}, "parameters": 0, "seconds": 0.0}
-    model = pretrained()
-    with torch.autocast("cpu", torch.bfloat16, enabled=asked.bf16):
-        if name != FROZEN:
-            model, groups, line["options"] = prepared(name, rate, seed, asked.budget)
-            line["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            line["seconds"] = round(resnet20.train(model, new.train, asked.epochs, groups, seed), 1)
-        line["validation"] = accuracy(model, new.validation)
-        return line if seed == 0 else line | {"test": accuracy(model, new.test), "kept": accuracy(model, old.test)}
+    model, bf16 = pretrained(), asked.bf16
+    if name != FROZEN:
+        model, groups, line["options"] = prepared(name, rate, seed, asked.budget)
+        line["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        line["seconds"] = round(resnet20.train(model, new.train, asked.epochs, groups, seed, bf16), 1)
+    line["validation"] = accuracy(model, new.validation, bf16)
+    if seed == 0:
+        return line
+    return line | {"test": accuracy(model, new.test, bf16), "kept": accuracy(model, old.test, bf16)}
 
 
 def table(lines: list[Line], rows: int) -> str:

@@ -61,12 +61,11 @@ def measured(name: str, rate: float, seed: int, asked: argparse.Namespace, parts
         if own in ("none", "batch norms alone") and ".bn" not in path:
             parameter.requires_grad_(False)
     line: Line = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "seconds": 0.0}
-    with torch.autocast("cpu", torch.bfloat16, enabled=asked.bf16):
-        if line["trained"]:
-            groups = isotune.parameter_groups(model, lr=rate)
-            line["seconds"] = round(resnet20.train(model, parts.train, asked.epochs, groups, seed), 1)
-        isotune.after_step(model)
-        line["validation"] = accuracy(model, parts.validation)
+    if line["trained"]:
+        groups = isotune.parameter_groups(model, lr=rate)
+        line["seconds"] = round(resnet20.train(model, parts.train, asked.epochs, groups, seed, asked.bf16), 1)
+    isotune.after_step(model)
+    line["validation"] = accuracy(model, parts.validation, asked.bf16)
     if seed == 0:
         return line
     masked = accuracy(model, parts.test)

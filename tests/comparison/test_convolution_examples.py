@@ -109,6 +109,20 @@ def test_inverted_colours_are_one_minus_the_colours(script: ModuleType) -> None:
     assert classes.tolist() == [3, 5]
 
 
+@pytest.mark.parametrize("script", [("compare-convolutions", "compare_convolutions")], indirect=True)
+def test_each_step_in_bf16_computes_with_the_weights_of_that_step(script: ModuleType) -> None:
+    # Autocast keeps what it has cast until it is left: opened once around all steps it would go on with the first.
+    model, generator = script.pretrained().requires_grad_(False), torch.Generator().manual_seed(0)
+    model.linear.requires_grad_(True)
+    half = torch.randn(64, 3, 32, 16, generator=generator)
+    images = torch.cat([half, half.flip(-1)], -1), torch.arange(64) % 10  # the same when mirrored
+    sums: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, inputs, logits: sums.append(logits.detach().float().sum(0)))
+    script.resnet20.train(model, images, 2, [{"params": model.linear.parameters(), "lr": 0.1}], 0, bf16=True)
+    first, second = sums
+    assert (second - first).abs().max() > 10
+
+
 def not_again(name: str, rate: float, seed: int) -> dict[str, object]:
     raise AssertionError(f"{name} at {rate:g} with seed {seed} is not in the results")
 
