@@ -23,6 +23,8 @@ BEDS = {
     "shakespeare": ("stories260K, Shakespeare, 140 steps", "validation_loss", -1),
 }
 """By folder: what is trained on, the score, and its factor, negative where less is better."""
+CONVOLUTIONS = "ResNet-20, inverted colours, 46 steps"
+"""A bed of its own: examples/compare-convolutions, whose lines are docs/convolutions-compared.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,14 @@ def section(docs: Path) -> str:
     header = ["method", "default"]
     for title, _, _ in BEDS.values():
         header += [f"{title}: best rate", "default reaches", "auto finds", "and reaches"]
+    header += [f"{CONVOLUTIONS}: best rate", "default reaches"]
+    convolved = list(_on_convolutions(docs / "convolutions-compared.jsonl"))
     body = []
     for method in methods:
         own = [next((one for one in rows if one.method == method), None) for rows in found.values()]
         cells = [cell for one in own for cell in (_cells(one) if one else [""] * 4)]
-        body.append([method, f"{method_class(method).learning_rate:g}", *cells])
+        last = next((_cells(one)[:2] for one in convolved if one.method == method), [""] * 2)
+        body.append([method, f"{method_class(method).learning_rate:g}", *cells, *last])
     return "\n\n".join((BEGIN, table(header, body), END))
 
 
@@ -93,6 +98,15 @@ def _found(path: Path, bed: str) -> Iterator[Found]:
     auto = [json.loads(line) for line in beside.read_text().splitlines()] if beside.exists() else []
     found = {line["method"]: (line["learning_rate"], line[metric] * factor) for line in auto}
     return (Found(method, own, frozen, found.get(method)) for method, own in scores.items())
+
+
+def _on_convolutions(path: Path) -> Iterator[Found]:
+    """Of the runs that searched, those of seed 0."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    frozen = next(line["validation"] for line in lines if line["name"] == "frozen base")
+    for name in dict.fromkeys(line["name"] for line in lines):
+        if scores := {one["rate"]: one["validation"] for one in lines if (one["name"], one["seed"]) == (name, 0)}:
+            yield Found(name, scores, frozen)
 
 
 if __name__ == "__main__":

@@ -38,5 +38,10 @@ def test_a_rates_share_of_the_gain_is_counted_from_the_frozen_model(tmp_path: Pa
         (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         found = {"method": "lora", "learning_rate": 3 * default, metric: sign * 0.8}
         (folder / "auto.jsonl").write_text(json.dumps(found) + "\n")
-    line = "| lora | 0.002 | 5 x (edge) | 50 % | 3 x | 75 % | 5 x (edge) | 50 % | 3 x | 75 % |"
+    runs = [("frozen base", 0.0, 1, 0.4), ("lora", default, 0, 0.5), ("lora", 2 * default, 0, 0.6)]
+    runs += [("lora", 4 * default, 0, 0.3), ("lora", 2 * default, 1, 0.9)]
+    (tmp_path / "convolutions-compared.jsonl").write_text(
+        "".join(json.dumps({"name": n, "rate": r, "seed": s, "validation": v}) + "\n" for n, r, s, v in runs)
+    )
+    line = "| lora | 0.002 | 5 x (edge) | 50 % | 3 x | 75 % | 5 x (edge) | 50 % | 3 x | 75 % | 2 x | 50 % |"
     assert line in rates.section(tmp_path)
