@@ -94,27 +94,33 @@ def table(lines: list[Line]) -> str:
     return "\n".join(text)
 
 
+def rates_of(name: str, factors: list[float]) -> list[float]:
+    """The rates that it tries; what trains nothing has none."""
+    if contender(name)[1] == "none":
+        return [0.0]
+    return [float(f"{settings_of(name).learning_rate * factor:.3g}") for factor in factors]
+
+
 def main() -> None:
     """Read the images, run what is asked for and not done yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder with train/CLASS and test/CLASS")
-    parser.add_argument("--pruned", type=float, nargs="*", default=[0.3, 0.5, 0.7], help="shares of the channels")
+    parser.add_argument("--pruned", type=float, nargs="*", default=[0.5, 0.7], help="shares of the channels")
     parser.add_argument("--rows", type=int, help="images to train on; by default all but the 500 that validate")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3, help="seeds at the best rate (default: 3)")
-    parser.add_argument("--factors", type=float, nargs="*", default=[1, 4, 16], help="on each default learning rate")
+    parser.add_argument(
+        "--factors", type=float, nargs="*", default=[1, 4, 16, 64], help="on each default learning rate"
+    )
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=[*CONTENDERS], metavar="NAME")
     parser.add_argument("--bf16", action="store_true", help="multiply in bf16: fast on a CPU that has AMX")
     parser.add_argument("--output", type=Path, default=Path("runs/prune-channels/results.jsonl"))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     parts = resnet20.read_parts(asked.images, asked.rows)
-    rates = {}
-    for pruned in asked.pruned:
-        for own in [own for own in asked.only if pruned or "SPLoRA" in own]:
-            name = f"{100 * pruned:.0f}% pruned, {own}"
-            start = settings_of(name).learning_rate
-            rates[name] = [0.0] if own == "none" else [float(f"{start * f:.3g}") for f in asked.factors]
+    pairs = [(pruned, own) for pruned in asked.pruned for own in asked.only if pruned or "SPLoRA" in own]
+    names = [f"{100 * pruned:.0f}% pruned, {own}" for pruned, own in pairs]
+    rates = {name: rates_of(name, asked.factors) for name in names}
     lines = resnet20.search(
         asked.output, rates, asked.seeds, lambda name, rate, seed: measured(name, rate, seed, asked, parts)
     )

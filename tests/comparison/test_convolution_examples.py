@@ -133,3 +133,13 @@ def test_the_page_on_convolutions_shows_the_table_of_its_results(script: ModuleT
     rates = script.rates_of(every)
     lines = script.resnet20.search(DOCS / "convolutions-compared.jsonl", rates, 3, not_again)
     assert script.table(lines, 1000) in (DOCS / "recipes/convolutions.md").read_text()
+
+
+@pytest.mark.parametrize("script", [("prune-channels", "prune_channels")], indirect=True)
+def test_the_page_on_pruning_shows_the_table_of_its_results(script: ModuleType) -> None:
+    log = DOCS / "pruning-channels.jsonl"
+    names = dict.fromkeys(json.loads(line)["name"] for line in log.read_text().splitlines())
+    rates = {name: script.rates_of(name, [1, 4, 16, 64]) for name in names}
+    assert (
+        script.table(script.resnet20.search(log, rates, 3, not_again)) in (DOCS / "pruning-channels.md").read_text()
+    )
