@@ -105,7 +105,7 @@ def main() -> None:
     """Read the images, run what is asked for and not done yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder with train/CLASS and test/CLASS")
-    parser.add_argument("--pruned", type=float, nargs="*", default=[0.5, 0.7], help="shares of the channels")
+    parser.add_argument("--pruned", type=float, nargs="*", default=[0.3, 0.5, 0.7], help="shares of the channels")
     parser.add_argument("--rows", type=int, help="images to train on; by default all but the 500 that validate")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3, help="seeds at the best rate (default: 3)")
