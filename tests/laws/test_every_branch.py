@@ -138,7 +138,7 @@ def test_gradients_are_derivatives_for_all_options(name: str) -> None:
 
 def test_it_stands_beside_adapters_of_the_layers_inside_and_compiles(case: Case) -> None:
     method, make, targets = case
-    model = isotune.adapt(make(), isotune.HRA(rank=2), "all-linear", name="inside", seed=0)
+    model = isotune.adapt(make(), isotune.LoRA(rank=2), "all-linear", name="inside", seed=0)
     inside = output(move(model, size=0.1).eval())
     isotune.adapt(model, method, targets, name="beside", seed=0)
     isotune.use(model.eval(), "inside", "beside")
