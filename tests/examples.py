@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -107,6 +109,18 @@ def run_commands(block: Block) -> None:
             assert words[0] == "isotune", f"{block.where}: {words[0]!r} is not run here; say so in the block's title"
             more = () if "--resume" in words else BRIEFLY.get(words[1], ())
             assert not run_isotune(*words[1:], *more), f"{block.where}: {line}"
+
+
+def load_script(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script as a module, under its folder's name and its own."""
+    name = f"{path.parent.name}_{path.stem}".replace("-", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_isotune(*arguments: object) -> int:

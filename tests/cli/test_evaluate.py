@@ -9,18 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import write_jsonl, write_recipe
+from tiny import write_jsonl
 
 from isotune.intervals import wilson
 from isotune.training import build_recipe, train
-
-
-@pytest.fixture(scope="module")
-def finished(bert: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished classification run."""
-    folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder / "recipe.yaml", bert, rows, folder / "run", max_steps=12)
-    return train(build_recipe(recipe), progress=False).output
 
 
 def test_a_run_evaluates_to_the_metrics_it_was_left_with(

@@ -9,16 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import environment, write_jsonl, write_recipe
-
-from isotune.training import build_recipe, train
-
-
-@pytest.fixture(scope="module")
-def finished(bert: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("predicting")
-    recipe = write_recipe(folder / "recipe.yaml", bert, rows, folder / "run", max_steps=4)
-    return train(build_recipe(recipe), progress=False).output
+from tiny import environment, write_jsonl
 
 
 def test_without_an_output_the_lines_are_all_that_is_printed(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
-from examples import ROOT
+from examples import ROOT, load_script
 from isotune.comparison import build_comparison
 from isotune.training.data import load_splits
 from isotune.training.recipe import DataSettings
@@ -22,11 +22,7 @@ FOLDER = ROOT / "examples" / "compare-audio"
 @pytest.fixture
 def maker(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with tones for what espeak-ng says, and what it was asked for."""
-    spec = importlib.util.spec_from_file_location("make_data", FOLDER / "make_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
+    found: Any = load_script(FOLDER / "make_data.py", monkeypatch)
     found.asked = []
 
     def said(word: str, voice: str, *how: int) -> np.ndarray:

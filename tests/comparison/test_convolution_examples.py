@@ -20,14 +20,13 @@ EXAMPLES, DOCS = (Path(__file__).parents[2] / name for name in ("examples", "doc
 @pytest.fixture
 def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     folder, name = request.param
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), str(EXAMPLES / folder), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES / folder), *sys.path])
     threads = torch.get_num_threads()
     module = importlib.import_module(name)
     monkeypatch.setattr(module.resnet20, "VALIDATION", 20)
     yield module
     torch.set_num_threads(threads)
-    for made in (name, "resnet20"):
-        del sys.modules[made]
+    del sys.modules[name]
 
 
 @pytest.fixture

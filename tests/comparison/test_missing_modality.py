@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import isotune
-from examples import ROOT
+from examples import ROOT, load_script
 
 SPLITS = {"train": 96, "validation": 30, "test": 30}
 
@@ -21,12 +20,7 @@ SPLITS = {"train": 96, "validation": 30, "test": 30}
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with one short epoch and one rate."""
-    spec = importlib.util.spec_from_file_location("missing_modality", ROOT / "examples/missing-modality/run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "missing_modality", found)  # where dataclasses look for it
-    spec.loader.exec_module(found)
+    found = load_script(ROOT / "examples/missing-modality/run.py", monkeypatch)
     for name, value in {"EPOCHS": 1, "ROWS": 16, "NETWORK_RATES": (3e-3,), "ADAPTER_RATES": (2e-2,)}.items():
         monkeypatch.setattr(found, name, value)
     return found

@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 
 import torch
-from parts import ATTENTION, GEGLU, Parts, open_images, settings_for, shuffled, train
+from parts import ATTENTION, GEGLU, Parts, arguments_of, open_images, settings_for, shuffled, train
 from torch import Tensor, nn
 
 import isotune
@@ -43,21 +43,14 @@ class ConditionedInput(nn.Module):
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__, "rank, or size of a block")
     parser.add_argument("data", type=Path, help="folder with metadata.jsonl and the pictures")
     parser.add_argument("--test", type=Path, help="a folder alike, of which pictures are made; by default the data's")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the adapter and the pictures")
-    parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="a name or a folder")
-    parser.add_argument("--method", default="hra", help="any method of `isotune methods`")
-    parser.add_argument("--size", type=int, default=8, help="rank, or size of a block")
     parser.add_argument("--rate", type=float, default=5.5e-4, help="HRA's, as far a step as the authors' 9e-4")
     parser.add_argument("--epochs", type=int, default=11)
     parser.add_argument("--steps", type=int, help="in place of epochs")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--made", type=int, default=16, help="how many pictures to make")
-    parser.add_argument("--sampling-steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 

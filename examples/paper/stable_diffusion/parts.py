@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,19 @@ from isotune import Settings
 
 ATTENTION = r".*attn[12]\.to_(q|k|v|out\.0)"
 GEGLU = r".*\.ff\.net\.0\.proj"
+
+
+def arguments_of(about: str | None, size: str) -> argparse.ArgumentParser:
+    """A parser with what both scripts are told; `size` says what that of a method is."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the adapter and the pictures")
+    parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="a name or a folder")
+    parser.add_argument("--method", default="hra", help="any method of `isotune methods`")
+    parser.add_argument("--size", type=int, default=8, help=size)
+    parser.add_argument("--sampling-steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
 
 
 class Parts:

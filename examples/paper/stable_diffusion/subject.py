@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from parts import ATTENTION, Parts, image_files, open_images, settings_for, shuffled, train
+from parts import ATTENTION, Parts, arguments_of, image_files, open_images, settings_for, shuffled, train
 from rich.progress import track
 from torch import Tensor
 
@@ -34,21 +34,14 @@ PROMPTS = (
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__, "rank, which is 7 in the paper, or size of a block")
     parser.add_argument("photos", type=Path, help="folder with a few photos of the subject")
     parser.add_argument("--class-word", required=True, help="what it is, such as dog")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the adapter and the pictures")
-    parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="a name or a folder")
-    parser.add_argument("--method", default="hra", help="any method of `isotune methods`")
-    parser.add_argument("--size", type=int, default=8, help="rank, which is 7 in the paper, or size of a block")
     parser.add_argument("--penalty", type=float, default=0.0, help="HRA's lambda; the paper has 0 and 1e-3")
     parser.add_argument("--rate", type=float, default=5.4e-5, help="HRA's, as far a step as the authors' 1e-4")
     parser.add_argument("--steps", type=int, default=2005)
     parser.add_argument("--prior-images", type=int, default=200, help="0: do without prior preservation")
-    parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, help='what follows "a sks dog"')
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
