@@ -33,6 +33,15 @@ seeds. Two methods are *told apart* here if the 95 % t-interval of their differe
 zero out. That is generous: of twenty true ties, one is told apart by chance, and the best of many means is partly the
 luckiest. A method whose best rate is at an end of the range may do better beyond it."""
 
+ELSEWHERE = {
+    "recipes/convolutions.md#which-method": "ways to adapt the convolutions of a ResNet-20 to inverted colours",
+    "pruning-channels.md#what-it-does-to-a-resnet-20": "a ResNet-20 with 30 to 70 % of its channels gone",
+    "mixtures.md#tasks": "four tasks and a fifth: one LoRA, a LoRA for each, `poly` and MHR",
+    "mixtures.md#modalities-that-are-missing": "a modality that is missing, and an adapter for each case",
+    "recipes/diffusion.md#subjects-and-conditions-small": "subjects and conditions, by diffusion models of digits",
+}
+"""Pages with comparisons that scripts of their own made, and what they compare."""
+
 
 def main() -> None:
     """Write the page."""
@@ -44,6 +53,8 @@ def page(docs: Path) -> str:
     parts = [OPENING, "## What each can do", can([m for m in isotune.methods() if m.name in BUILT_IN]), READING]
     if (docs / "compare.md").is_file():
         parts.append("To make such a comparison on your own data: [Compare](compare.md).")
+        others = "\n".join(f"- [{what}]({where})" for where, what in ELSEWHERE.items())
+        parts.append(f"Scripts of their own made these, which are on other pages:\n\n{others}")
     for name, summary in summaries(docs).items():
         parts += [f"## {_title(name, summary)}", about(summary), *_links(docs, name)]
         parts += [at_budget(summary, group) for group in summary.groups]
