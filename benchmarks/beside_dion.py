@@ -66,7 +66,7 @@ def difference(shape: tuple[int, int], ours: Callable[[Any], Any], theirs: Calla
     return float((ends[0] - ends[1]).norm() / (ends[0] - W).norm())
 
 
-def polar(G: Tensor, epsilon: float = 0.0) -> Tensor:  # noqa: ARG001: a name that is passed
+def polar(G: Tensor, epsilon: float = 0.0) -> Tensor:  # noqa: ARG001
     """The nearest matrix with orthonormal rows or columns."""
     U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     return (U @ Vh).to(G.dtype)

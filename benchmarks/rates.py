@@ -7,8 +7,9 @@ validation rows; the part of docs/learning-rates.md between its marks is written
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.tables import table
@@ -20,11 +21,19 @@ PAGE = "learning-rates.md"
 BEGIN, END = "<!-- rates: written by python -m benchmarks.rates -->", "<!-- end of rates -->"
 BEDS = {
     "scicite": ("MiniLM, SciCite, 60 steps", "validation_accuracy", 100),
+    "banking77": ("MiniLM, BANKING77, 60 steps", "validation_accuracy", 100),
     "shakespeare": ("stories260K, Shakespeare, 140 steps", "validation_loss", -1),
+    "gsm8k": ("SmolLM2, GSM8K, 36 steps", "validation_loss", -1),
+    "efficientnet": ("EfficientNet-lite0, photographs, 64 steps", "validation_accuracy", 100),
 }
 """By folder: what is trained on, the score, and its factor, negative where less is better."""
 CONVOLUTIONS = "ResNet-20, inverted colours, 46 steps"
 """A bed of its own: examples/compare-convolutions, whose lines are docs/convolutions-compared.jsonl."""
+DEPTH = math.sqrt(19 / 12)
+"""Its runs were made before the rates of what is no rotation were divided by this."""
+ROTATIONS = ("hra", "oft")
+LITTLE = 3.0
+"""Points of accuracy: of a smaller gain at the best rate no share is told."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Found:
     frozen: float
     auto: tuple[float, float] | None = None
     """The rate that `learning_rate: auto` found, and its score."""
+    kept: Mapping[float, float] = field(default_factory=dict)
+    """The perplexity on other text after training, by learning rate."""
 
     @property
     def default(self) -> float:
@@ -47,9 +58,17 @@ class Found:
         """The rate with the best score."""
         return max(self.scores, key=lambda rate: self.scores[rate])
 
-    def reached(self, score: float) -> float:
-        """The gain of a score as a share of that at the best rate tried."""
-        return (score - self.frozen) / (self.scores[self.best] - self.frozen)
+    def reached(self, score: float) -> str:
+        """The gain of a score as a share of that at the best rate tried; where that is next to nothing, in points."""
+        most, gain = self.scores[self.best] - self.frozen, score - self.frozen
+        return f"{gain:+.1f} points" if self.frozen > 0 and most < LITTLE else f"{100 * gain / most:.0f} %"
+
+    @property
+    def cell(self) -> str:
+        """What the default reaches, and the best rate."""
+        score = self.scores.get(self.default)
+        edge = ", at the end" if self.best in (min(self.scores), max(self.scores)) else ""
+        return "" if score is None else f"{self.reached(score)} ({self.best:g}{edge})"
 
 
 def main() -> None:
@@ -61,29 +80,47 @@ def main() -> None:
 
 def section(docs: Path) -> str:
     """The part of the page, its marks included."""
-    found = {name: list(_found(docs / "examples" / "rates" / name / "results.jsonl", name)) for name in BEDS}
-    methods = [one.method for one in found["scicite"]]
-    header = ["method", "default"]
-    for title, _, _ in BEDS.values():
-        header += [f"{title}: best rate", "default reaches", "auto finds", "and reaches"]
-    header += [f"{CONVOLUTIONS}: best rate", "default reaches"]
-    convolved = list(_on_convolutions(docs / "convolutions-compared.jsonl"))
+    made = {name: docs / "examples" / "rates" / name / "results.jsonl" for name in BEDS}
+    found = {BEDS[name][0]: list(_found(path, name)) for name, path in made.items() if path.exists()}
+    found[CONVOLUTIONS] = list(_on_convolutions(docs / "convolutions-compared.jsonl"))
+    methods = [one.method for one in next(iter(found.values()))]
+    return "\n\n".join((BEGIN, _reached(methods, found), _by_auto(methods, found), _kept(methods, found), END))
+
+
+def _reached(methods: list[str], found: dict[str, list[Found]]) -> str:
     body = []
     for method in methods:
-        own = [next((one for one in rows if one.method == method), None) for rows in found.values()]
-        cells = [cell for one in own for cell in (_cells(one) if one else [""] * 4)]
-        last = next((_cells(one)[:2] for one in convolved if one.method == method), [""] * 2)
-        body.append([method, f"{method_class(method).learning_rate:g}", *cells, *last])
-    return "\n\n".join((BEGIN, table(header, body), END))
+        own = (next((one.cell for one in rows if one.method == method), "") for rows in found.values())
+        body.append([method, f"{method_class(method).learning_rate:g}", *own])
+    return table(["method", "default", *found], body)
 
 
-def _cells(one: Found) -> list[str]:
-    edge = " (edge)" if one.best in (min(one.scores), max(one.scores)) else ""
-    cells = [f"{one.best / one.default:.2g} x{edge}", f"{100 * one.reached(one.scores[one.default]):.0f} %"]
-    if one.auto is None:
-        return [*cells, "", ""]
-    rate, score = one.auto
-    return [*cells, f"{rate / one.default:.2g} x", f"{100 * one.reached(score):.0f} %"]
+def _by_auto(methods: list[str], found: dict[str, list[Found]]) -> str:
+    beds = {bed: {one.method: one for one in rows if one.auto} for bed, rows in found.items()}
+    beds = {bed: rows for bed, rows in beds.items() if rows}
+    header = [cell for bed in beds for cell in (f"{bed}: `auto` finds", "and reaches")]
+    body = []
+    for method in methods:
+        cells: list[str] = []
+        for rows in beds.values():
+            one = rows.get(method)
+            cells += [f"{one.auto[0]:g}", one.reached(one.auto[1])] if one and one.auto else ["", ""]
+        body.append([method, *cells])
+    return table(["method", *header], body)
+
+
+def _kept(methods: list[str], found: dict[str, list[Found]]) -> str:
+    beds = {bed: {one.method: one for one in rows if one.kept} for bed, rows in found.items()}
+    beds = {bed: rows for bed, rows in beds.items() if rows}
+    header = [cell for bed in beds for cell in (f"{bed}: perplexity on other text, default", "best rate")]
+    body = []
+    for method in methods:
+        after: list[float | None] = []
+        for rows in beds.values():
+            one = rows.get(method)
+            after += [one.kept.get(one.default), one.kept.get(one.best)] if one else [None, None]
+        body.append([method, *("" if value is None else f"{value:.1f}" for value in after)])
+    return table(["method", *header], body)
 
 
 def _found(path: Path, bed: str) -> Iterator[Found]:
@@ -91,21 +128,33 @@ def _found(path: Path, bed: str) -> Iterator[Found]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     frozen = next(line["metrics"][metric] for line in lines if line["method"] == FROZEN) * factor
     scores: dict[str, dict[float, float]] = {}
+    kept: dict[str, dict[float, float]] = {}
     for line in lines:
         if line["kind"] == "trial" and line["status"] == "done":
             scores.setdefault(line["method"], {})[line["learning_rate"]] = line["metrics"][metric] * factor
+        elif (perplexity := line["metrics"].get("forgetting_perplexity")) is not None:
+            kept.setdefault(line["method"], {})[line["learning_rate"]] = perplexity
     beside = path.with_name("auto.jsonl")
     auto = [json.loads(line) for line in beside.read_text().splitlines()] if beside.exists() else []
-    found = {line["method"]: (line["learning_rate"], line[metric] * factor) for line in auto}
-    return (Found(method, own, frozen, found.get(method)) for method, own in scores.items())
+    by_auto = {line["method"]: (line["learning_rate"], line[metric] * factor) for line in auto}
+    for method, own in scores.items():
+        if " " in method:  # a method with options, of another table
+            continue
+        yield Found(method, own, frozen, by_auto.get(method), kept.get(method, {}))
 
 
 def _on_convolutions(path: Path) -> Iterator[Found]:
-    """Of the runs that searched, those of seed 0."""
+    """Of the runs that searched, those of seed 0, at the rates that would be given for their steps today."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    frozen = next(line["validation"] for line in lines if line["name"] == "frozen base")
+    frozen = next(100 * line["validation"] for line in lines if line["name"] == "frozen base")
     for name in dict.fromkeys(line["name"] for line in lines):
-        if scores := {one["rate"]: one["validation"] for one in lines if (one["name"], one["seed"]) == (name, 0)}:
+        depth = 1.0 if name in ROTATIONS else DEPTH
+        scores = {
+            float(f"{one['rate'] * depth:.2g}"): 100 * one["validation"]
+            for one in lines
+            if (one["name"], one["seed"]) == (name, 0)
+        }
+        if scores:
             yield Found(name, scores, frozen)
 
 

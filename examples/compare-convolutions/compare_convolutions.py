@@ -46,9 +46,12 @@ TRAINED = {"batch norms": nn.BatchNorm2d, "full fine-tuning": nn.Module}
 """What trains without an adapter. Batch norms that train follow the statistics of the new images, too."""
 FROZEN, BASELINE = "frozen base", "lora"
 FACTORS = (0.5, 1, 2, 4, 8)
-"""Multiples of each method's default learning rate; a run is short, and takes larger ones than most."""
-STARTS = {"batch norms": 1e-2, "full fine-tuning": 2e-3}
-"""The rates that take the place of a method's default."""
+"""Multiples of a first rate for each."""
+STARTS = {
+    "lora": 2.5e-3, "dora": 1.25e-3, "loha": 6.25e-3, "lokr": 6.25e-3, "ssf": 6.25e-3,
+    "hra": 3e-3, "oft": 1e-3, "boft": 1e-3, "batch norms": 1e-2, "full fine-tuning": 2e-3,
+}  # fmt: skip
+"""The first rates."""
 
 
 def inverted(images: Images) -> Images:
@@ -128,8 +131,7 @@ def rates_of(names: list[str]) -> dict[str, list[float]]:
     """The rates that each tries; the frozen base has none."""
     found = {FROZEN: [0.0]} if FROZEN in names else {}
     for name in [name for name in names if name != FROZEN]:
-        start = STARTS.get(name) or isotune.method(name.removesuffix(BESIDE)).learning_rate
-        found[name] = [float(f"{start * factor:.3g}") for factor in FACTORS]
+        found[name] = [float(f"{STARTS[name.removesuffix(BESIDE)] * factor:.3g}") for factor in FACTORS]
     return found
 
 

@@ -38,6 +38,8 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SPPaRA and batch norms": ("sppara", {}),
 }
 """Each with the method that leaves channels out, and its options."""
+STARTS = {"splora": 2.4e-3, "sppara": 6e-4}
+"""Rates whose multiples are tried."""
 
 
 def contender(name: str) -> tuple[float, str]:
@@ -98,7 +100,7 @@ def rates_of(name: str, factors: list[float]) -> list[float]:
     """The rates that it tries; what trains nothing has none."""
     if contender(name)[1] == "none":
         return [0.0]
-    return [float(f"{settings_of(name).learning_rate * factor:.3g}") for factor in factors]
+    return [float(f"{STARTS[settings_of(name).name] * factor:.3g}") for factor in factors]
 
 
 def main() -> None:

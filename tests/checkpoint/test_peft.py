@@ -71,6 +71,24 @@ def test_isotune_loads_what_peft_saves(base: str, config: str, tmp_path: Path) -
     assert_same_output(output(peft_load(MODELS[base](), tmp_path / "again")), output(theirs))
 
 
+@on_both_models
+@pytest.mark.parametrize("config", ["hra odd", "lora"])
+def test_a_plain_optimizer_trains_what_peft_saved_as_peft_would(base: str, config: str, tmp_path: Path) -> None:
+    """With the rate that was found there: `parameter_groups` alone takes steps of isotune's length."""
+    theirs = peft_adapt(MODELS[base](), CONFIGS[config](ATTENTION[base]))
+    theirs.save_pretrained(tmp_path)
+    models = theirs.eval(), isotune.load(MODELS[base](), tmp_path, trainable=True).eval()
+    before = output(models[0])
+    for model in models:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(3):
+            model(**tokens(model))[0].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (output(models[0]) - before).abs().max() > 1e-3
+    assert_same_output(output(models[1]), output(models[0]))
+
+
 @st.composite
 def drawn_methods(draw: st.DrawFn) -> Settings:
     if draw(st.booleans()):

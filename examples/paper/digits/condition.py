@@ -10,6 +10,7 @@ from base import Base
 from contenders import (
     ALONE,
     FULL,
+    RATES,
     SEARCH_SEED,
     SIZES,
     Asked,
@@ -19,7 +20,6 @@ from contenders import (
     best_rates,
     settings_for,
     trained_numbers,
-    usual_rate,
 )
 from diffusion import denoising_loss, sample, train
 from looks import Pictures, outlines, prompts
@@ -104,7 +104,7 @@ def one(base: Base, method: str, multiple: float, seed: int, real: Pictures, ask
     """One training by one method, measured."""
     model, began = prepared(base, method, seed), time.perf_counter()
     numbers = trained_numbers(model)
-    learn(model, base, asked.steps, multiple * usual_rate(method), seed)
+    learn(model, base, asked.steps, multiple * RATES[method], seed)
     taken = time.perf_counter() - began
     row, made = measured(model, base, real, asked, seed)
     about = {"method": method, "multiple": multiple, "seed": seed, "numbers": numbers}

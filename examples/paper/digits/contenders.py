@@ -24,9 +24,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "ortha": {"rank": 4},
 }
 """All keep about 4 numbers for each input of a layer, but for SODA, whose singular values are no more than 1."""
-FULL, FULL_RATE = "full", 3e-4
-ALONE, ALONE_RATE = "outline layer alone", 3e-3
+FULL = "full"
+ALONE = "outline layer alone"
 """No adapter: for a condition, the layer that reads it trains and nothing else."""
+RATES = {"hra": 3e-3, "lora": 2e-3, "oft": 1e-3, "boft": 1e-3, "soda": 5e-4, "ortha": 2e-3, FULL: 3e-4, ALONE: 3e-3}
+"""Those whose multiples are tried."""
 SEARCH_SEED = 0
 """Of the runs that choose a rate; those that are reported have the seeds from 1 on."""
 Row = dict[str, Any]
@@ -49,11 +51,6 @@ class Asked:
 def settings_for(method: str, slot: int = 0) -> Settings:
     """The method at its size; of two adapters to be added OrthA wants to know which one it is."""
     return isotune.method(method, **SIZES[method], **({"slot": slot} if method == "ortha" else {}))
-
-
-def usual_rate(method: str) -> float:
-    """The rate whose multiples are tried."""
-    return {FULL: FULL_RATE, ALONE: ALONE_RATE}.get(method) or settings_for(method).learning_rate
 
 
 def adapted(model: nn.Module, method: str, seed: int, name: str = "one", slot: int = 0) -> nn.Module:

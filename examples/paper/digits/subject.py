@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from base import Base
-from contenders import SEARCH_SEED, Asked, Made, Results, Row, adapted, best_rates, trained_numbers, usual_rate
+from contenders import RATES, SEARCH_SEED, Asked, Made, Results, Row, adapted, best_rates, trained_numbers
 from diffusion import denoising_loss, sample, train
 from looks import BLANK, PLAIN, SUBJECTS, Subject, dressed, prompts
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ def run(base: Base, asked: Asked, results: Results) -> None:
 
 def one(base: Base, method: str, multiple: float, seed: int, prior: bool, asked: Asked) -> tuple[Row, Made]:
     """One subject, learned by one method and measured."""
-    rate, began = multiple * usual_rate(method), time.perf_counter()
+    rate, began = multiple * RATES[method], time.perf_counter()
     model = adapted(base.model(), method, seed)
     numbers = trained_numbers(model)
     learn(model, base, SUBJECTS[0], prior, asked.steps, rate, seed)
@@ -116,7 +116,7 @@ def one(base: Base, method: str, multiple: float, seed: int, prior: bool, asked:
 
 def two(base: Base, method: str, multiple: float, seed: int, asked: Asked) -> tuple[Row, Made]:
     """Two subjects, each learned by an adapter of its own on the base model, then both adapters at once."""
-    rate, model = multiple * usual_rate(method), base.model()
+    rate, model = multiple * RATES[method], base.model()
     names = ("three", "seven")
     row: Row = {"method": method, "multiple": multiple, "seed": seed}
     for slot, (name, subject) in enumerate(zip(names, SUBJECTS, strict=True)):

@@ -1,7 +1,7 @@
 """How fast what trains may go, so that a learning rate which suits one model suits another.
 
 A step of Adam is as large in every number whatever a parameter means: how far it turns a weight depends on widths,
-ranks and lengths (`Adapter.strides`), and how far the model on how many weights turn at once.
+ranks and lengths (`Adapter.strides`), and how far the model goes on how many layers change at once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ _NARROW = 32
 def treatments(model: nn.Module) -> dict[nn.Parameter, Treatment]:
     """How the parameters that train want to be treated by an optimizer; those in the usual way are not in it.
 
-    Rotations get a factor on the learning rate with which a step turns them all together as far as in a model where
-    the rate is known to suit, whatever their widths, ranks and number; matrices trained in full smaller steps.
+    Adapters get a factor on the learning rate with which a step changes the model as far as it does where the rate is
+    known to suit, whatever their number, and of rotations their widths and ranks; matrices trained in full take
+    smaller steps.
     """
     running = [adapter for _, layer in adapted_layers(model) for adapter in layer.isotune.running()]
-    share = _crowding(sum(bool(adapter.stride) for adapter in running))
+    share = _crowding(len(running))
     found = {}
     for adapter in running:
         own = adapter.parameter_groups()
-        for name in own.keys() | adapter.stride.keys():
+        for name, parameter in adapter.named_parameters():
             how = own.get(name, Treatment())
-            factor = 1 / (share * adapter.stride[name]) if name in adapter.stride else 1.0
-            found[adapter.get_parameter(name)] = how._replace(rate=float(f"{how.rate * factor:.4g}"))
+            factor = 1 / (share * adapter.stride.get(name, 1.0))
+            found[parameter] = how._replace(rate=float(f"{how.rate * factor:.4g}"))
     for _, module in trained_modules(model):
         for parameter in current(module).parameters():
             if parameter.dim() > 1 and (side := min(len(parameter), parameter[0].numel())) > _NARROW:
@@ -48,15 +49,15 @@ def choose_lengths(adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -
     Nothing is shortened: the steps of SGD grow with the square of what Adam's grow with.
     """
     strides = {path: adapter.strides(sites[path]) for path, adapter in adapters.items()}
-    share = _crowding(sum(map(bool, strides.values())))
+    share = _crowding(len(adapters))
     for path, adapter in adapters.items():
         for name in adapter.lengthless:
             adapter.get_parameter(name).detach().mul_(max(strides[path][name] * share, 1.0))
 
 
 def _crowding(count: int) -> float:
-    """How much further a step turns a model with so many rotations than one with the twelve of reference.
+    """How much further a step takes a model with so many adapters than one with the twelve of reference.
 
-    Their angles add up as a random walk does. Fewer than twelve get no larger steps.
+    What they change adds up as a random walk does. Fewer than twelve get no larger steps.
     """
     return math.sqrt(max(count, 12) / 12)

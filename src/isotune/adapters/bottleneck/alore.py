@@ -32,7 +32,7 @@ class ALoRE(Settings):
 
     name: ClassVar[str] = "alore"
     kinds: ClassVar[frozenset[str]] = LINEAR | {"block"}
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "8 + 2 * n_in * rank"
 
     rank: int = Field(4, gt=0, description="Rank of each expert.")

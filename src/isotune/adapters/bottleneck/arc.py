@@ -32,7 +32,7 @@ class ARC(Settings):
 
     name: ClassVar[str] = "arc"
     kinds: ClassVar[frozenset[str]] = LINEAR | {"block"}
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 2e-2
     formula: ClassVar[str] = "rank"
     trains_shared: ClassVar[bool] = True
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "D, which all layers share, is drawn by an option"}

@@ -25,7 +25,7 @@ class Houlsby(BottleneckSettings):
     """y = z + U gelu(D z + d) + u, z = f(x): a bottleneck behind a block."""
 
     name: ClassVar[str] = "houlsby"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "2 * rank * n_out + rank + n_out"
 
     place: Literal["parallel", "sequential"] = Field(

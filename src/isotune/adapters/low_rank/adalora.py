@@ -40,7 +40,7 @@ class AdaLoRA(Settings):
 
     name: ClassVar[str] = "adalora"
     kinds: ClassVar[frozenset[str]] = LINEAR | {"conv2d"}
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank * (n_in + n_out + 1)"
     dialect: ClassVar[str] = "isotune.adapters.peft.adalora:AdaLoRADialect"
 

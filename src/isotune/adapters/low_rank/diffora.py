@@ -37,7 +37,7 @@ class DiffoRA(Settings):
 
     name: ClassVar[str] = "diffora"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank * (n_in + n_out) + 1"
     exempt: ClassVar[dict[str, str]] = {
         "every_factor_moves_within_two_steps": "θ trains in the search alone, and there in turn with A and B"

@@ -29,7 +29,7 @@ class DoRA(LoRA):
     """W' = diag(m / |W + s B A|) (W + s B A): LoRA, and a learned length for each row of the result."""
 
     name: ClassVar[str] = "dora"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank * (n_in + n_out) + n_out"
     dialect: ClassVar[str] = "isotune.adapters.peft.lora:DoRADialect"
     exempt: ClassVar[dict[str, str]] = {

@@ -31,7 +31,7 @@ class HiRA(Settings):
 
     name: ClassVar[str] = "hira"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 5e-2
     formula: ClassVar[str] = "rank * (n_in + n_out)"
     dialect: ClassVar[str] = "isotune.adapters.peft.hira:HiRADialect"
 

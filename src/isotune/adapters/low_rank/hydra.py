@@ -36,7 +36,7 @@ class Hydra(Settings):
 
     name: ClassVar[str] = "hydra"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank * (n_in + 3 * n_out)"
 
     rank: int = Field(4, gt=0, description="Rank of the branch beside the layer.")

@@ -28,7 +28,7 @@ class IA3(Settings):
 
     name: ClassVar[str] = "ia3"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
     formula: ClassVar[str] = "n_out"
     dialect: ClassVar[str] = "isotune.adapters.peft.ia3:IA3Dialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "l starts at one; nothing is drawn"}

@@ -34,7 +34,7 @@ class KAdaptation(Settings):
 
     name: ClassVar[str] = "kadaptation"
     kinds: ClassVar[frozenset[str]] = LINEAR
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 3e-2
     formula: ClassVar[str] = "rank * (n_in + n_out)"
     trains_shared: ClassVar[bool] = True
 

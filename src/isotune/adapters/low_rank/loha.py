@@ -32,7 +32,7 @@ class LoHa(Settings):
 
     name: ClassVar[str] = "loha"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 2e-2
     formula: ClassVar[str] = "2 * rank * (n_in + n_out)"
     dialect: ClassVar[str] = "isotune.adapters.peft.lycoris:LoHaDialect"
 

@@ -35,7 +35,7 @@ class LoKr(Settings):
 
     name: ClassVar[str] = "lokr"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "p * q + rank * (k + n)"
     dialect: ClassVar[str] = "isotune.adapters.peft.lycoris:LoKrDialect"
     exempt: ClassVar[dict[str, str]] = {

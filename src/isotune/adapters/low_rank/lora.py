@@ -27,7 +27,7 @@ class LoRA(Settings):
 
     name: ClassVar[str] = "lora"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank * (n_in + n_out)"
     dialect: ClassVar[str] = "isotune.adapters.peft.lora:LoRADialect"
 

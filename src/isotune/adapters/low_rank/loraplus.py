@@ -23,7 +23,7 @@ class LoRAPlus(LoRA):
     """W' = W + s B A with B learning faster than A: LoRA with two learning rates."""
 
     name: ClassVar[str] = "loraplus"
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 7e-4
 
     ratio: float = Field(16.0, gt=0, description="B's learning rate over A's; the paper's lambda.")
 

@@ -35,7 +35,7 @@ class PEGO(Settings):
 
     name: ClassVar[str] = "pego"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 7e-3
     formula: ClassVar[str] = "4 * rank * (n_in + n_out)"
 
     rank: int = Field(4, gt=0, description="Rank of each LoRA.")

@@ -36,7 +36,7 @@ class SoRA(Settings):
 
     name: ClassVar[str] = "sora"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "rank * (n_in + n_out + 1)"
 
     rank: int = Field(8, gt=0, description="Ranks to start from.")

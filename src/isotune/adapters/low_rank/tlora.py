@@ -40,7 +40,7 @@ class TLoRA(Settings):
 
     name: ClassVar[str] = "tlora"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "transform_rank**2 * sum(I**2) + rank**2 * (sum(I) + sum(J))"
     exempt: ClassVar[dict[str, str]] = {
         "parameter_count_is_as_declared": "the cores' sizes I and J are factors of n_in and n_out, for which the "

@@ -30,7 +30,7 @@ class VeRA(RandomProjections):
 
     name: ClassVar[str] = "vera"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 5e-2
     formula: ClassVar[str] = "rank + n_out"
     dialect: ClassVar[str] = "isotune.adapters.peft.random_projections:VeRADialect"
     exempt: ClassVar[dict[str, str]] = {

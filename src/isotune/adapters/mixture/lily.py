@@ -42,7 +42,7 @@ class Lily(Settings):
 
     name: ClassVar[str] = "lily"
     kinds: ClassVar[frozenset[str]] = LINEAR
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "2 * rank"
     dialect: ClassVar[str] = "isotune.adapters.peft.lily:LilyDialect"
     trains_shared: ClassVar[bool] = True

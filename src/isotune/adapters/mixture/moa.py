@@ -39,7 +39,7 @@ class MoA(PlacedSettings):
     """y = f(x) + Σ_e p_e (U_e act(D_e v + d_e) + u_e): a mixture of bottlenecks at a block."""
 
     name: ClassVar[str] = "moa"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "7 * (rank * (n_in + n_out + 1) + n_out + n_in + 1)"
 
     rank: int = Field(8, gt=0, description="Width of each expert.")

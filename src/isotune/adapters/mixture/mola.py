@@ -39,7 +39,7 @@ class MoLA(Settings):
 
     name: ClassVar[str] = "mola"
     kinds: ClassVar[frozenset[str]] = LINEAR
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "5 * (rank * (n_in + n_out) + n_in)"
     exempt: ClassVar[dict[str, str]] = {
         **NO_WEIGHT,

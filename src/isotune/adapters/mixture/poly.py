@@ -39,7 +39,7 @@ class Poly(Settings):
 
     name: ClassVar[str] = "poly"
     kinds: ClassVar[frozenset[str]] = LINEAR
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "4 * rank * (n_in + n_out) + 4"
     dialect: ClassVar[str] = "isotune.adapters.peft.poly:PolyDialect"
 

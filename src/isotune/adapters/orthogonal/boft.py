@@ -37,7 +37,7 @@ class BOFT(BlockSettings):
 
     name: ClassVar[str] = "boft"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     size_option: ClassVar[str | None] = "block"
     formula: ClassVar[str] = "7 * n_in + n_out"
     dialect: ClassVar[str] = "isotune.adapters.peft.boft:BOFTDialect"

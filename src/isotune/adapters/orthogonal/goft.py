@@ -36,7 +36,7 @@ class GOFT(Settings):
 
     name: ClassVar[str] = "goft"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-2
     formula: ClassVar[str] = "n_in - 1"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "all angles are 0 at every start"}
 

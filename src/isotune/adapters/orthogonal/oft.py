@@ -37,7 +37,7 @@ class OFT(BlockSettings):
 
     name: ClassVar[str] = "oft"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     size_option: ClassVar[str | None] = "block"
     formula: ClassVar[str] = "n_in * 15 // 2"
     dialect: ClassVar[str] = "isotune.adapters.peft.oft:OFTDialect"

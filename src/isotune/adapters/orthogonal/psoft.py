@@ -34,7 +34,7 @@ class PSOFT(Settings):
 
     name: ClassVar[str] = "psoft"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank * (rank + 3) // 2"
     dialect: ClassVar[str] = "isotune.adapters.peft.psoft:PSOFTDialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "it starts from W's SVD; nothing is drawn"}

@@ -32,7 +32,7 @@ class RoAd(Settings):
 
     name: ClassVar[str] = "road"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 2e-2
     formula: ClassVar[str] = "n_out"
     dialect: ClassVar[str] = "isotune.adapters.peft.road:RoAdDialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "θ = 0 and α = 1 at every start"}

@@ -37,7 +37,7 @@ class SODA(Settings):
 
     name: ClassVar[str] = "soda"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "min(n_in, n_out) + c * (c - 1) / 2 for each of three balanced factors c of n_in"
     exempt: ClassVar[dict[str, str]] = {
         "seeds_decide_the_start": "it starts from W's SVD; nothing is drawn",

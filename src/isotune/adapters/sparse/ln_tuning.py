@@ -25,7 +25,7 @@ class LNTuning(Settings):
 
     name: ClassVar[str] = "ln_tuning"
     kinds: ClassVar[frozenset[str]] = NORM
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 2e-2
     formula: ClassVar[str] = "2 * n_out"
     usual_targets: ClassVar[str] = "norms"
     size_option: ClassVar[str | None] = None

@@ -34,7 +34,7 @@ class LTSFT(Settings):
 
     name: ClassVar[str] = "lt_sft"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "n_in * n_out"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "D starts at zero; nothing is drawn"}
 

@@ -39,7 +39,7 @@ class SPLoPA(StructuredPruning):
 
     name: ClassVar[str] = "splopa"
     kinds: ClassVar[frozenset[str]] = LINEAR
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "64 * ceil(n_in / 32) * ceil(n_out / 32)"
     trains_shared: ClassVar[bool] = True
     size_option: ClassVar[str | None] = "prototypes"

@@ -35,7 +35,7 @@ class SPLoRA(ChannelPruning):
     """W' = diag(m_out) (W + B A) diag(m_in): a LoRA, and channels that are left out."""
 
     name: ClassVar[str] = "splora"
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank * (n_in + n_out) + n_out"
 
     rank: int = Field(8, gt=0, description="Rank of the change; the paper has 16.")

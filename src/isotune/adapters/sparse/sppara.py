@@ -32,7 +32,7 @@ class SPPaRA(ChannelPruning):
     """W' = diag(m_out) (W + P) diag(m_in): a full change between channels, and channels that are left out."""
 
     name: ClassVar[str] = "sppara"
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "n_in * n_out + n_out"
     size_option: ClassVar[str | None] = None
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "P starts at zero; nothing is drawn"}

@@ -33,7 +33,7 @@ class SSF(Settings):
 
     name: ClassVar[str] = "ssf"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | NORM
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 2e-2
     formula: ClassVar[str] = "2 * n_out"
     size_option: ClassVar[str | None] = None
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "γ starts at one, β at zero; nothing is drawn"}

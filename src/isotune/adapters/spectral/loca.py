@@ -39,7 +39,7 @@ class LoCA(Settings):
 
     name: ClassVar[str] = "loca"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 1e-2
     size_option: ClassVar[str | None] = "n_frequency"
     formula: ClassVar[str] = "1000"
 

@@ -41,7 +41,7 @@ class PrincipalSettings(Settings):
     """The options that these methods have in common."""
 
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "rank * (n_in + n_out)"
     dialect: ClassVar[str] = "isotune.adapters.peft.principal:PrincipalDialect"
     exempt: ClassVar[dict[str, str]] = {

@@ -29,7 +29,7 @@ class SORSA(PrincipalSettings):
     """W' = W + s (B diag(σ) A - B0 diag(σ0) A0): the largest singular triplets, trained and kept orthonormal."""
 
     name: ClassVar[str] = "sorsa"
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "rank * (n_in + n_out + 1)"
     dialect: ClassVar[str] = "isotune.adapters.peft.principal:SORSADialect"
 
