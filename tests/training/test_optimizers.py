@@ -112,7 +112,7 @@ def test_a_comparison_compares_optimizers(bert: Path, rows: Path, tmp_path: Path
     comparison = build_comparison(tmp_path / "compare.yaml")
     plain, adarem, muon, _ = make_plan(comparison)
     own = method_class("lora").learning_rate
-    assert [plain.rate, adarem.rate, muon.rate] == [own, 300 * own, own]
+    assert [plain.rate, adarem.rate, muon.rate] == [own, 60 * own, own]
     assert muon.label == "lora optimizer=(muon momentum=0.5)"
     assert len({cell.key for cell in (plain, adarem, muon)}) == 3
     assert plain.parameters == muon.parameters

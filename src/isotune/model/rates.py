@@ -27,10 +27,9 @@ def treatments(model: nn.Module) -> dict[nn.Parameter, Treatment]:
     known to suit, whatever their number, and of rotations their widths and ranks; matrices trained in full take
     smaller steps.
     """
-    running = [adapter for _, layer in adapted_layers(model) for adapter in layer.isotune.running()]
-    share = _crowding(len(running))
-    found = {}
-    for adapter in running:
+    adapters = running_adapters(model)
+    found, share = {}, crowding(len(adapters))
+    for adapter in adapters:
         own = adapter.parameter_groups()
         for name, parameter in adapter.named_parameters():
             how = own.get(name, Treatment())
@@ -43,19 +42,24 @@ def treatments(model: nn.Module) -> dict[nn.Parameter, Treatment]:
     return {parameter: how for parameter, how in found.items() if how != Treatment()}
 
 
+def running_adapters(model: nn.Module) -> list[Adapter]:
+    """The adapters in use, on all layers."""
+    return [adapter for _, layer in adapted_layers(model) for adapter in layer.isotune.running()]
+
+
 def choose_lengths(adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> None:
     """Let what has no meaning but its direction start so long that no optimizer's step turns it further than is good.
 
     Nothing is shortened: the steps of SGD grow with the square of what Adam's grow with.
     """
     strides = {path: adapter.strides(sites[path]) for path, adapter in adapters.items()}
-    share = _crowding(len(adapters))
+    share = crowding(len(adapters))
     for path, adapter in adapters.items():
         for name in adapter.lengthless:
             adapter.get_parameter(name).detach().mul_(max(strides[path][name] * share, 1.0))
 
 
-def _crowding(count: int) -> float:
+def crowding(count: int) -> float:
     """How much further a step takes a model with so many adapters than one with the twelve of reference.
 
     What they change adds up as a random walk does. Fewer than twelve get no larger steps.

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "scion": {"unconstrained": True},
 }
 """Where recipes depart from the classes: steps as large as AdamW's, and none towards zero for what is pretrained."""
-_RATES = {"adarem": 300.0, "odelora": 50.0, "scion": 10.0}
+_RATES = {"adarem": 60.0, "odelora": 10.0, "scion": 2.0}
 """Factors on a method's learning rate, for optimizers whose steps are of another size than AdamW's."""
 
 

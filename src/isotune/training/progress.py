@@ -13,6 +13,7 @@ from rich.progress import Progress
 from transformers import TrainerCallback
 from transformers import logging as transformers_logging
 
+from isotune.model.rates import crowding, running_adapters
 from isotune.progress import progress_bar
 
 
@@ -74,8 +75,11 @@ class ProgressLine(TrainerCallback):
         self.screen, self.metric = screen, metric
         self.bar = screen.bar()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        """Show the bar, and by what the learning rate is divided for depth."""
+        count = len(running_adapters(model))
+        if (factor := crowding(count)) > 1:
+            self.screen.say(f"{count} adapted layers change at once: their learning rate is divided by {factor:.2f}")
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
 
