@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerState
 
 import isotune
 from isotune import WeightAdapter
 from isotune.adapters.registry import method_names
 from isotune.model.rates import treatments
+from isotune.training.progress import ProgressLine, Screen
 
 # By method options, and two others of which the rank or the size of what turns differs.
 ROTATIONS: dict[str, list[dict[str, Any]]] = {
@@ -149,6 +151,18 @@ def test_a_first_step_at_the_default_changes_a_weight_by_some_percent(name: str)
     rate = isotune.method(name).learning_rate
     optimizer = torch.optim.Adam(isotune.parameter_groups(model, lr=rate), eps=1e-30)
     assert 0.005 < turned(model, optimizer) / math.sqrt(384 * 12) < 0.08
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(12, ""), (48, "48 adapted layers change at once: their learning rate is")]
+)
+def test_a_run_says_by_what_its_rate_is_divided(count: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine(Screen())
+    line.on_train_begin(None, TrainerState(max_steps=1), None, model=adapted(count, 8, "lora"))
+    line.bar.stop()
+    told = capsys.readouterr().err
+    assert said in told
+    assert ("divided by 2.00" in told) is bool(said)
 
 
 def test_large_matrices_trained_in_full_take_small_steps() -> None:
