@@ -28,12 +28,13 @@ from isotune.folders import RANGE_TEST
 from isotune.training.progress import Screen, is_first_process
 
 STEPS = 60
-_LOW, _HIGH = 0.01, 100.0
+_LOW, _HIGH = 0.01, 20.0
 """In multiples of the method's own rate."""
 _SMOOTH = 0.8
 """Weight of what went before in the running mean of the gains."""
-_FALL = 0.02
-"""Past the cliff the gain is as far below zero as it had risen above, and by this share of the loss lower still."""
+_FALL = 0.1
+"""Past the cliff the gain is as far below zero as it had risen above, and by this share of the loss lower still: more
+than a batch that is unlike the others makes it."""
 _MOST = 0.8
 """Share of the largest gain that counts as having it."""
 _BACK = 2.0
