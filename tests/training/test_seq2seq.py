@@ -48,12 +48,14 @@ def flags(model: Path, rows: Path, output: Path, **more: Any) -> dict[str, Any]:
 
 def test_what_was_learnt_by_heart_is_written(t5: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "x.jsonl", ROWS * 16)
-    more = {"method.name": "full", "training.learning_rate": 0.01, "training.num_train_epochs": 20}
-    run = train(build_recipe(None, flags(t5, rows, tmp_path / "run", **more)), progress=False).output
-    lines = tmp_path / "told.jsonl"
-    found = evaluate(
-        run, str(write_jsonl(tmp_path / "y.jsonl", ROWS)), generate=12, predictions=lines, progress=False
-    )
+    more = {
+        "method.name": "full", "training.learning_rate": 0.01, "training.num_train_epochs": 20,
+        "data.test": str(write_jsonl(tmp_path / "y.jsonl", ROWS)), "metric": "exact_match",
+    }  # fmt: skip
+    result = train(build_recipe(None, flags(t5, rows, tmp_path / "run", **more)), progress=False)
+    assert result.metrics["test_exact_match"] == 1.0
+    run, lines = result.output, tmp_path / "told.jsonl"
+    found = evaluate(run, generate=12, predictions=lines, progress=False)
     assert found["exact_match"] == 1.0
     assert found["loss"] < 0.5
     assert [json.loads(line)["prediction"] for line in lines.read_text().splitlines()] == [r["target"] for r in ROWS]
