@@ -44,6 +44,8 @@ class Task(ABC):
     """Those of `metrics` that are the share of rows that are right."""
     asked: ClassVar[tuple[str, ...]] = ()
     """Those of `metrics` that take text that the model writes, measured only where a run is judged by them."""
+    slow: ClassVar[tuple[str, ...]] = ()
+    """The keys of a `Row` whose cells take long to decode: they are, once it is known which rows are used."""
     rows_at_a_time: ClassVar[int] = 64
     """In evaluation, where nobody says."""
     writes: ClassVar[bool] = False
