@@ -161,6 +161,24 @@ def test_causal_models_are_compared_by_their_loss(llama: Path, prompts: Path, tm
     assert found.forgetting["perplexity"].higher_is_better is False
 
 
+def test_causal_models_are_compared_by_the_answers_that_are_right(llama: Path, prompts: Path, tmp_path: Path) -> None:
+    made = build_comparison(
+        flags={
+            "model": str(llama), "task": "causal-lm", "data.train": str(prompts), "data.validation": str(prompts),
+            "data.test": str(prompts), "data.prompt": "question", "data.completion": "answer", "data.max_length": 32,
+            "data.max_eval_rows": 4, "targets": "all-linear", "training.max_steps": 2, "metric": "exact_match",
+            "training.eval_strategy": "no", "compare.methods": "lora", "compare.budgets": "2k", "compare.seeds": 1,
+            "compare.trials": 2, "compare.full": False, "compare.frozen": False, "compare.cost_steps": 0,
+            "output": str(tmp_path / "c"),
+        }
+    )  # fmt: skip
+    found = compare(made, progress=False)
+    assert (found.metric, found.higher_is_better) == ("exact_match", True)
+    trials = [line.metrics for line in Store(tmp_path / "c").lines().values() if line.kind == "trial"]
+    assert len(trials) == 2
+    assert all(0 <= trial["validation_exact_match"] <= 1 for trial in trials)
+
+
 def test_a_method_that_does_not_fit_is_refused_before_anything_is_written(
     bert: Path, rows: Path, tmp_path: Path
 ) -> None:

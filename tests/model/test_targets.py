@@ -18,6 +18,8 @@ from support import minilm, stories
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
+_OF_WHISPER = ("layers", "attention_heads", "ffn_dim")
+
 
 def model(name: str) -> nn.Module:
     """A model without weights."""
@@ -34,6 +36,9 @@ def model(name: str) -> nn.Module:
             positions: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
             config = transformers.DebertaV2Config(**SMALL, **positions, share_att_key=True)
             return transformers.DebertaV2ForSequenceClassification(config)
+        if name == "whisper":
+            sizes: dict[str, Any] = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in _OF_WHISPER}
+            return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(d_model=16, **sizes))
         if name == "t5":
             config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=50)
             return transformers.T5ForConditionalGeneration(config)
@@ -272,6 +277,39 @@ def test_parameters_on_query_and_value_of_llama2_7b(method: str, options: dict[s
         assert round(100 * trained / total, 2) == {"lora": 0.25, "hra": 0.12}[method]
 
 
+WITHOUT_AN_MLP: dict[str, tuple[str, Any]] = {
+    "bert": ("mlp", r"bert\.encoder\.layer\.\d+\.output"),  # attention.output has its name
+    "whisper": ("mlp", ["fc2"]),
+    "whisper's decoder": ("attention", ["self_attn", "encoder_attn"]),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_AN_MLP)
+def test_where_no_module_is_the_mlp_the_error_says_what_to_name(name: str) -> None:
+    preset, instead = WITHOUT_AN_MLP[name]
+    tiny = model(name.removesuffix("'s decoder"))
+    named = f"targets={instead!r}" if isinstance(instead, list) else f"targets=r'{instead}'"
+    with pytest.raises(TargetError, match=rf"no one module in '.*\.0' holds all .* of its {preset}") as raised:
+        find_targets(tiny, preset, kinds={"block"})
+    assert named in str(raised.value)
+    found = find_targets(tiny, instead, kinds={"block"})
+    assert len(found) == {"bert": 2, "whisper": 4, "whisper's decoder": 6}[name]
+    assert not [path for path in found if "attention.output" in path]
+
+
+@pytest.mark.parametrize("method", ["ssf", "bitfit"])
+@pytest.mark.parametrize("targets", [["0", "1"], "norms", r"\d"])
+def test_norms_of_a_convolutional_net_lead_to_train_also(method: str, targets: Any) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4))
+
+    norms = ["1"] if targets == ["0", "1"] else ["1", "3"]
+    with pytest.raises(TargetError, match=re.escape(f"can be trained in full: train_also={norms!r}")):
+        isotune.adapt(net(), isotune.method(method), targets)
+    adapted = isotune.adapt(net(), isotune.method(method), ["0"], train_also=norms)
+    assert {name for name in norms for p in adapted.get_submodule(name).parameters() if p.requires_grad} == set(norms)
+
+
 def test_presets_name_what_a_method_goes_on() -> None:
     """Blocks for methods that stand beside one, norms, and layers that have a bias; by default the method's own."""
     branch = isotune.method("houlsby", rank=2)
@@ -282,8 +320,6 @@ def test_presets_name_what_a_method_goes_on() -> None:
     assert [row.site for row in isotune.describe(isotune.adapt(minilm(), branch, "attention"))] == [
         f"encoder.layer.{k}.attention" for k in range(6)
     ]
-    with pytest.raises(TargetError, match=r"no one module in 'encoder.layer.0' holds all the layers of its mlp"):
-        isotune.adapt(minilm(), branch, "mlp")
     for method, preset in (("houlsby", "mlp"), ("ln_tuning", "norms"), ("hra", "attention")):
         chosen, asked = (isotune.adapt(stories(), isotune.method(method), t) for t in (None, preset))
         assert [row.site for row in isotune.describe(chosen)] == [row.site for row in isotune.describe(asked)]

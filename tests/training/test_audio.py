@@ -202,7 +202,8 @@ def test_what_is_no_sound_is_named(tmp_path: Path) -> None:
         ({"array": [[0.1], [0.2]], "sampling_rate": 8}, r"an array of shape \(2, 1\)"),
     ]
     for value, message in wrong:
-        (tmp_path / "x.jsonl").write_text(json.dumps({"audio": value, "label": "a"}) + "\n")
+        rows = [json.dumps({"audio": value, "label": label}) for label in "ab"]
+        (tmp_path / "x.jsonl").write_text("\n".join(rows))
         with pytest.raises(DataError, match=rf"row 1 has {message}.* in column 'audio'"):
             rows_of(tmp_path / "x.jsonl")
 

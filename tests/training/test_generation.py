@@ -18,11 +18,12 @@ from isotune.errors import DataError, IsotuneError, OptionError
 from isotune.merging.models.merge import merge_checkpoints
 from isotune.merging.registry import rule
 from isotune.training.evaluation import evaluate
-from isotune.training.generation import Talk, exact_match, generate, last_number, prompts_and_answers
+from isotune.training.generation import Talk, generate, prompts_and_answers
 from isotune.training.opening import open_any
 from isotune.training.prediction import predict
 from isotune.training.recipe import build_recipe
 from isotune.training.run import train
+from isotune.training.tasks.answers import asked_and_wanted, exact_match, last_number, share_right
 
 ROWS = [
     {"prompt": "the cat", "completion": "sees a dog"}, {"prompt": "a", "completion": "hen"},
@@ -62,6 +63,61 @@ def test_evaluate_counts_the_answers_that_are_right(run: Path, tmp_path: Path) -
     assert found["exact_match"] == 3 / 4
     assert found["loss"] > 0
     assert [json.loads(line)["prediction"] for line in lines.read_text().splitlines()][3] == "sees a dog"
+
+
+def judged(llama: Path, folder: Path, **more: Any) -> Any:
+    rows = write_jsonl(folder / "rows.jsonl", ROWS * 4)
+    flags: dict[str, Any] = {
+        "model": str(llama), "task": "causal-lm", "data.train": str(rows), "data.validation": str(rows),
+        "data.test": str(rows), "output": str(folder / "run"), "metric": "exact_match", "method.name": "full",
+        "training.learning_rate": 0.01, "training.num_train_epochs": 60, "training.eval_strategy": "steps",
+        "training.eval_steps": 30, "training.report_to": "none",
+    }  # fmt: skip
+    return build_recipe(None, {**flags, **more})
+
+
+def test_a_run_judged_by_exact_match_answers_its_rows_at_each_validation(llama: Path, tmp_path: Path) -> None:
+    result = train(judged(llama, tmp_path), progress=False)
+    history = json.loads((result.output / "history.json").read_text())
+    assert [entry["step"] for entry in history if "eval_exact_match" in entry] == [30, 60]
+    assert result.metrics["test_base_exact_match"] == 0
+    assert result.metrics["validation_exact_match"] == result.metrics["test_exact_match"] == 1
+    assert result.metrics["test_exact_match_interval"][1] == 1
+    assert "test_exact_match_number" not in result.metrics
+    again = evaluate(result.output, str(tmp_path / "rows.jsonl"), generate=8, progress=False)
+    assert again["exact_match"] == 1
+
+
+def test_a_run_judged_by_its_loss_writes_nothing(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert not [name for name in metrics if "exact_match" in name]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"data.packing": True}, "packed rows share their sequences"), ({"data.text": "prompt"}, "plain text asks")],
+)
+def test_answers_that_cannot_be_told_apart_are_refused_at_the_start(
+    llama: Path, tmp_path: Path, more: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DataError, match=f"metric: exact_match counts answers, and {said}"):
+        train(judged(llama, tmp_path, **more), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_a_chat_the_last_answer_is_asked_for(run: Path) -> None:
+    session = open_any(run, "causal-lm")
+    example = session.examples(ROWS[:1])[0]
+    first, asked = [5, 6, 7], example["labels"].count(-100)
+    chat = {
+        "input_ids": [*first, *example["input_ids"], 1],
+        "labels": [-100, *first[1:], *example["labels"], -100],
+    }
+    own = share_right(session.model, session.tokenizer, [example], "text", 2)
+    assert own == 1
+    prompt, wanted = asked_and_wanted(chat, apart=False)
+    assert prompt == [*first, *example["input_ids"][:asked]]
+    assert wanted == example["input_ids"][asked:]
 
 
 def test_prompts_without_answers_are_answered(run: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from isotune.training.prediction import predict
 from isotune.training.recipe import DataSettings, build_recipe
 from isotune.training.run import train
 from isotune.training.session import Session, TaskSpec
+from isotune.training.tasks import images
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,44 @@ def test_parquet_with_images_in_it_gives_the_same_images(pictures: Path, tmp_pat
         assert np.array_equal(np.asarray(one["image"]), np.asarray(other["image"]))
 
 
+@pytest.mark.parametrize("typed", [False, True])
+def test_rows_that_are_left_out_are_not_decoded(
+    typed: bool, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted((pictures / "train").rglob("*.png"))
+    held = [{"image": {"bytes": file.read_bytes(), "path": None}, "label": file.parent.name} for file in files]
+    table = datasets.Dataset.from_list(held)
+    (table.cast_column("image", datasets.Image()) if typed else table).to_parquet(tmp_path / "x.parquet")
+    data = DataSettings(train=str(tmp_path / "x.parquet"), validation=0.5, max_train_rows=3, max_eval_rows=2)
+    decoded = {"cells": 0, "features": 0}
+
+    def counting(name: str, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            decoded[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(images, "as_image", counting("cells", images.as_image))
+    monkeypatch.setattr(datasets.Image, "decode_example", counting("features", datasets.Image.decode_example))
+    few = load_splits(data, "image-classification", 0)
+    assert (len(few.train), len(few.validation)) == (3, 2)
+    assert decoded == {"cells": 5, "features": 5 if typed else 0}
+    every = load_splits(data.model_copy(update={"max_train_rows": None}), "image-classification", 0)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:3]
+    for one, place in zip(few.train, order, strict=True):
+        assert np.array_equal(np.asarray(one["image"]), np.asarray(every.train[place]["image"]))
+
+
+def test_an_image_that_cannot_be_read_is_named_by_its_row(pictures: Path, tmp_path: Path) -> None:
+    files = sorted((pictures / "train").rglob("*.png"))
+    held = [{"image": {"bytes": file.read_bytes(), "path": None}, "label": file.parent.name} for file in files]
+    held[4]["image"]["bytes"] = b"no image"
+    datasets.Dataset.from_list(held).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x.parquet: row 5 has no image that can be read .* in column 'image'"):
+        load_splits(DataSettings(train=str(tmp_path / "x.parquet")), "image-classification", 0)
+
+
 def test_a_folder_of_images_may_name_its_splits_or_have_none(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "named").mkdir()
     for split, name in (("train", "my train [1]"), ("test", "Testing")):
@@ -134,9 +173,10 @@ def test_a_folder_of_images_is_looked_through_a_few_times_only(
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no image")
     for value, message in ((str(tmp_path / "x.png"), "no image that can be read"), (3, "a int and no image")):
-        (tmp_path / "x.jsonl").write_text(json.dumps({"image": value, "label": "a"}) + "\n")
+        rows = [json.dumps({"image": value, "label": label}) for label in "ab"]
+        (tmp_path / "x.jsonl").write_text("\n".join(rows))
         with pytest.raises(DataError, match=rf"row 1 has {message}.* in column 'image'"):
-            load_splits(DataSettings(train=str(tmp_path / "x.jsonl")), "image-classification", 0)
+            load_splits(DataSettings(train=str(tmp_path / "x.jsonl"), validation=None), "image-classification", 0)
 
 
 def test_a_model_of_texts_classifies_no_images(bert: Path, pictures: Path, tmp_path: Path) -> None:

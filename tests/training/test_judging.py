@@ -58,7 +58,7 @@ def test_an_unknown_metric_is_answered_with_those_there_are() -> None:
         resolve_training(recipe, 1e-3)
 
 
-@pytest.mark.parametrize(("metric", "higher"), [("matthews", True), ("loss", False), ("perplexity", False)])
+@pytest.mark.parametrize(("metric", "higher"), [("matthews", True), ("loss", False), ("exact_match", True)])
 def test_less_is_better_of_losses_alone(metric: str, higher: bool) -> None:
     assert higher_is_better(metric) is higher
     assert signed(metric, 0.25) == (0.25 if higher else -0.25)

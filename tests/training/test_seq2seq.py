@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from tiny import save_tokenizer, write_jsonl
 
+from isotune.cli import app
 from isotune.errors import DataError, IsotuneError, OptionError
 from isotune.training.evaluation import evaluate
 from isotune.training.forgetting import Forgetting, ForgettingSettings
@@ -48,12 +50,14 @@ def flags(model: Path, rows: Path, output: Path, **more: Any) -> dict[str, Any]:
 
 def test_what_was_learnt_by_heart_is_written(t5: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "x.jsonl", ROWS * 16)
-    more = {"method.name": "full", "training.learning_rate": 0.01, "training.num_train_epochs": 20}
-    run = train(build_recipe(None, flags(t5, rows, tmp_path / "run", **more)), progress=False).output
-    lines = tmp_path / "told.jsonl"
-    found = evaluate(
-        run, str(write_jsonl(tmp_path / "y.jsonl", ROWS)), generate=12, predictions=lines, progress=False
-    )
+    more = {
+        "method.name": "full", "training.learning_rate": 0.01, "training.num_train_epochs": 20,
+        "data.test": str(write_jsonl(tmp_path / "y.jsonl", ROWS)), "metric": "exact_match",
+    }  # fmt: skip
+    result = train(build_recipe(None, flags(t5, rows, tmp_path / "run", **more)), progress=False)
+    assert result.metrics["test_exact_match"] == 1.0
+    run, lines = result.output, tmp_path / "told.jsonl"
+    found = evaluate(run, generate=12, predictions=lines, progress=False)
     assert found["exact_match"] == 1.0
     assert found["loss"] < 0.5
     assert [json.loads(line)["prediction"] for line in lines.read_text().splitlines()] == [r["target"] for r in ROWS]
@@ -91,6 +95,21 @@ def test_what_is_forgotten_is_the_perplexity_of_other_completions(t5: Path, tmp_
     assert forgetting.measure(session.model)["perplexity"] > 1.1 * forgetting.base["perplexity"]
     with pytest.raises(OptionError, match="of a seq2seq-lm, prompts and completions"):
         Forgetting(ForgettingSettings(train=str(other)), session.spec)
+
+
+def test_the_columns_of_forgetting_are_named_on_the_command_line(
+    t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_jsonl(tmp_path / "x.jsonl", ROWS)
+    other = write_jsonl(tmp_path / "other.jsonl", [{"told": row["target"], "asked": row["source"]} for row in ROWS])
+    named = ["--forgetting", str(other), "--forgetting-prompt", "asked", "--forgetting-completion", "told"]
+    arguments = ["isotune", "evaluate", str(t5), "--task", "seq2seq-lm", "--data", str(rows), *named, "--json"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    assert not stop.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert found["forgetting_base_perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
 
 
 def test_an_adapter_on_the_whole_model_trains_and_resumes_its_task(t5: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -23,8 +24,8 @@ from isotune.training.models import load_image_processor
 from isotune.training.recipe import build_recipe
 from isotune.training.run import train
 
-pytest.importorskip("timm")
-pytest.importorskip("torchvision")
+pytest.importorskip("torchvision", reason="timm imports it: pip install 'isotune[timm]'")
+pytest.importorskip("timm", reason="pip install 'isotune[timm]'")
 
 MODELS: dict[str, dict[str, Any]] = {
     "resnet18": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16), "stem_width": 8},
@@ -85,6 +86,23 @@ def test_a_head_for_as_many_labels_is_drawn_anew_and_everything_below_it_is_the_
     own = transformers.AutoModelForImageClassification.from_pretrained(folder).state_dict()
     for name, tensor in model.state_dict().items():
         assert name.startswith("timm_model.fc.") or torch.equal(tensor, own[name]), name
+
+
+def test_a_model_of_the_hub_is_asked_for_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = tmp_path / "models--timm--resnet18.a1_in1k"
+    folder = saved(held / "snapshots" / "0a1b", "resnet18")
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text("0a1b")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))  # what was downloaded before
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model = load_classifier_of("images", "timm/resnet18.a1_in1k", ["x", "y"])
+    assert model.timm_model.fc.weight.shape == (2, 16)
+    own = transformers.AutoModelForImageClassification.from_pretrained(folder).state_dict()
+    name = "timm_model.layer1.0.conv1.weight"
+    assert torch.equal(model.state_dict()[name], own[name])
+    assert load_image_processor("timm/resnet18.a1_in1k", None).data_config["input_size"][-1] == 32
+    with pytest.raises(IsotuneError, match="timm/resnet34: not a model folder here, nor a model the hub gave"):
+        load_classifier_of("images", "timm/resnet34", ["x", "y"])
 
 
 def test_a_backbone_with_missing_weights_is_refused(tmp_path: Path) -> None:

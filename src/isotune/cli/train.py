@@ -65,7 +65,8 @@ Examples:
 isotune's made is evaluated, too: a LoRA, a merged model, a pretrained one by its name.
 
 The last one shows what the model has forgotten: a linear probe on another task's rows, three tenths of them held out,
-with the features of the pretrained and of the trained model; of language models, the perplexity on a text.
+with the features of the pretrained and of the trained model; of language models, the perplexity on a text, or of an
+encoder-decoder that of another task's completions (--forgetting-prompt, --forgetting-completion).
 """
 
 
@@ -154,6 +155,8 @@ def evaluate_command(
     ] = None,
     forgetting_text: Annotated[str | None, Flag(help="Their column with the text.")] = None,
     forgetting_label: Annotated[str | None, Flag(help="Their column with the label.")] = None,
+    forgetting_prompt: Annotated[str | None, Flag(help="Their column with the prompt (seq2seq-lm).")] = None,
+    forgetting_completion: Annotated[str | None, Flag(help="Their column with the completion.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Only the metrics, as JSON, on standard output.")] = False,
 ) -> None:
     from isotune.training.evaluation import evaluate
@@ -175,7 +178,10 @@ def evaluate_command(
     rows = None
     if forgetting is not None:
         trained_for = task or TaskSpec.read(find_trained(path)[0]).task
-        rows = settings_for(trained_for, forgetting, text=forgetting_text, label=forgetting_label)
+        rows = settings_for(
+            trained_for, forgetting, text=forgetting_text, label=forgetting_label, prompt=forgetting_prompt,
+            completion=forgetting_completion,
+        )  # fmt: skip
     metrics = evaluate(
         path, data, model=model, columns=columns, predictions=predictions, batch_size=batch_size, force=force,
         forgetting=rows, task=task, generate=generate, match=kind,

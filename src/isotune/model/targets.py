@@ -23,6 +23,8 @@ Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 PRESETS = ("attention", "query-value", "mlp", "all-linear", "norms", "biased", "blocks", "stack")
 
 _QUERY_OR_VALUE = re.compile(r"(to_|w|attn_)?(q|v|query|value)(_?(proj|lin|layer)\w*)?", re.IGNORECASE)
+_WHOLE = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+"""Norms of channels, of convolutional nets; no adapter goes on them, nor do `norms` and `biased` find them."""
 _PACKED = re.compile(r"w?qkv\w*|c_attn|query_key_value|in_proj\w*", re.IGNORECASE)
 
 
@@ -61,12 +63,18 @@ def find_targets(
     unusable = {path: m for path, m in found.items() if isinstance(m, Trained) or not site_of(m, kinds)}
     if unusable:
         path, module = next(iter(unusable.items()))
+        norms = [path for path, module in unusable.items() if isinstance(module, _WHOLE)]
         raise TargetError(
             f"targets {targets!r} match {path!r}, a {bare_class(module).__name__}, which cannot be adapted; what can "
             f"be is {WHAT_CAN_BE_ADAPTED} (plain ones, whose forward is the usual one), and the matrices that other "
-            "modules hold as their own parameters"
+            f"modules hold as their own parameters{_in_full(norms)}"
         )
     return found
+
+
+def _in_full(norms: list[str]) -> str:
+    """What to do about norms that no adapter goes on."""
+    return f". Norms of channels can be trained in full: train_also={norms[:20]!r}" if norms else ""
 
 
 def _named(path: str, module: nn.Module, matches: Callable[[str, nn.Module], bool]) -> bool:
@@ -159,12 +167,26 @@ def _around(linear: set[str], preset: str, layers: dict[str, nn.Module]) -> set[
         blocks = [p for p in _parents(path) if _is_stack(layers.get(p.rpartition(".")[0]))]
         inside.setdefault(blocks[-1] if blocks else "", []).append(path.split(".")[:-1])
     around = {block: ".".join(_common(parents)) for block, parents in inside.items()}
-    if lost := [block or "the model" for block, path in around.items() if path == block]:
+    if lost := [block for block, path in around.items() if path == block]:
         raise TargetError(
-            f"targets {preset!r}: no one module in {lost[0]!r} holds all the layers of its {preset}; name "
-            "the modules that an adapter is to stand beside, such as targets=['output'], or take 'blocks'"
+            f"targets {preset!r}: no one module in {lost[0] or 'the model'!r} holds all the layers of its {preset}; "
+            f"name {_instead(linear, preset, lost[0], layers)}, or take 'blocks'"
         )
     return set(around.values())
+
+
+def _instead(linear: set[str], preset: str, block: str, layers: dict[str, nn.Module]) -> str:
+    """What to name where no module in a block holds all: each attention, or the last that its MLP is made of."""
+    start = f"{block}." if block else ""
+    within = [path.removeprefix(start) for path in layers if path in linear and path.startswith(start)]
+    names = list(dict.fromkeys(path.partition(".")[0] for path in within))
+    if preset == "attention":
+        return f"each of them, targets={names!r}"
+    own = [path.rpartition(".")[0] for path in layers if path.endswith(f".{names[-1]}")]
+    if all(_is_stack(layers.get(parent.rpartition(".")[0])) for parent in own):
+        return f"the last of them, targets={names[-1:]!r}"
+    pattern = re.sub(r"\d+", r"\\d+", f"{start}{names[-1]}".replace(".", r"\."))  # more than one is called so
+    return f"the last of them, targets=r'{pattern}'"
 
 
 def _common(paths: list[list[str]]) -> list[str]:
@@ -247,6 +269,9 @@ def _what_is_there(layers: dict[str, nn.Module], targets: Targets) -> str:
             f"Query, key and value are one matrix here: name it, targets={packed[:1]!r}, or take the preset "
             f"'attention'. Adaptable layers end in: {_listed(names)}."
         )
+    whole = [path for path, module in layers.items() if isinstance(module, _WHOLE)]
+    if targets in ("norms", "biased") and whole:
+        return f"Adaptable layers end in: {_listed(names)}{_in_full(whole)}."
     asked = [targets] if isinstance(targets, str) else [] if callable(targets) else list(targets)
     known = [name for name in (*PRESETS, *names, *parameters) if name not in asked]
     hint = next((found for word in asked if (found := nearest(word, known))), "")

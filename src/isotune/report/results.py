@@ -145,7 +145,10 @@ def run_table(runs: Sequence[RunResult]) -> Table:
     return simple("Runs", [*titles, "s a step", "peak memory", "seed"], lines)
 
 
-_MEASURES = ("accuracy", "f1", "matthews", "pearson", "spearman", "rmse", "perplexity", "loss")
+_MEASURES = (
+    "accuracy", "f1", "matthews", "pearson", "spearman", "rmse", "exact_match", "exact_match_number", "perplexity",
+    "loss",
+)  # fmt: skip
 
 
 def _is_score(key: str) -> bool:

@@ -25,7 +25,7 @@ def row_name(row: Row) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether a metric is a fraction, shown in percent."""
-    return any(word in metric for word in ("accuracy", "f1", "similarity"))
+    return any(word in metric for word in ("accuracy", "f1", "similarity", "exact_match"))
 
 
 def number(value: float | int | None, digits: int = 3) -> str:

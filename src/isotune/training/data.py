@@ -49,7 +49,7 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     if "train" not in source:
         raise DataError(f"{data.train} has no split 'train'; it has: {', '.join(source)}")
     columns = TASKS[task].columns(data, source["train"].column_names)
-    train = read_rows(source["train"], data, task, data.train)
+    train = read_rows(source["train"], data, task, data.train, later=True)
     labels = TASKS[task].labels(train, data)
     positive = TASKS[task].positive(train, labels, data)
     cut = _cut_tail if TASKS[task].is_one_document(train) else hold_out
@@ -65,6 +65,7 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     validation, test = (sample_rows(rows, data.max_eval_rows, seed) for rows in (validation, test))
     for name, rows in (("validation", validation), ("test", test)):
         TASKS[task].check(rows, labels, f"the {name} rows")
+    train, validation, test = (_opened(rows) for rows in (train, validation, test))
     return Splits(train, validation, test, labels, positive, columns)
 
 
@@ -75,9 +76,9 @@ def sample_rows(rows: list[Row], most: int | None, seed: int) -> list[Row]:
     return [rows[index] for index in _permutation(len(rows), seed)[:most]]
 
 
-def load_rows(source: str, data: DataSettings, task: str) -> list[Row]:
+def load_rows(source: str, data: DataSettings, task: str, later: bool = False) -> list[Row]:
     """The rows of one file (or split `test`, else `train`, of a source with several splits)."""
-    return read_rows(_only_split(source, data), data, task, source)
+    return read_rows(_only_split(source, data), data, task, source, later=later)
 
 
 def unanswered_rows(source: str, data: DataSettings, task: str, size: int) -> tuple[int, Iterator[list[Row]]]:
@@ -135,6 +136,7 @@ def read_rows(
     where: str,
     unanswered: bool = False,
     first: int = 1,
+    later: bool = False,
 ) -> list[Row]:
     """The columns that the task needs; every row is checked.
 
@@ -145,6 +147,7 @@ def read_rows(
         where: What the rows are called in messages.
         unanswered: Whether what is to be learnt may be missing.
         first: The number of the first row.
+        later: Whether what takes long to decode is left for `_opened`, and checked there.
 
     Raises:
         DataError: An unknown column, or a row in which one of them is missing or blank.
@@ -160,7 +163,12 @@ def read_rows(
             _check_column(name, "text" if key == "pair" else key, found, where)
     cell = kind.open_cell if unanswered else kind.cell
     read = {
-        key: _cells(dataset, names, partial(cell, key), data.separator, where, first)
+        key: [
+            partial(_cell, dataset, names[0], number, partial(cell, key), where, first)
+            for number in range(len(dataset))
+        ]
+        if later and key in kind.slow
+        else _cells(dataset, names, partial(cell, key), data.separator, where, first)
         for key, names in columns.items()
     }
     return [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
@@ -181,20 +189,34 @@ def _cells(
     for name in names:
         parts.append([])
         for number, value in enumerate(dataset[name][:], start=first):
-            try:
-                parts[-1].append(read(value))
-            except ValueError as error:
-                raise DataError(
-                    f"{where}: row {number} has {error} in column {name!r} (rows counted from 1)"
-                ) from None
+            parts[-1].append(_checked(value, read, f"{where}: row {number}", name))
     return parts[0] if len(parts) == 1 else [separator.join(values) for values in zip(*parts, strict=True)]
+
+
+def _cell(
+    dataset: datasets.Dataset, name: str, place: int, read: Callable[[Any], Any], where: str, first: int
+) -> Any:
+    """One cell of a column, and no other is decoded."""
+    return _checked(dataset[name][place], read, f"{where}: row {first + place}", name)
+
+
+def _checked(value: Any, read: Callable[[Any], Any], where: str, name: str) -> Any:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise DataError(f"{where} has {error} in column {name!r} (rows counted from 1)") from None
+
+
+def _opened(rows: list[Row]) -> list[Row]:
+    """The rows with the cells that were left for later."""
+    return [{key: cell() if isinstance(cell, partial) else cell for key, cell in row.items()} for row in rows]
 
 
 def _named_split(name: str, source: dict[str, datasets.Dataset], data: DataSettings, task: str) -> list[Row]:
     """Rows of a split of the training source, or else of a source of its own."""
     if name in source:
-        return read_rows(source[name], data, task, f"{data.train}, split {name}")
-    return load_rows(name, data, task)
+        return read_rows(source[name], data, task, f"{data.train}, split {name}", later=True)
+    return load_rows(name, data, task, later=True)
 
 
 def _permutation(count: int, seed: int) -> list[int]:

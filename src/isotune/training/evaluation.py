@@ -17,12 +17,13 @@ from isotune.intervals import wilson
 from isotune.training.arguments import machine_arguments
 from isotune.training.data import Row
 from isotune.training.forgetting import Forgetting, ForgettingSettings
-from isotune.training.generation import Match, exact_match, prompts_and_answers
 from isotune.training.generation import generate as generate_texts
+from isotune.training.generation import prompts_and_answers
 from isotune.training.lines import check_output, writing_lines
 from isotune.training.opening import found_model, open_found, rows_for
 from isotune.training.progress import Screen, quiet_libraries
 from isotune.training.session import Session, TaskSpec
+from isotune.training.tasks.answers import Match, exact_match
 from isotune.training.tasks.collator import Example
 from isotune.training.tasks.names import TASKS
 from isotune.training.trainer import AdapterTrainer

@@ -64,7 +64,7 @@ class Forgetting:
         if TASKS[spec.task].probed and not TASKS[spec.task].named:  # a probe tells labels apart, whatever was learnt
             spec = replace(spec, task="classification")
         train, test, labels = _read(settings, spec.task)
-        spec = replace(spec, labels=labels, max_length=settings.max_length, separator=settings.separator)
+        spec = replace(spec, labels=labels, max_length=settings.max_length, separator=settings.separator, metric=None)
         with torch.random.fork_rng():  # of a head that nothing uses
             session = Session(spec)
         if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from isotune.errors import DataError, OptionError
 from isotune.model.batches import evaluating
-from isotune.model.switch import tokens
 from isotune.training.session import Session
+from isotune.training.tasks.answers import written
 from isotune.training.tasks.causal import CausalLM, asked_in
 
 if TYPE_CHECKING:
     from isotune.training.data import Row
-
-Match = Literal["text", "number"]
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def generate(
@@ -42,37 +38,7 @@ def generate(
     """
     if not isinstance(session.task, CausalLM):
         raise OptionError(f"a {session.spec.task} model generates no text; its predictions are what it has to say")
-    if max_new_tokens < 1 or batch_size < 1:
-        raise OptionError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be 1 or more")
-    model, pad = session.model, session.tokenizer.pad_token_id
-    apart = bool(model.config.is_encoder_decoder)  # the prompt is not before what is written; it is padded behind
-    device = next(model.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    found = [""] * len(prompts)
-    with torch.no_grad(), evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            longest = max(len(prompts[index]) for index in chosen)
-            ids, mask = [], []
-            for own in (list(prompts[index]) for index in chosen):
-                more, ones = [pad] * (longest - len(own)), [1] * len(own)
-                zeros = [0] * len(more)
-                ids.append(own + more if apart else more + own)
-                mask.append(ones + zeros if apart else zeros + ones)
-            attended = torch.tensor(mask, device=device)
-            tokens(model, attended)
-            answers = model.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=attended,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-            )[:, 0 if apart else longest :]
-            for index, answer in zip(chosen, answers, strict=True):
-                found[index] = session.tokenizer.decode(answer, skip_special_tokens=True).strip()
-            if advance is not None:
-                advance(len(chosen))
-    return found
+    return written(session.model, session.tokenizer, prompts, max_new_tokens, batch_size, advance)
 
 
 def prompts_and_answers(rows: Sequence[Row], session: Session) -> tuple[list[list[int]], list[str] | None]:
@@ -88,22 +54,6 @@ def prompts_and_answers(rows: Sequence[Row], session: Session) -> tuple[list[lis
         turns = [[message for message in row["messages"] if message["role"] == "assistant"] for row in rows]
         return prompts, [own[-1]["content"] for own in turns]
     return prompts, [row["completion"] for row in rows] if "completion" in rows[0] else None
-
-
-def exact_match(answers: Sequence[str], wanted: Sequence[str], match: Match = "text") -> float:
-    """The share of answers that are the wanted ones: to the letter, or by the last number in each."""
-    if match == "text":
-        hits = [one.strip() == other.strip() for one, other in zip(answers, wanted, strict=True)]
-    else:
-        numbers = [(last_number(one), last_number(other)) for one, other in zip(answers, wanted, strict=True)]
-        hits = [one is not None and one == other for one, other in numbers]
-    return sum(hits) / len(hits)
-
-
-def last_number(text: str) -> float | None:
-    """The last number in a text, such as a calculation's result, with commas between its thousands or not."""
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
 
 
 class Talk:

@@ -148,6 +148,9 @@ class Session:
             base_model=self.spec.model,
             chosen_optimizer=optimizer,
             along=along,
+            asking=lambda model, examples, count: self.task.measured_asking(
+                model, examples, self.tokenizer, self.spec, count
+            ),
             around_training=self.task.around_training,
             task_loss=lambda model, inputs: self.task.loss(model, inputs, self.spec),
         )

@@ -28,6 +28,8 @@ from isotune.training.weights import load_weights, save_weights
 
 Along = Callable[[Any], Mapping[str, float]]
 """Measures a model beside each validation."""
+Asking = Callable[[Any, Any, int], Mapping[str, float]]
+"""Measures a model on examples by what it writes, so many at a time."""
 
 
 class AdapterTrainer(Trainer):
@@ -41,12 +43,13 @@ class AdapterTrainer(Trainer):
         around_training: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
         chosen_optimizer: Mapping[str, Any] | None = None,
         along: Along | None = None,
+        asking: Asking | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
         self.task_loss, self.around_training = task_loss, around_training
         self.chosen_optimizer = chosen_optimizer
-        self.along = along
+        self.along, self.asking = along, asking
         self.timer = StepTimer()
         with _as_one_with_adapters(kwargs["model"]):
             super().__init__(*args, callbacks=[self.timer, *callbacks], **kwargs)
@@ -110,6 +113,14 @@ class AdapterTrainer(Trainer):
         """As the Trainer's, without a trace on the random state: a resumed run does not repeat it."""
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As the Trainer's, with what is measured by asking the model, among the metrics."""
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.asking is not None:
+            found = self.asking(self.model, dataloader.dataset, self.args.per_device_eval_batch_size)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with what else is measured beside each validation."""

@@ -34,6 +34,7 @@ class AudioClassification(Classification):
     """One of several labels for a clip of sound. Rows of `audio` and `label`."""
 
     rows_at_a_time = 16
+    slow = ("audio",)
 
     def columns(self, data: DataSettings, found: Sequence[str]) -> dict[str, list[str]]:
         """The sound and the label."""

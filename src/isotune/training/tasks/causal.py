@@ -21,6 +21,7 @@ from torch import Tensor
 
 from isotune.errors import DataError
 from isotune.training.models import load_causal
+from isotune.training.tasks.answers import MATCHES, share_right
 from isotune.training.tasks.chunked_loss import chunked_loss
 from isotune.training.tasks.collator import IGNORED, Example
 from isotune.training.tasks.contract import Task, named_or_guessed
@@ -64,8 +65,10 @@ class CausalLM(Task):
     named = False
     rows_at_a_time = 8  # their logits are large
     writes = True
-    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "loss")
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "loss", *MATCHES)
     metric = "loss"
+    asked: ClassVar[tuple[str, ...]] = tuple(MATCHES)
+    counted: ClassVar[tuple[str, ...]] = tuple(MATCHES)
     reduced: ClassVar[Callable[..., Any] | None] = staticmethod(token_losses)
 
     def columns(self, data: DataSettings, found: Sequence[str]) -> dict[str, list[str]]:
@@ -106,13 +109,20 @@ class CausalLM(Task):
         """What is not trained on is masked; texts are packed into blocks of `spec.max_length`.
 
         Raises:
-            DataError: The tokenizer has no end token to close a completion or a text with, or no chat template.
+            DataError: The tokenizer has no end token to close a completion or a text with, or no chat template;
+                answers are to be counted, and the rows ask for none, or share sequences.
         """
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-text token, which a causal-lm task needs")
         if not rows:
             return []
         assert spec.max_length is not None
+        if spec.judged_by in self.asked and (spec.packing or "text" in rows[0]):
+            what = "packed rows share their sequences" if spec.packing else "plain text asks for nothing"
+            raise DataError(
+                f"metric: {spec.judged_by} counts answers, and {what}; give prompts or chats, one to a sequence "
+                "(data.packing: false)"
+            )
         if "text" in rows[0]:
             return _blocks(rows, tokenizer, spec.max_length)
         if "messages" in rows[0]:
@@ -132,6 +142,15 @@ class CausalLM(Task):
     def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """Of the rows' `token_losses`."""
         return causal_metrics(np.asarray(prediction.predictions))
+
+    def measured_asking(
+        self, model: Any, examples: Sequence[Example], processor: Any, spec: TaskSpec, batch_size: int
+    ) -> dict[str, float]:
+        """The share of answers that are right, where the run is judged by it."""
+        if spec.judged_by not in self.asked:
+            return {}
+        share = share_right(model, processor, examples, MATCHES[spec.judged_by], batch_size)
+        return {spec.judged_by: share}
 
     def predicted(self, rows: Sequence[Row], scores: np.ndarray, spec: TaskSpec) -> list[dict[str, Any]]:
         """Each row with its loss."""

@@ -42,6 +42,10 @@ class Task(ABC):
     """Whether its `loss` asks the model without its adapter, too."""
     counted: ClassVar[tuple[str, ...]] = ()
     """Those of `metrics` that are the share of rows that are right."""
+    asked: ClassVar[tuple[str, ...]] = ()
+    """Those of `metrics` that take text that the model writes, measured only where a run is judged by them."""
+    slow: ClassVar[tuple[str, ...]] = ()
+    """The keys of a `Row` whose cells take long to decode: they are, once it is known which rows are used."""
     rows_at_a_time: ClassVar[int] = 64
     """In evaluation, where nobody says."""
     writes: ClassVar[bool] = False
@@ -114,6 +118,12 @@ class Task(ABC):
     @abstractmethod
     def measured(self, prediction: transformers.EvalPrediction, spec: TaskSpec) -> dict[str, float]:
         """`metrics` of what the trainer kept."""
+
+    def measured_asking(
+        self, model: Any, examples: Sequence[Example], processor: Any, spec: TaskSpec, batch_size: int
+    ) -> dict[str, float]:
+        """Of the metrics in `asked` the one that the run is judged by; nothing where it is judged by another."""
+        return {}
 
     def intervals(self, metrics: Mapping[str, Any], rows: int, prefix: str = "") -> dict[str, Any]:
         """Of those metrics that are shares of so many rows their 95 % intervals, as `accuracy_interval`."""

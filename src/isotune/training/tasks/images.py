@@ -31,6 +31,8 @@ _INTERPOLATE = "interpolate_pos_encoding"
 class ImageClassification(Classification):
     """One of several labels for an image. Rows of `image` and `label`."""
 
+    slow = ("image",)
+
     def columns(self, data: DataSettings, found: Sequence[str]) -> dict[str, list[str]]:
         """The image and the label."""
         image = named_or_guessed(data.image, found, ("image", "img", "picture", "file_name", "path"))

@@ -40,6 +40,7 @@ class Preference(CausalLM):
     metrics = ("accuracy", "margin", "loss")
     metric = "accuracy"
     counted = ("accuracy",)
+    asked = ()
     rows_at_a_time = 4
     writes = False
     has_reference = True
