@@ -3,9 +3,9 @@ r"""Rates beyond those that a comparison of this folder tried, a line each in it
     python examples/compare-rates/more_rates.py examples/compare-rates/scicite.yaml \
         docs/examples/rates/scicite/results.jsonl --multiples 21.5 46.4 --methods lora dora
 
-from the root of the repository: trials at multiples of each method's own rate. With `--measured` they are runs that
-the test rows and what was forgotten are measured on, too. Runs that are in the file are left out when it is called
-again.
+from the root of the repository: trials at multiples of each method's own rate, and the frozen model. With `--measured`
+they are runs that the test rows and what was forgotten are measured on, too. Runs that are in the file are left out
+when it is called again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.progress import track
 from isotune.comparison.one_run import Bench
 from isotune.comparison.plan import make_plan
 from isotune.comparison.recipe import build_comparison
+from isotune.comparison.results import FROZEN
 from isotune.comparison.units import Unit
 
 
@@ -37,14 +38,16 @@ def main() -> None:
     done = {(line["kind"], line["unit"]) for line in map(json.loads, lines)}
     cells = [cell for cell in make_plan(recipe) if cell.rate and cell.label in (args.methods or [cell.label])]
     kind = "seed" if args.measured else "trial"
-    units = [
+    frozen = [cell for cell in make_plan(recipe) if cell.label == FROZEN]
+    units = [Unit(cell, "seed", None, recipe.seed) for cell in frozen]
+    units += [
         Unit(cell, kind, float(f"{cell.rate * multiple:.3g}"), recipe.seed + args.measured)
         for cell in cells
         for multiple in args.multiples
     ]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(recipe, Path(folder))
-        for unit in track([unit for unit in units if (kind, unit.name) not in done], description="runs"):
+        for unit in track([unit for unit in units if (unit.kind, unit.name) not in done], description="runs"):
             line = bench.run(unit).model_dump() | {"run": None}
             with args.results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
