@@ -53,7 +53,7 @@ one of rank {products} on products, exported by `isotune export --to lora`. Up t
 {prompts} prompts in the model's chat template; in fp32, but for what a row says. "The same" counts the tokens until
 the first that differs, out of those that isotune's own model wrote; beside it is by how much the log-probabilities of
 those tokens differ at most. isotune's models agree with each other in {apart} tokens: an adapter that does nothing
-would be seen, and so would one in the place of the other.
+would be seen, and so would one in the place of another; [Serving](serving.md#vllm) says where that happened.
 
 {rows}
 

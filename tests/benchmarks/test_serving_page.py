@@ -13,7 +13,8 @@ import pytest
 from benchmarks.serving import OPENING, PAGE, RESULTS, compared, page, there
 
 FOUND = json.loads(RESULTS.read_text())
-SERVERS = {"PEFT", "llama.cpp", "vLLM", "vLLM, one batch"}
+CROWDED = "vLLM, one batch, no slot free"
+SERVERS = {"PEFT", "llama.cpp", "vLLM", "vLLM, one batch", CROWDED}
 
 
 def answers(*given: list[int], logprob: float = -1.0) -> list[dict[str, Any]]:
@@ -43,12 +44,22 @@ def test_the_page_is_that_of_the_committed_figures() -> None:
 def test_a_lora_in_fp32_is_served_to_the_token() -> None:
     ours = FOUND["ours"]
     assert FOUND["servers"].keys() == SERVERS
-    for found in FOUND["servers"].values():
+    for server, found in FOUND["servers"].items():
         assert {"bare", "sums-float32", "products-float32"} <= found.keys()
         for name in ("bare", "sums-float32", "products-float32"):
+            if (server, name) == (CROWDED, "bare"):
+                continue
             wanted = ours[name.partition("-")[0]]
             assert [answer["tokens"] for answer in found[name]] == [answer["tokens"] for answer in wanted]
             assert compared(found[name], wanted)[1] < 1e-3
+
+
+def test_vllm_on_a_cpu_gives_a_request_without_an_adapter_that_of_the_last_slot() -> None:
+    """Its fault, which docs/serving.md warns of: drop the warning when new figures come without it."""
+    bare = FOUND["servers"][CROWDED]["bare"]
+    assert [answer["tokens"] for answer in bare] == [answer["tokens"] for answer in FOUND["ours"]["sums"]]
+    assert "but all 51 of sums" in page(FOUND)
+    assert "may be answered with one" in (PAGE.parent / "serving.md").read_text()
 
 
 def test_the_adapters_are_told_apart_by_what_they_write() -> None:
