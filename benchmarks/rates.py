@@ -61,7 +61,8 @@ class Found:
     def reached(self, score: float) -> str:
         """The gain of a score as a share of that at the best rate tried; where that is next to nothing, in points."""
         most, gain = self.scores[self.best] - self.frozen, score - self.frozen
-        return f"{gain:+.1f} points" if self.frozen > 0 and most < LITTLE else f"{100 * gain / most:.0f} %"
+        accuracy = self.frozen > 0  # losses are negative here
+        return f"{gain:+.1f} points" if accuracy and most < LITTLE else f"{100 * gain / most:.0f} %"
 
     @property
     def cell(self) -> str:
