@@ -1,5 +1,6 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
-# make test   install the development tools too, then lint, type-check and run the whole suite
+# make test   install the development tools too, then lint, type-check and run the tests
+# make test-all  every method compiled in full, too, and laws with more examples: the slow tests without large models
 # make test-models  the tests with SmolLM2-135M, Whisper tiny.en and a vision transformer (fetches 254 MB; ten minutes)
 # make serving  ask PEFT, llama.cpp, vLLM and diffusers what they make of exported LoRAs (compiles llama.cpp for a quarter
 #               of an hour, installs vLLM in 3.5 GB; LLAMA= or VLLM= installs one of them not)
@@ -13,7 +14,7 @@ BIN    := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs bench gpu test test-models serving lint types unit anywhere clean
+.PHONY: help demo docs bench gpu test test-all test-models serving lint types unit anywhere clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -59,9 +60,17 @@ types: $(VENV)/.installed-dev
 	@echo "== types"
 	$(BIN)/mypy
 
+# Tests of one file stay with one process as far as they can: what they share is made once.
+RUN = $(BIN)/python -m pytest -n 2 --dist worksteal
+ALL = -m "not models" --hypothesis-profile thorough
+
 unit: $(VENV)/.installed-dev
 	@echo "== tests"
-	$(BIN)/python -m pytest -n 2 $(PYTEST)
+	$(RUN) $(PYTEST)
+
+test-all: $(VENV)/.installed-dev
+	@echo "== all tests without large models"
+	$(RUN) $(ALL) $(PYTEST)
 
 # What a processor of another make would compute with; each setting is a run of the whole suite.
 SETTINGS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
@@ -94,7 +103,7 @@ serving: $(VENV)/.installed-dev,llm $(LLAMA:=/.installed) $(VLLM:=/.installed)
 anywhere: $(VENV)/.installed-dev
 	@failed=0; for setting in $(SETTINGS); do \
 		echo "== tests with $$setting"; \
-		env $$setting $(BIN)/python -m pytest -n 2 $(PYTEST) || { echo "== failed with $$setting"; failed=1; }; \
+		env $$setting $(RUN) $(ALL) $(PYTEST) || { echo "== failed with $$setting"; failed=1; }; \
 	done; exit $$failed
 
 clean:

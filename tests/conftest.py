@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
+settings.register_profile("thorough", settings.get_profile("isotune"), max_examples=16)
 settings.load_profile("isotune")
 
 
@@ -38,6 +40,13 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    """What is imported stays: every run collects garbage, and would look through a million objects of modules."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure() -> None:

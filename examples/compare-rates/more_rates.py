@@ -3,9 +3,9 @@ r"""Rates beyond those that a comparison of this folder tried, a line each in it
     python examples/compare-rates/more_rates.py examples/compare-rates/scicite.yaml \
         docs/examples/rates/scicite/results.jsonl --multiples 21.5 46.4 --methods lora dora
 
-from the root of the repository: trials at multiples of each method's own rate, and the frozen model. With `--measured`
-they are runs that the test rows and what was forgotten are measured on, too. Runs that are in the file are left out
-when it is called again.
+from the root of the repository: trials at multiples of each method's own rate, and the frozen model. With
+`--measured` they are runs that the test rows and what was forgotten are measured on, too. Runs that are in the file
+are left out when it is called again.
 """
 
 from __future__ import annotations

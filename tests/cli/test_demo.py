@@ -17,7 +17,7 @@ from isotune.training import demo
 
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "QUICK", {"data.max_train_rows": 96, "data.max_eval_rows": 48})
+    monkeypatch.setattr(demo, "QUICK", {"data.max_train_rows": 48, "data.max_eval_rows": 24})
 
 
 @pytest.mark.usefixtures("few_rows")
@@ -30,9 +30,9 @@ def test_the_demo_runs_from_the_probe_to_the_served_adapter(
     assert probe["trainable_parameters_encoder"] == 0
     assert hra["trainable_parameters_encoder"] == lora["trainable_parameters_encoder"] == 36864
     served = found["served"]
-    assert served["asked"] == 48
+    assert served["asked"] == 24
     assert len(served["agree"]) == 4
-    assert set(served["agree"].values()) == {48}
+    assert set(served["agree"].values()) == {24}
     assert served["residual"] < 1e-5
     # A second time, into the same folder.
     assert command("demo", "--quick", "--output", tmp_path / "demo") == 0

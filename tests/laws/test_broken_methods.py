@@ -78,7 +78,7 @@ class BrokenAdapter(LowRank):
             y = y.to(torch.promote_types(y.dtype, torch.float32))
         if self.breaks == "default_dtype_changes_nothing":
             y = y + torch.finfo(torch.get_default_dtype()).eps
-        if self.breaks == "compiles_without_a_break":
+        if self.breaks in ("traces_without_a_break", "compiles_without_a_break"):
             torch._dynamo.graph_break()
         if self.breaks == "stack_is_the_product_of_its_parts":
             y = y + (y - site(x)) * isinstance(getattr(site, "adapter", None), BrokenAdapter)
@@ -113,6 +113,7 @@ class BrokenAdapter(LowRank):
 
 CAUGHT_BY = {
     "gradients_are_derivatives": GradcheckError,
+    "traces_without_a_break": torch._dynamo.exc.Unsupported,
     "compiles_without_a_break": torch._dynamo.exc.Unsupported,
     "copies_and_pickles_work": (AttributeError, pickle.PicklingError),
 }

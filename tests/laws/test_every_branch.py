@@ -136,18 +136,49 @@ def test_gradients_are_derivatives_for_all_options(name: str) -> None:
     hold()
 
 
-def test_it_stands_beside_adapters_of_the_layers_inside_and_compiles(case: Case) -> None:
-    method, make, targets = case
+def test_it_stands_beside_adapters_of_the_layers_inside(case: Case) -> None:
+    _, before, after = inside_and_beside(*case)
+    assert torch.equal(after, before) == case[0].identity_at_start
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "backend"),
+    [
+        *((name, ON[name][0], "eager") for name in NAMES),
+        *(pytest.param(name, model, "aot_eager", marks=pytest.mark.thorough) for name in NAMES for model in ON[name]),
+    ],
+)
+def test_it_compiles_beside_adapters_of_the_layers_inside(name: str, model: Any, backend: str) -> None:
+    model, before, _ = inside_and_beside(*shallow(small(name), *MODELS[model]))
+    both = output(move(model, size=0.3, seed=2))
+    assert not torch.allclose(both, before, atol=1e-4)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend=backend)
+    assert_same_output(compiled(**tokens(model))[0].detach(), both, 1e-4)
+
+
+def inside_and_beside(
+    method: Settings, make: Callable[[], Any], targets: list[str]
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A model with LoRA in its layers and the branch beside them; its output without the branch, and with it."""
     model = isotune.adapt(make(), isotune.LoRA(rank=2), "all-linear", name="inside", seed=0)
     inside = output(move(model, size=0.1).eval())
     isotune.adapt(model, method, targets, name="beside", seed=0)
     isotune.use(model.eval(), "inside", "beside")
-    assert torch.equal(output(model), inside) == method.identity_at_start
-    both = output(move(model, size=0.3, seed=2))
-    assert not torch.allclose(both, inside, atol=1e-4)
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(model, backend="aot_eager")
-    assert_same_output(compiled(**tokens(model))[0].detach(), both, 1e-4)
+    return model, inside, output(model)
+
+
+def shallow(method: Settings, make: Callable[[], Any], targets: list[str]) -> Case:
+    """The case in a model of the layers that are named, or of the first: a compiler's time grows with each."""
+    named = [int(target[-1]) for target in targets if target[-1].isdigit()]
+
+    def cut() -> Any:
+        model = make()
+        stack, name = (model.model, "layers") if hasattr(model, "model") else (model.encoder, "layer")
+        setattr(stack, name, nn.ModuleList(getattr(stack, name)[n] for n in named or [0]))
+        return model
+
+    return method, cut, [f"{target[:-1]}{n}" for n, target in enumerate(targets)] if named else targets
 
 
 def test_whatever_needs_a_weight_refuses_it_by_name(case: Case, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Run by the launcher in several processes: train one adapted model sharded (FSDP2), replicated (DDP) and as it is.
+"""Run by the launcher in several processes: train adapted models sharded (FSDP2), replicated (DDP) and as they are.
 
-The first process prints the largest difference of their losses, and of their adapters after a few steps, as JSON.
+Of each method, given as JSON, the first process prints a line: the largest difference of their losses, and of their
+adapters after a few steps.
 """
 
 from __future__ import annotations
@@ -44,15 +45,14 @@ def trained(model: Any, batches: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
     return torch.stack(losses), {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
 
 
-def main(method: str, options: str) -> None:
-    """Compare the copies."""
-    dist.init_process_group("gloo")
+def compare(method: dict[str, Any]) -> None:
+    """Compare the copies of a model with this method."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
     )
     base = LlamaForCausalLM(config)
-    model = isotune.adapt(copy.deepcopy(base), isotune.method(method, **json.loads(options)), "all-linear", seed=0)
+    model = isotune.adapt(copy.deepcopy(base), isotune.method(**method), "all-linear", seed=0)
     alone: Any = copy.deepcopy(model)
     replicated = DistributedDataParallel(copy.deepcopy(model))
     for layer in model.model.layers:
@@ -79,9 +79,11 @@ def main(method: str, options: str) -> None:
     moved = float(expected_losses[0] - expected_losses[-1])
     if dist.get_rank() == 0:
         difference = max(float((one - expected_losses).abs().max()) for one in (losses, replicated_losses))
-        print(json.dumps({"losses": difference, "adapter": worst, "moved": moved}))
-    dist.destroy_process_group()
+        print(json.dumps({"losses": difference, "adapter": worst, "moved": moved}), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    dist.init_process_group("gloo")
+    for method in sys.argv[1:]:
+        compare(json.loads(method))
+    dist.destroy_process_group()

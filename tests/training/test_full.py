@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from forked import start_slowly
 from safetensors.torch import load_file
-from tiny import signal_at_step, start_slowly, write_recipe
+from tiny import write_recipe
 
 from isotune.errors import IsotuneError
 from isotune.training import Recipe, Result, build_recipe, evaluate, train
@@ -107,8 +108,8 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_bits(
     file = tmp_path / "full.yaml"
     file.write_text(full_recipe(tmp_path, bert, rows).to_yaml())
     process = start_slowly("train", file)
-    signal_at_step(process, 13, signal.SIGKILL, 0.02)
-    process.communicate(timeout=60)
+    process.signal_at_step(13, signal.SIGKILL, 0.02)
+    process.end()
     run = tmp_path / "run"
     assert (run / "checkpoint-9" / "complete").is_file()
     assert not (run / "model").exists()

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import assert_same_bits, signal_at_step, start_slowly, write_recipe
+from forked import start_slowly
+from tiny import assert_same_bits, write_recipe
 
 from isotune.errors import CheckpointError, IsotuneError
 from isotune.training import build_recipe, train
@@ -24,26 +25,23 @@ def uninterrupted(bert: Path, rows: Path, tmp_path_factory: pytest.TempPathFacto
     """The run that nothing disturbs, in a process like those of the others."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = write_recipe(folder / "recipe.yaml", bert, rows, folder / "run")
-    process = start_slowly("train", recipe)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    code, errors = start_slowly("train", recipe).end()
+    assert code == 0, errors
     return folder / "run"
 
 
 def resume(run: Path) -> str:
     """Resume a run in a process of its own; returns what it printed for people."""
-    process = start_slowly("train", run / "recipe.yaml", "--resume")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    code, errors = start_slowly("train", run / "recipe.yaml", "--resume").end()
+    assert code == 0, errors
     return errors
 
 
 def killed_run(tmp_path: Path, bert: Path, rows: Path, step: int, number: int, delay: float = 0.0) -> Path:
     recipe = write_recipe(tmp_path / "recipe.yaml", bert, rows, tmp_path / "run")
     process = start_slowly("train", recipe)
-    signal_at_step(process, step, number, delay)
-    process.communicate(timeout=60)
-    assert process.returncode == -number
+    process.signal_at_step(step, number, delay)
+    assert process.end()[0] == -number
     return tmp_path / "run"
 
 
@@ -67,10 +65,10 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", bert, rows, tmp_path / "run")
     process = start_slowly("train", recipe)
-    signal_at_step(process, 12, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    process.signal_at_step(12, signal.SIGINT)
+    code, errors = process.end()
     run = tmp_path / "run"
-    assert process.returncode == 130
+    assert code == 130
     assert f"isotune train {run / 'recipe.yaml'} --resume" in errors
     last = RunFolder(run).last_checkpoint()
     assert last is not None

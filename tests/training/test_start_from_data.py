@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_same_bits, signal_at_step, start_slowly, tensors, write_recipe
+from forked import start_slowly
+from tiny import assert_same_bits, tensors, write_recipe
 
 from isotune.training import build_recipe, train
 
@@ -41,8 +42,8 @@ def test_a_killed_run_goes_on_from_its_own_start_to_the_same_bits(bert: Path, ro
     train(build_recipe(whole, {}, []))
     cut = recipe(tmp_path / "cut.yaml", bert, rows, tmp_path / "cut", CORDA)
     process = start_slowly("train", cut)
-    signal_at_step(process, 13, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.signal_at_step(13, signal.SIGKILL)
+    process.end()
     assert not (tmp_path / "cut" / "metrics.json").exists()
     train(build_recipe(cut, {}, []), resume=True)
     assert_same_bits(tmp_path / "whole" / "adapter", tmp_path / "cut" / "adapter")

@@ -1,13 +1,10 @@
-"""Tiny models and data, made on the fly, and runs in subprocesses that can be killed."""
+"""Tiny models and data, made on the fly."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -138,49 +135,9 @@ def write_recipe(path: Path, model: Path, rows: Path, output: Path, **training: 
     return path
 
 
-SLOW = """
-import sys, time
-from transformers import TrainerCallback
-from isotune.training import run
-from isotune.training.progress import ProgressLine
-class Slow(ProgressLine):
-    def on_step_end(self, args, state, control, **kwargs):
-        super().on_step_end(args, state, control, **kwargs)
-        print("STEP", state.global_step, flush=True)
-        time.sleep(0.05)
-run.ProgressLine = Slow
-from isotune.cli.app import main
-sys.argv = ["isotune", *sys.argv[1:]]
-main()
-"""
-"""The command line, with each step announced on standard output and followed by a pause."""
-
-
 def environment() -> dict[str, str]:
     """One thread, no hub, no devices: subprocesses compute the same as this process and start no downloads."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def start_slowly(*arguments: str | Path) -> subprocess.Popen[str]:
-    """Start the command; each step prints STEP and its number."""
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-
-
-def signal_at_step(process: subprocess.Popen[str], step: int, number: int, delay: float = 0.0) -> None:
-    """Send a signal once the process has announced `step`, after a delay."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.strip() == f"STEP {step}":
-            time.sleep(delay)
-            process.send_signal(number)
-            return
-    raise AssertionError(f"the run ended before step {step}: {process.communicate()[1]}")
 
 
 def tensors(adapter: Path) -> dict[str, torch.Tensor]:
