@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.tables import table
 from isotune.adapters.registry import method_class
-from isotune.comparison.results import FROZEN
+from isotune.comparison.results import FROZEN, FULL
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = "learning-rates.md"
@@ -27,6 +27,8 @@ BEDS = {
     "efficientnet": ("EfficientNet-lite0, photographs, 64 steps", "validation_accuracy", 100),
 }
 """By folder: what is trained on, the score, and its factor, negative where less is better."""
+FORGETS = "gsm8k"
+"""Where it was also measured what is forgotten."""
 CONVOLUTIONS = "ResNet-20, inverted colours, 46 steps"
 """A bed of its own: examples/compare-convolutions, whose lines are docs/convolutions-compared.jsonl."""
 DEPTH = math.sqrt(19 / 12)
@@ -45,8 +47,6 @@ class Found:
     frozen: float
     auto: tuple[float, float] | None = None
     """The rate that `learning_rate: auto` found, and its score."""
-    kept: Mapping[float, float] = field(default_factory=dict)
-    """The perplexity on other text after training, by learning rate."""
 
     @property
     def default(self) -> float:
@@ -85,7 +85,7 @@ def section(docs: Path) -> str:
     found = {BEDS[name][0]: list(_found(path, name)) for name, path in made.items() if path.exists()}
     found[CONVOLUTIONS] = list(_on_convolutions(docs / "convolutions-compared.jsonl"))
     methods = [one.method for one in next(iter(found.values()))]
-    return "\n\n".join((BEGIN, _reached(methods, found), _by_auto(methods, found), _kept(methods, found), END))
+    return "\n\n".join((BEGIN, _reached(methods, found), _by_auto(methods, found), _kept(made[FORGETS]), END))
 
 
 def _reached(methods: list[str], found: dict[str, list[Found]]) -> str:
@@ -110,18 +110,18 @@ def _by_auto(methods: list[str], found: dict[str, list[Found]]) -> str:
     return table(["method", *header], body)
 
 
-def _kept(methods: list[str], found: dict[str, list[Found]]) -> str:
-    beds = {bed: {one.method: one for one in rows if one.kept} for bed, rows in found.items()}
-    beds = {bed: rows for bed, rows in beds.items() if rows}
-    header = [cell for bed in beds for cell in (f"{bed}: perplexity on other text, default", "best rate")]
+def _kept(path: Path) -> str:
+    """What was measured on test rows and other text: of each method at its default, and at the best rate tried."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     body = []
-    for method in methods:
-        after: list[float | None] = []
-        for rows in beds.values():
-            one = rows.get(method)
-            after += [one.kept.get(one.default), one.kept.get(one.best)] if one else [None, None]
-        body.append([method, *("" if value is None else f"{value:.1f}" for value in after)])
-    return table(["method", *header], body)
+    for line in lines:
+        found, name, rate = line["metrics"], line["method"], line["learning_rate"]
+        if line["kind"] == "seed" and "forgetting_perplexity" in found:
+            own = None if name in (FROZEN, FULL) else method_class(name.split()[0]).learning_rate
+            said = "" if rate is None else f"{rate:g}{', its default' if rate == own else ''}"
+            body.append([name, said, f"{found['test_loss']:.3f}", f"{found['forgetting_perplexity']:.1f}"])
+    order = sorted(body, key=lambda row: (row[0] != FROZEN, row[0]))
+    return table(["method", "rate", "loss on test answers", "perplexity on other text"], order)
 
 
 def _found(path: Path, bed: str) -> Iterator[Found]:
@@ -129,19 +129,16 @@ def _found(path: Path, bed: str) -> Iterator[Found]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     frozen = next(line["metrics"][metric] for line in lines if line["method"] == FROZEN) * factor
     scores: dict[str, dict[float, float]] = {}
-    kept: dict[str, dict[float, float]] = {}
     for line in lines:
         if line["kind"] == "trial" and line["status"] == "done":
             scores.setdefault(line["method"], {})[line["learning_rate"]] = line["metrics"][metric] * factor
-        elif (perplexity := line["metrics"].get("forgetting_perplexity")) is not None:
-            kept.setdefault(line["method"], {})[line["learning_rate"]] = perplexity
     beside = path.with_name("auto.jsonl")
     auto = [json.loads(line) for line in beside.read_text().splitlines()] if beside.exists() else []
     by_auto = {line["method"]: (line["learning_rate"], line[metric] * factor) for line in auto}
     for method, own in scores.items():
         if " " in method:  # a method with options, of another table
             continue
-        yield Found(method, own, frozen, by_auto.get(method), kept.get(method, {}))
+        yield Found(method, own, frozen, by_auto.get(method))
 
 
 def _on_convolutions(path: Path) -> Iterator[Found]:
