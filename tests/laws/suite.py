@@ -34,21 +34,16 @@ EXAMPLES = {
 }
 
 
-# What compiles on a linear layer does on the same one transposed; what is traced forward is seldom broken backward.
-COMPILED = ("compiles_without_a_break",)
-RARE = dict.fromkeys(KINDS, COMPILED) | {"gpt2_conv1d": ("traces_without_a_break", *COMPILED)}
-
-
 def laws_of(*methods: type[Settings]) -> Callable[..., None]:
     """A test that puts each method under each law, on each layer kind that it declares."""
     cases, families = [], set()
     for method in methods:
         family = method.__module__.rpartition(".")[0]
         for kind in (kind for kind in KINDS if fits(kind, method.kinds)):
-            # Compilers take a second: with the thorough tests, but for the first of a family, where all are compiled.
-            rare = RARE[kind] if family in families else ()
+            # It takes a second: with the thorough tests, but for the first method of a family.
             for law in LAWS:
-                marks = [pytest.mark.thorough] if law in rare else []
+                rare = law == "compiles_without_a_break" and family in families
+                marks = [pytest.mark.thorough] if rare else []
                 cases.append(pytest.param(method, kind, law, id=f"{method.name}-{kind}-{law}", marks=marks))
         families.add(family)
 
@@ -67,9 +62,7 @@ def check_law(method: type[Settings], kind: str, law: str, options: SearchStrate
     """Put one method under one law on one layer kind, over drawn options, layers, inputs and seeds."""
     options = drawn_settings(method) if options is None else options
 
-    most = profile().max_examples // (1 if kind == "linear" else 2)  # the same adapters on other layers
-
-    @profile(max_examples=min(most, EXAMPLES.get(law, most)))
+    @profile(max_examples=EXAMPLES.get(law, profile().max_examples))
     @given(drawn_case(kind, options, method.kinds))
     def hold(case: Case) -> None:
         LAWS[law](case)
