@@ -6,6 +6,7 @@ A test file puts its own method under every law with one line: `test_law = laws_
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 from hypothesis import given
@@ -60,12 +61,27 @@ def laws_of(*methods: type[Settings]) -> Callable[..., None]:
 
 def check_law(method: type[Settings], kind: str, law: str, options: SearchStrategy[Settings] | None = None) -> None:
     """Put one method under one law on one layer kind, over drawn options, layers, inputs and seeds."""
-    options = drawn_settings(method) if options is None else options
-
-    @profile(max_examples=EXAMPLES.get(law, profile().max_examples))
-    @given(drawn_case(kind, options, method.kinds))
-    def hold(case: Case) -> None:
-        LAWS[law](case)
-
+    count = EXAMPLES.get(law, profile().max_examples)
     with registered(method):
-        hold()
+        for case in _cases(method, kind, options)[:count]:
+            try:
+                LAWS[law](case)
+            except Exception:
+                _put_to(LAWS[law], method, kind, options)  # draws the same again, and looks for a smaller case
+                raise
+
+
+@cache
+def _cases(method: type[Settings], kind: str, options: SearchStrategy[Settings] | None) -> list[Case]:
+    """Drawn once for all laws: what is drawn does not depend on the law."""
+    cases: list[Case] = []
+    _put_to(cases.append, method, kind, options)
+    return cases
+
+
+def _put_to(law: Law, method: type[Settings], kind: str, options: SearchStrategy[Settings] | None) -> None:
+    @given(drawn_case(kind, drawn_settings(method) if options is None else options, method.kinds))
+    def hold(case: Case) -> None:
+        law(case)
+
+    hold()
