@@ -1,6 +1,6 @@
 # make demo   install into .venv and run the main job (about five minutes on two cores)
 # make test   install the development tools too, then lint, type-check and run the tests
-# make test-all  every method compiled in full, too, and laws with more examples: the slow tests without large models
+# make test-all  the tests that `make test` leaves out, too, without large models: every method compiled in full
 # make test-models  the tests with SmolLM2-135M, Whisper tiny.en and a vision transformer (fetches 254 MB; ten minutes)
 # make serving  ask PEFT, llama.cpp, vLLM and diffusers what they make of exported LoRAs (compiles llama.cpp for a quarter
 #               of an hour, installs vLLM in 3.5 GB; LLAMA= or VLLM= installs one of them not)
@@ -62,7 +62,6 @@ types: $(VENV)/.installed-dev
 
 # Tests of one file stay with one process as far as they can: what they share is made once.
 RUN = $(BIN)/python -m pytest -n 2 --dist worksteal
-ALL = -m "not models" --hypothesis-profile thorough
 
 unit: $(VENV)/.installed-dev
 	@echo "== tests"
@@ -70,7 +69,7 @@ unit: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	@echo "== all tests without large models"
-	$(RUN) $(ALL) $(PYTEST)
+	$(RUN) -m "not models" $(PYTEST)
 
 # What a processor of another make would compute with; each setting is a run of the whole suite.
 SETTINGS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
@@ -103,7 +102,7 @@ serving: $(VENV)/.installed-dev,llm $(LLAMA:=/.installed) $(VLLM:=/.installed)
 anywhere: $(VENV)/.installed-dev
 	@failed=0; for setting in $(SETTINGS); do \
 		echo "== tests with $$setting"; \
-		env $$setting $(RUN) $(ALL) $(PYTEST) || { echo "== failed with $$setting"; failed=1; }; \
+		env $$setting $(RUN) -m "not models" $(PYTEST) || { echo "== failed with $$setting"; failed=1; }; \
 	done; exit $$failed
 
 clean:

@@ -30,7 +30,6 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
-settings.register_profile("thorough", settings.get_profile("isotune"), max_examples=16)
 settings.load_profile("isotune")
 
 

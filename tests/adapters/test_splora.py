@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import isotune
 from isotune.adapters.sparse.splora import SPLoRA, SPLoRAAdapter
@@ -41,6 +42,13 @@ class Masked(SPLoRA):
 
 
 test_law = laws_of(Masked)
+
+
+def test_heads_of_a_transposed_weight_have_their_worth() -> None:
+    site = require_site(Conv1D(4, 3), "layer")
+    adapter = SPLoRA(rank=1, p=2.0).build(site, torch.Generator())
+    halves = adapter.weight(site.weight).chunk(2)
+    torch.testing.assert_close(adapter.worth(site, 2), torch.stack([rows.square().sum() for rows in halves]))
 
 
 class Net(nn.Module):

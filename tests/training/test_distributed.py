@@ -35,8 +35,7 @@ def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str
     )
 
 
-# accelerate starts torchrun's own launcher; the models below start from torchrun itself.
-@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.thorough), "accelerate launch"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_train_and_only_the_first_writes_and_prints(
     tmp_path: Path, bert: Path, rows: Path, launcher: str
 ) -> None:

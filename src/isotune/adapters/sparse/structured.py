@@ -106,7 +106,7 @@ class ChannelMasked(WeightAdapter):
     def worth(self, site: Site, count: int) -> Tensor:
         """What each channel that it makes is worth, (count): the sum of |w'|^p over its rows."""
         rows = self.weight(at_least_fp32(site.weight)).abs().pow(self.settings.p)
-        return rows.view(count, -1).sum(1)
+        return rows.reshape(count, -1).sum(1)
 
     @classmethod
     def after_steps(cls, adapters: Mapping[Self, Site], progress: float) -> Sequence[nn.Parameter]:
