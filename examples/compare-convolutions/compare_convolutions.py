@@ -51,7 +51,7 @@ STARTS = {
     "lora": 2e-3, "dora": 1e-3, "loha": 5e-3, "lokr": 5e-3, "ssf": 5e-3,
     "hra": 3e-3, "oft": 1e-3, "boft": 1e-3, "batch norms": 1e-2, "full fine-tuning": 2e-3,
 }  # fmt: skip
-"""The first rates: the methods' defaults when the runs of the page were made, and steps were not divided for depth."""
+"""The first rates: the methods' defaults when the page's runs were made, and steps were not divided for depth."""
 
 
 def inverted(images: Images) -> Images:

@@ -82,7 +82,16 @@ def assert_gradients_close(got: Tensor, expected: Tensor, U: Tensor, tolerance: 
     assert (got - expected).norm() <= tolerance * max(expected.norm(), U.shape[0] ** 0.5)
 
 
-@pytest.mark.parametrize(("d", "r"), [(200, 33), (129, 64), (70, 128), (64, 250), (1100, 40), (4200, 4)])
+SLOW = pytest.mark.thorough
+
+
+@pytest.mark.parametrize(
+    ("d", "r"),
+    [
+        (200, 33), (70, 128), (4200, 4),
+        pytest.param(129, 64, marks=SLOW), pytest.param(64, 250, marks=SLOW), pytest.param(1100, 40, marks=SLOW),
+    ],
+)  # fmt: skip
 def test_many_columns_go_through_tiles_and_many_rows_through_several_steps(d: int, r: int) -> None:
     U = columns(d, r, scales=3.0, twice=True)
     (unit, unit64), (M, M64), (grad, grad64) = both(U)

@@ -27,6 +27,7 @@ LAWS: dict[str, Law] = {law.__name__: law for law in (*statements.LAWS, *lifecyc
 # Examples of the laws whose examples are slow; the others get the profile's number.
 EXAMPLES = {
     "traces_without_a_break": 2,
+    "dtype_is_kept": 4,
     "compiles_without_a_break": 2,
     "gradients_are_derivatives": 6,
     "layer_stays_what_and_where_it_is": 4,
@@ -40,10 +41,12 @@ def laws_of(*methods: type[Settings]) -> Callable[..., None]:
     cases, families = [], set()
     for method in methods:
         family = method.__module__.rpartition(".")[0]
-        for kind in (kind for kind in KINDS if fits(kind, method.kinds)):
-            # It takes a second: with the thorough tests, but for the first method of a family.
+        kinds = [kind for kind in KINDS if fits(kind, method.kinds)]
+        for kind in kinds:
+            # They take a second: with the thorough tests, but for the first method of a family, or kind of a method.
             for law in LAWS:
                 rare = law == "compiles_without_a_break" and family in families
+                rare |= law == "traces_without_a_break" and kind != kinds[0]
                 marks = [pytest.mark.thorough] if rare else []
                 cases.append(pytest.param(method, kind, law, id=f"{method.name}-{kind}-{law}", marks=marks))
         families.add(family)

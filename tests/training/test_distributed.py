@@ -35,7 +35,7 @@ def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["accelerate launch", pytest.param("torchrun", marks=pytest.mark.thorough)])
 def test_two_processes_train_and_only_the_first_writes_and_prints(
     tmp_path: Path, bert: Path, rows: Path, launcher: str
 ) -> None:

@@ -32,7 +32,7 @@ class MiSS(Settings):
 
     name: ClassVar[str] = "miss"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "rank * n_out"
     dialect: ClassVar[str] = "isotune.adapters.peft.miss:MiSSDialect"
     exempt: ClassVar[dict[str, str]] = {"seeds_decide_the_start": "D starts at zero; nothing is drawn"}

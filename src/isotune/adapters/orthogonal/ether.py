@@ -35,7 +35,7 @@ class ETHER(Settings):
 
     name: ClassVar[str] = "ether"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS | EMBEDDING
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "n_in"
 
     blocks: int = Field(

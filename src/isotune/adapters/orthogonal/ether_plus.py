@@ -33,7 +33,7 @@ class ETHERPlus(Settings):
 
     name: ClassVar[str] = "ether_plus"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "2 * (n_in + n_out)"
 
     blocks: int = Field(1, gt=0, description="Number of blocks on each side; W' - W has 4 times this rank.")

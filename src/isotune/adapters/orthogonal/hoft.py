@@ -39,7 +39,7 @@ class HOFT(Settings):
 
     name: ClassVar[str] = "hoft"
     kinds: ClassVar[frozenset[str]] = LINEAR | CONVOLUTIONS
-    learning_rate: ClassVar[float] = 2e-2
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank * (n_in + n_out)"
 
     rank: int = Field(8, ge=2, description="Number of reflections on each side; even, or the last one is idle.")

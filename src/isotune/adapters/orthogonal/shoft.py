@@ -23,7 +23,7 @@ class SHOFT(HOFT):
     """W' = Q_U diag(m) W Q_V: HOFT with a learned scale of each output between the two products."""
 
     name: ClassVar[str] = "shoft"
-    learning_rate: ClassVar[float] = 2e-2
+    learning_rate: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank * (n_in + n_out) + n_out"
 
     def build(self, site: Site, generator: torch.Generator) -> SHOFTAdapter:  # type: ignore[override]
