@@ -31,7 +31,8 @@ train a number for each weight, in what they keep), and the same number of
 learning rates, of which the validation rows choose. The score is that on test rows: mean and 95 % t-interval over
 seeds. Two methods are *told apart* here if the 95 % t-interval of their difference, paired over the seeds, leaves
 zero out. That is generous: of twenty true ties, one is told apart by chance, and the best of many means is partly the
-luckiest. A method whose best rate is at an end of the range may do better beyond it."""
+luckiest. A method whose best rate is at an end of the range may do better beyond it. Rates are those that were given;
+what is no rotation took them whole then, where steps are divided [for depth](learning-rates.md) today."""
 
 ELSEWHERE = {
     "recipes/convolutions.md#which-method": "ways to adapt the convolutions of a ResNet-20 to inverted colours",

@@ -159,9 +159,7 @@ def test_a_first_step_at_the_default_changes_a_weight_by_some_percent(name: str)
     assert 0.005 < turned(model, optimizer) / math.sqrt(384) < 0.08
 
 
-@pytest.mark.parametrize(
-    ("count", "said"), [(12, ""), (48, "48 adapted layers change at once: their learning rate is")]
-)
+@pytest.mark.parametrize(("count", "said"), [(12, ""), (48, "48 adapted layers change at once: their steps are")])
 def test_a_run_says_by_what_its_rate_is_divided(count: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = ProgressLine(Screen())
     line.on_train_begin(None, TrainerState(max_steps=1), None, model=adapted(count, 8, "lora"))

@@ -49,7 +49,7 @@ def load_splits(data: DataSettings, task: str, seed: int) -> Splits:
     if "train" not in source:
         raise DataError(f"{data.train} has no split 'train'; it has: {', '.join(source)}")
     columns = TASKS[task].columns(data, source["train"].column_names)
-    train = read_rows(source["train"], data, task, data.train, later=True)
+    train = read_rows(source["train"], data, task, data.train)
     labels = TASKS[task].labels(train, data)
     positive = TASKS[task].positive(train, labels, data)
     cut = _cut_tail if TASKS[task].is_one_document(train) else hold_out
@@ -76,9 +76,9 @@ def sample_rows(rows: list[Row], most: int | None, seed: int) -> list[Row]:
     return [rows[index] for index in _permutation(len(rows), seed)[:most]]
 
 
-def load_rows(source: str, data: DataSettings, task: str, later: bool = False) -> list[Row]:
+def load_rows(source: str, data: DataSettings, task: str) -> list[Row]:
     """The rows of one file (or split `test`, else `train`, of a source with several splits)."""
-    return read_rows(_only_split(source, data), data, task, source, later=later)
+    return _opened(read_rows(_only_split(source, data), data, task, source))
 
 
 def unanswered_rows(source: str, data: DataSettings, task: str, size: int) -> tuple[int, Iterator[list[Row]]]:
@@ -91,7 +91,7 @@ def unanswered_rows(source: str, data: DataSettings, task: str, size: int) -> tu
 
     def read(start: int) -> list[Row]:
         part = dataset.select(range(start, min(start + size, count)))
-        return read_rows(part, data, task, source, unanswered=True, first=start + 1)
+        return _opened(read_rows(part, data, task, source, unanswered=True, first=start + 1))
 
     head = read(0)
     return count, chain([head], (read(start) for start in range(size, count, size)))
@@ -136,9 +136,8 @@ def read_rows(
     where: str,
     unanswered: bool = False,
     first: int = 1,
-    later: bool = False,
 ) -> list[Row]:
-    """The columns that the task needs; every row is checked.
+    """The columns that the task needs, every row checked; what takes long to decode is left for `_opened`.
 
     Args:
         dataset: The rows.
@@ -147,7 +146,6 @@ def read_rows(
         where: What the rows are called in messages.
         unanswered: Whether what is to be learnt may be missing.
         first: The number of the first row.
-        later: Whether what takes long to decode is left for `_opened`, and checked there.
 
     Raises:
         DataError: An unknown column, or a row in which one of them is missing or blank.
@@ -162,15 +160,14 @@ def read_rows(
         for name in names:
             _check_column(name, "text" if key == "pair" else key, found, where)
     cell = kind.open_cell if unanswered else kind.cell
-    read = {
-        key: [
-            partial(_cell, dataset, names[0], number, partial(cell, key), where, first)
-            for number in range(len(dataset))
-        ]
-        if later and key in kind.slow
-        else _cells(dataset, names, partial(cell, key), data.separator, where, first)
-        for key, names in columns.items()
-    }
+    read: dict[str, list[Any]] = {}
+    for key, names in columns.items():
+        decode = partial(cell, key)
+        if key in kind.slow:
+            places = range(len(dataset))
+            read[key] = [partial(_cell, dataset, names[0], place, decode, where, first) for place in places]
+        else:
+            read[key] = _cells(dataset, names, decode, data.separator, where, first)
     return [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
 
 
@@ -215,8 +212,8 @@ def _opened(rows: list[Row]) -> list[Row]:
 def _named_split(name: str, source: dict[str, datasets.Dataset], data: DataSettings, task: str) -> list[Row]:
     """Rows of a split of the training source, or else of a source of its own."""
     if name in source:
-        return read_rows(source[name], data, task, f"{data.train}, split {name}", later=True)
-    return load_rows(name, data, task, later=True)
+        return read_rows(source[name], data, task, f"{data.train}, split {name}")
+    return read_rows(_only_split(name, data), data, task, name)
 
 
 def _permutation(count: int, seed: int) -> list[int]:

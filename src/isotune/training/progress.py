@@ -76,10 +76,10 @@ class ProgressLine(TrainerCallback):
         self.bar = screen.bar()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        """Show the bar, and by what the learning rate is divided for depth."""
+        """Show the bar, and how much smaller steps are for depth."""
         count = len(running_adapters(model))
         if (factor := crowding(count)) > 1:
-            self.screen.say(f"{count} adapted layers change at once: their learning rate is divided by {factor:.2f}")
+            self.screen.say(f"{count} adapted layers change at once: their steps are divided by {factor:.2f}")
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
 
