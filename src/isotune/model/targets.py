@@ -23,7 +23,7 @@ Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 PRESETS = ("attention", "query-value", "mlp", "all-linear", "norms", "biased", "blocks", "stack")
 
 _QUERY_OR_VALUE = re.compile(r"(to_|w|attn_)?(q|v|query|value)(_?(proj|lin|layer)\w*)?", re.IGNORECASE)
-_WHOLE = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_CHANNEL_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 """Norms of channels, of convolutional nets; no adapter goes on them, nor do `norms` and `biased` find them."""
 _PACKED = re.compile(r"w?qkv\w*|c_attn|query_key_value|in_proj\w*", re.IGNORECASE)
 
@@ -63,7 +63,7 @@ def find_targets(
     unusable = {path: m for path, m in found.items() if isinstance(m, Trained) or not site_of(m, kinds)}
     if unusable:
         path, module = next(iter(unusable.items()))
-        norms = [path for path, module in unusable.items() if isinstance(module, _WHOLE)]
+        norms = [path for path, module in unusable.items() if isinstance(module, _CHANNEL_NORMS)]
         raise TargetError(
             f"targets {targets!r} match {path!r}, a {bare_class(module).__name__}, which cannot be adapted; what can "
             f"be is {WHAT_CAN_BE_ADAPTED} (plain ones, whose forward is the usual one), and the matrices that other "
@@ -269,7 +269,7 @@ def _what_is_there(layers: dict[str, nn.Module], targets: Targets) -> str:
             f"Query, key and value are one matrix here: name it, targets={packed[:1]!r}, or take the preset "
             f"'attention'. Adaptable layers end in: {_listed(names)}."
         )
-    whole = [path for path, module in layers.items() if isinstance(module, _WHOLE)]
+    whole = [path for path, module in layers.items() if isinstance(module, _CHANNEL_NORMS)]
     if targets in ("norms", "biased") and whole:
         return f"Adaptable layers end in: {_listed(names)}{_in_full(whole)}."
     asked = [targets] if isinstance(targets, str) else [] if callable(targets) else list(targets)
